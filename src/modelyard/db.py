@@ -1,0 +1,136 @@
+"""The database: one declarative base, one way to open a transaction, one way to migrate.
+
+`Sessions.begin()` is a transaction that writes, `Sessions.read()` a snapshot to read from. Both run on SQLite
+(WAL, one writing connection, `BEGIN IMMEDIATE`) and on PostgreSQL (psycopg 3). SQLAlchemy's defaults for
+SQLite lose updates without an error: its driver opens the transaction only at the first write, after the row was
+read. Hence the pragmas and the explicit BEGIN below.
+
+Rooms declare their tables on `Base`; this module knows none of them.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import DateTime, Dialect, MetaData, event, make_url
+from sqlalchemy.engine import URL, Connection
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import DeclarativeBase
+from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.types import TypeDecorator
+
+BUSY_TIMEOUT_MS = 15_000
+READERS = 4
+
+
+class Base(DeclarativeBase):
+    """Base of every table; the naming convention lets Alembic name what it drops, on both databases."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """A moment in UTC. SQLite keeps no zone, so it is stored without one and handed out with one."""
+
+    impl = DateTime
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return value.astimezone(UTC).replace(tzinfo=None) if value is not None else None
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return value.replace(tzinfo=UTC) if value is not None else None
+
+
+def utcnow() -> datetime:
+    """The present moment, with its zone."""
+    return datetime.now(UTC)
+
+
+def database_url(configured: str, data_dir: Path) -> URL:
+    """Return the async URL of the configured database; empty means a SQLite file in the data folder."""
+    if not configured:
+        return URL.create("sqlite+aiosqlite", database=str(data_dir / "modelyard.db"))
+    url = make_url(configured.replace("postgres://", "postgresql://", 1))
+    driver = "sqlite+aiosqlite" if url.get_backend_name() == "sqlite" else "postgresql+psycopg"
+    return url.set(drivername=driver)
+
+
+class Sessions:
+    """Opens transactions. Use as `async with sessions.begin() as session`.
+
+    Objects stay usable after the transaction closed (`expire_on_commit=False`).
+    """
+
+    def __init__(self, url: URL) -> None:
+        self.url = url
+        self._writer, self._reader = _engines(url)
+        self._write = async_sessionmaker(self._writer, expire_on_commit=False)
+        self._read = async_sessionmaker(self._reader, expire_on_commit=False)
+
+    @asynccontextmanager
+    async def begin(self) -> AsyncIterator[AsyncSession]:
+        """One transaction that may write; commits at the end of the block, rolls back on an exception."""
+        async with self._write.begin() as session:
+            yield session
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncSession]:
+        """One consistent view to read from, which on SQLite waits for no writer. Writing in it is a bug."""
+        async with self._read() as session:
+            yield session
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._writer.dispose()
+        if self._reader is not self._writer:
+            await self._reader.dispose()
+
+
+def _engines(url: URL) -> tuple[AsyncEngine, AsyncEngine]:
+    if url.get_backend_name() != "sqlite":
+        # prepare_threshold=None: named prepared statements break behind pgbouncer.
+        engine = create_async_engine(
+            url, pool_size=8, max_overflow=8, pool_pre_ping=True, connect_args={"prepare_threshold": None}
+        )
+        return engine, engine
+    writer = create_async_engine(url, pool_size=1, max_overflow=0, pool_timeout=60)
+    reader = create_async_engine(url, pool_size=READERS, max_overflow=0, pool_timeout=60)
+    for engine, begin in ((writer, "BEGIN IMMEDIATE"), (reader, "BEGIN")):
+        event.listen(engine.sync_engine, "connect", _prepare_sqlite)
+        event.listen(engine.sync_engine, "begin", _beginner(begin))
+    return writer, reader
+
+
+def _prepare_sqlite(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:
+    connection.isolation_level = None  # type: ignore[attr-defined]  # sqlite3 then leaves BEGIN to us
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", f"busy_timeout={BUSY_TIMEOUT_MS}", "foreign_keys=ON"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _beginner(statement: str) -> Any:
+    def begin(connection: Connection) -> None:
+        connection.exec_driver_sql(statement)
+
+    return begin
+
+
+def sqlite_version_ok() -> bool:
+    """Whether this Python's SQLite knows RETURNING and JSON (3.35)."""
+    return sqlite3.sqlite_version_info >= (3, 35)

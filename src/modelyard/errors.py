@@ -1,0 +1,187 @@
+"""Every error that a client can see, as one drawn tree.
+
+    ModelyardError                  500 internal_error
+    ├── BadRequest                  400 bad_request
+    │   └── InvalidJson             400 invalid_json
+    ├── Unauthorized                401 unauthorized
+    ├── Forbidden                   403 forbidden
+    │   ├── HostNotAllowed          403 host_not_allowed
+    │   ├── OriginNotAllowed        403 origin_not_allowed
+    │   └── ContentTypeNotAllowed   403 content_type_not_allowed
+    ├── NotFound                    404 not_found
+    │   ├── ModelNotFound           404 model_not_found
+    │   ├── JobNotFound             404 job_not_found
+    │   └── NothingDeployed         404 nothing_deployed
+    ├── Conflict                    409 conflict
+    │   ├── IllegalMove             409 illegal_move
+    │   ├── JobFinished             409 job_finished
+    │   └── ModelInUse              409 model_in_use
+    ├── TooLarge                    413 body_too_large
+    ├── Unprocessable               422 invalid_value
+    ├── BadGateway                  502 engine_failed
+    └── Unavailable                 503 unavailable         (with Retry-After)
+        └── EngineStarting          503 engine_starting
+
+The application maps the tree to HTTP once (`http.error_response`). A message speaks to the user (what,
+where, what to do), the code to a program (stable), and the log line with its cause to the operator.
+
+`JobFailure` stands beside the tree: it is the recorded end of a job, not the answer to a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class ModelyardError(Exception):
+    """Base of all errors with an HTTP answer. `param` names the field or parameter at fault, if one is."""
+
+    status = 500
+    code = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if code is not None:
+            self.code = code
+
+    @property
+    def type(self) -> str:
+        """The error family as OpenAI's clients know it."""
+        if self.status == 401:
+            return "authentication_error"
+        if self.status == 403:
+            return "permission_error"
+        return "server_error" if self.status >= 500 else "invalid_request_error"
+
+    def envelope(self) -> dict[str, dict[str, str | None]]:
+        """Return the body of the answer: `{"error": {"message", "type", "param", "code"}}`."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+class BadRequest(ModelyardError):
+    status = 400
+    code = "bad_request"
+
+
+class InvalidJson(BadRequest):
+    code = "invalid_json"
+
+
+class Unauthorized(ModelyardError):
+    status = 401
+    code = "unauthorized"
+
+
+class Forbidden(ModelyardError):
+    status = 403
+    code = "forbidden"
+
+
+class HostNotAllowed(Forbidden):
+    code = "host_not_allowed"
+
+
+class OriginNotAllowed(Forbidden):
+    code = "origin_not_allowed"
+
+
+class ContentTypeNotAllowed(Forbidden):
+    code = "content_type_not_allowed"
+
+
+class NotFound(ModelyardError):
+    status = 404
+    code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    """No such model in the store, or none such in service; `known` are the names that would have worked."""
+
+    code = "model_not_found"
+
+    def __init__(self, model_id: str, *, where: str = "in the store", known: Sequence[str] = (), hint: str = "") -> None:
+        names = ", ".join(known) if known else "nothing"
+        message = f"There is no model '{model_id}' {where}; {names} is there."
+        super().__init__(f"{message} {hint}".strip(), param="model_id" if where == "in the store" else "model")
+
+
+class JobNotFound(NotFound):
+    code = "job_not_found"
+
+    def __init__(self, job_id: object) -> None:
+        super().__init__(f"There is no job {job_id}. GET /api/v1/jobs/ lists them.", param="job_id")
+
+
+class NothingDeployed(NotFound):
+    code = "nothing_deployed"
+
+    def __init__(self) -> None:
+        super().__init__("No model is deployed. POST /api/v1/deploy/ deploys one.")
+
+
+class Conflict(ModelyardError):
+    status = 409
+    code = "conflict"
+
+
+class IllegalMove(Conflict):
+    """A state machine was asked for a move that its table does not have, or a row has moved meanwhile."""
+
+    code = "illegal_move"
+
+
+class JobFinished(Conflict):
+    code = "job_finished"
+
+    def __init__(self, job_id: object, status: str) -> None:
+        super().__init__(f"Job {job_id} has ended already ({status}): there is nothing to interrupt.")
+
+
+class ModelInUse(Conflict):
+    code = "model_in_use"
+
+
+class TooLarge(ModelyardError):
+    status = 413
+    code = "body_too_large"
+
+
+class Unprocessable(ModelyardError):
+    status = 422
+    code = "invalid_value"
+
+
+class BadGateway(ModelyardError):
+    status = 502
+    code = "engine_failed"
+
+
+class Unavailable(ModelyardError):
+    """Not now: `retry_after_s` becomes the Retry-After header."""
+
+    status = 503
+    code = "unavailable"
+
+    def __init__(self, message: str, *, retry_after_s: int = 5, code: str | None = None) -> None:
+        super().__init__(message, code=code)
+        self.retry_after_s = retry_after_s
+
+
+class EngineStarting(Unavailable):
+    code = "engine_starting"
+
+
+class JobFailure(Exception):
+    """A job ends as FAILED: `code` for programs, `message` in one sentence, `hint` says what to do."""
+
+    def __init__(self, code: str, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.hint = hint
+
+
+class StartRefused(Exception):
+    """The server cannot start as configured; the message is the one line that the user reads."""

@@ -1,0 +1,200 @@
+"""One frozen `Settings`, read from `MODELYARD_*` in the environment and in `.env`.
+
+Every field's docstring is what `.env.example` and the README's table say of it; a test holds them together.
+An unknown `MODELYARD_*` name or a bad value stops the start with one clear line (`load_settings`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from modelyard.errors import StartRefused
+
+PREFIX = "MODELYARD_"
+LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Settings(BaseSettings):
+    """The server's configuration. Sizes are in GiB or MiB, times in seconds, as each name says."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_file=".env", extra="ignore", frozen=True, use_attribute_docstrings=True
+    )
+
+    host: str = "127.0.0.1"
+    """Address to listen on. Anything but loopback needs MODELYARD_ADMIN_KEY."""
+    port: int = Field(default=8080, ge=0, le=65535)
+    """TCP port to listen on; 0 picks a free one and prints it."""
+    data_dir: Path = Path("~/.modelyard")
+    """Folder for everything that the embedded default keeps: database, objects, models, jobs and their logs."""
+    database_url: str = ""
+    """sqlite:///PATH or postgresql://USER:PASSWORD@HOST/NAME. Empty: a SQLite file in the data folder."""
+    storage_url: str = ""
+    """file:///PATH or s3://BUCKET/PREFIX. Empty: the folder `objects` in the data folder."""
+    s3_endpoint_url: str | None = None
+    """Address of an S3-compatible store. Empty: Amazon's. Credentials come from boto3's own settings (AWS_*)."""
+    import_dir: Path | None = None
+    """Folder whose sub-folders may be added as models by name (local:NAME). Empty: no imports."""
+    admin_key: str | None = Field(default=None, min_length=8, repr=False)
+    """Key that every request must carry (Authorization: Bearer KEY or X-API-KEY: KEY), /health aside."""
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
+    """Web pages that may call this server from a browser, comma-separated, such as https://chat.example.org."""
+    max_body_mib: int = Field(default=32, ge=1, le=4096)
+    """Largest body of a request to an engine, in MiB."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """How much the server writes to its log."""
+    grace_s: float = Field(default=120.0, ge=1.0, le=86400.0)
+    """Seconds for which engines and downloads outlive a killed server, waiting for it to come back."""
+
+    max_downloads: int = Field(default=2, ge=1, le=32)
+    """Downloads that run at the same time; more of them wait."""
+    download_stall_s: float = Field(default=60.0, ge=0.5, le=86400.0)
+    """Seconds without a new byte after which a download is restarted (without the xet protocol)."""
+    download_attempts: int = Field(default=5, ge=1, le=100)
+    """Attempts without progress after which a download is given up."""
+    disk_reserve_gib: float = Field(default=1.0, ge=0.0)
+    """Disk space, in GiB, that a download must leave free."""
+    store_quota_gib: float | None = Field(default=None, gt=0.0)
+    """Most that all models together may take on disk, in GiB. Empty: as much as the disk holds."""
+
+    engine_python: Path | None = None
+    """Python that runs `-m vllm.entrypoints.openai.api_server`. Empty: the server's own."""
+    engine_dtype: DType = "auto"
+    """Number format of the weights in service. auto: the model's own."""
+    engine_max_model_len: int | None = Field(default=None, ge=16)
+    """Longest prompt plus answer, in tokens. Empty: the model's own, lowered to what memory allows."""
+    engine_max_num_seqs: int | None = Field(default=None, ge=1, le=4096)
+    """Requests that an engine works on at the same time. Empty: vLLM's default on a GPU, 64 on a CPU."""
+    engine_gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
+    """Part of a GPU's memory that an engine may take."""
+    engine_cpu_kv_cache_gib: float | None = Field(default=None, gt=0.0)
+    """Memory for the KV cache of an engine on a CPU, in GiB. Empty: worked out from what is free."""
+    engine_tensor_parallel_size: int = Field(default=1, ge=1, le=64)
+    """GPUs that share one model."""
+    engine_max_loras: int = Field(default=4, ge=0, le=64)
+    """LoRA adapters that an engine holds at the same time. 0: engines start without room for adapters."""
+    engine_max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = 64
+    """Highest rank of a LoRA adapter."""
+    engine_enforce_eager: bool = False
+    """Run models without compilation: a faster start, slower answers on a GPU."""
+    engine_start_timeout_s: float = Field(default=900.0, ge=1.0)
+    """Seconds in which an engine must have generated its first token."""
+    engine_stop_timeout_s: float = Field(default=10.0, ge=0.1)
+    """Seconds between asking an engine to end and killing it."""
+    engine_max_restarts: int = Field(default=3, ge=0, le=100)
+    """Times that an engine which died is started again before its deployment is given up."""
+    engine_restart_delay_s: float = Field(default=1.0, ge=0.0)
+    """Seconds before the first restart; each further one waits twice as long."""
+
+    hf_endpoint: str = Field(default="https://huggingface.co", validation_alias="HF_ENDPOINT")
+    """Address of the Hugging Face hub or of a mirror."""
+    hf_token: str | None = Field(default=None, validation_alias="HF_TOKEN", repr=False)
+    """Token for gated and private repositories; only downloads see it."""
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _split_origins(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip().rstrip("/") for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator(
+        "s3_endpoint_url", "import_dir", "admin_key", "store_quota_gib", "engine_python", "engine_max_model_len",
+        "engine_max_num_seqs", "engine_cpu_kv_cache_gib", "hf_token", mode="before",
+    )  # fmt: skip
+    @classmethod
+    def _empty_is_unset(cls, value: object) -> object:
+        return None if value == "" else value
+
+    @field_validator("data_dir", "import_dir", "engine_python")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        # absolute(), not resolve(): a virtual environment's python is a link that must stay one.
+        return value.expanduser().absolute() if value is not None else None
+
+    @field_validator("hf_endpoint", mode="before")
+    @classmethod
+    def _default_endpoint(cls, value: object) -> object:
+        return (value.rstrip("/") if isinstance(value, str) else value) or "https://huggingface.co"
+
+    @field_validator("database_url")
+    @classmethod
+    def _known_database(cls, value: str) -> str:
+        if value and not value.startswith(("sqlite:///", "postgresql://", "postgresql+psycopg://", "postgres://")):
+            raise ValueError("must start with sqlite:/// or postgresql://")
+        return value
+
+    @field_validator("storage_url")
+    @classmethod
+    def _known_storage(cls, value: str) -> str:
+        if value and not value.startswith(("file:///", "s3://")):
+            raise ValueError("must start with file:/// or s3://")
+        return value
+
+    @model_validator(mode="after")
+    def _key_beyond_loopback(self) -> Settings:
+        if self.host not in LOOPBACK and self.admin_key is None:
+            raise ValueError(
+                f"MODELYARD_HOST={self.host} is reachable from other machines: set MODELYARD_ADMIN_KEY as well, "
+                "or listen on 127.0.0.1"
+            )
+        return self
+
+    @property
+    def models_dir(self) -> Path:
+        """Where models lie, a folder per model and commit."""
+        return self.data_dir / "models"
+
+    @property
+    def jobs_dir(self) -> Path:
+        """Where jobs keep their logs and their children's files, a folder per job."""
+        return self.data_dir / "jobs"
+
+
+def load_settings(environ: Mapping[str, str] = os.environ, **overrides: object) -> Settings:
+    """Read the settings.
+
+    Raises:
+        StartRefused: with one line that names the setting, its value and what it should be.
+    """
+    known = {PREFIX + name.upper() for name in Settings.model_fields if not name.startswith("hf_")}
+    for name in sorted(environ):
+        # A container platform may add MODELYARD_PORT_8080_TCP and the like; a misspelt setting is likelier.
+        if name.startswith(PREFIX) and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise StartRefused(f"There is no setting {name}." + (f" Did you mean {near[0]}?" if near else ""))
+    for name in sorted(_names_in_env_file(Path(".env"))):
+        if name.startswith(PREFIX) and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise StartRefused(f"There is no setting {name} (in .env)." + (f" Did you mean {near[0]}?" if near else ""))
+    try:
+        return Settings(**overrides)  # type: ignore[arg-type]  # checked by pydantic, name by name
+    except ValidationError as error:
+        raise StartRefused(_one_line(error)) from None
+
+
+def _names_in_env_file(path: Path) -> set[str]:
+    if not path.is_file():
+        return set()
+    lines = (line.strip().removeprefix("export ").lstrip() for line in path.read_text("utf-8").splitlines())
+    return {line.split("=", 1)[0].strip().upper() for line in lines if "=" in line and not line.startswith("#")}
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    reason = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return reason
+    field = str(first["loc"][0])
+    name = field if field.startswith("HF_") else PREFIX + field.upper()
+    shown = "" if field in {"admin_key", "HF_TOKEN"} else f"={first['input']}"
+    return f"{name}{shown}: {reason[0].lower()}{reason[1:]}."
