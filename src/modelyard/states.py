@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 from sqlalchemy.sql import ColumnElement
 
-from modelyard.db import Base, UtcDateTime, utcnow
+from modelyard.db import Base, Number, UtcDateTime, utcnow
 from modelyard.errors import IllegalMove
 
 Moves = Mapping[Any, frozenset[Any]]
@@ -28,7 +28,7 @@ class StateChange(Base):
 
     __tablename__ = "state_changes"
 
-    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    number: Mapped[int] = mapped_column(Number, primary_key=True, autoincrement=True)
     table: Mapped[str] = mapped_column(String(32))
     row_id: Mapped[Any] = mapped_column(Uuid(), index=True)
     to: Mapped[str] = mapped_column(String(16))

@@ -1,0 +1,102 @@
+"""What may be done with jobs, as functions on a session that never commit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from modelyard.errors import JobFinished, JobNotFound
+from modelyard.jobs.tables import ACTIVE, Job, JobEvent
+
+
+async def create(
+    session: AsyncSession, *, kind: str, name: str, spec: dict[str, Any], subject: str | None = None
+) -> Job:
+    """Create a job for the runner to take; wake the runner after the commit."""
+    job = Job(kind=kind, name=name, spec=spec, subject=subject)
+    session.add(job)
+    await session.flush()
+    return job
+
+
+async def find_active(session: AsyncSession, *, kind: str, subject: str) -> Job | None:
+    """Return the newest waiting or running job of this kind for this subject that nobody asked to stop."""
+    query = select(Job).where(
+        Job.kind == kind, Job.subject == subject, Job.status.in_(ACTIVE), Job.interrupt_requested.is_(False)
+    )
+    return (await session.scalars(query.order_by(Job.number.desc()).limit(1))).first()
+
+
+async def get(session: AsyncSession, job_id: UUID) -> Job:
+    """Return a job.
+
+    Raises:
+        JobNotFound: there is none.
+    """
+    job = (await session.scalars(select(Job).where(Job.id == job_id))).first()
+    if job is None:
+        raise JobNotFound(job_id)
+    return job
+
+
+async def newest(
+    session: AsyncSession,
+    *,
+    limit: int,
+    before: UUID | None = None,
+    kind: str | None = None,
+    status: str | None = None,
+) -> Sequence[Job]:
+    """Return jobs, newest first; with `before`, those created before that job.
+
+    Raises:
+        JobNotFound: `before` names no job.
+    """
+    query = select(Job).order_by(Job.number.desc()).limit(limit)
+    if before is not None:
+        query = query.where(Job.number < (await get(session, before)).number)
+    if kind is not None:
+        query = query.where(Job.kind == kind)
+    if status is not None:
+        query = query.where(Job.status == status)
+    return (await session.scalars(query)).all()
+
+
+async def interrupt(session: AsyncSession, job_id: UUID) -> Job:
+    """Write the wish that a job stops. Safe to repeat; the runner acts on it.
+
+    Raises:
+        JobNotFound: there is no such job.
+        JobFinished: it has ended already.
+    """
+    job = await get(session, job_id)
+    if job.status not in ACTIVE:
+        raise JobFinished(job_id, job.status)
+    job.interrupt_requested = True
+    return job
+
+
+async def append_event(
+    session: AsyncSession, job_id: UUID, message: str, *, level: str = "info", data: dict[str, Any] | None = None
+) -> JobEvent:
+    """Append to a job's event list."""
+    event = JobEvent(job_id=job_id, level=level, message=message, data=data or {})
+    session.add(event)
+    await session.flush()
+    return event
+
+
+async def events_after(session: AsyncSession, job_id: UUID, after: int, limit: int) -> Sequence[JobEvent]:
+    """Return a job's events with a number above `after`, oldest first."""
+    query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.number > after)
+    return (await session.scalars(query.order_by(JobEvent.number).limit(limit))).all()
+
+
+async def set_progress(session: AsyncSession, job_id: UUID, done: int, total: int, unit: str) -> None:
+    """Write how far a job is."""
+    values = {"progress_done": done, "progress_total": total, "progress_unit": unit}
+    await session.execute(update(Job).where(Job.id == job_id).values(values))

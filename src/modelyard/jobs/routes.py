@@ -1,0 +1,175 @@
+"""REST for jobs: list, status, interrupt, events and log."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Annotated
+from uuid import UUID
+
+from fastapi import Depends, Header, Query, Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+
+from modelyard.db import Sessions as DatabaseSessions
+from modelyard.http import Sessions, documented, router
+from modelyard.jobs import actions
+from modelyard.jobs.runner import JobRunner
+from modelyard.jobs.schemas import EventOut, JobOut
+from modelyard.jobs.tables import ACTIVE, JobStatus
+
+api = router("/api/v1/jobs", "Jobs")
+
+KEEP_ALIVE_S = 10.0
+BATCH = 500
+LOG_BLOCK = 64 * 1024
+#: The most of a log that one answer carries.
+LOG_LIMIT = 8 * 1024 * 1024
+
+
+def _runner(request: Request) -> JobRunner:
+    found: JobRunner = request.app.state.runner
+    return found
+
+
+Runner = Annotated[JobRunner, Depends(_runner)]
+
+
+@api.get("/", summary="List jobs, newest first", responses=documented(404, 422))
+async def list_jobs(
+    sessions: Sessions,
+    limit: Annotated[int, Query(ge=1, le=1000, description="The most jobs to return.")] = 100,
+    before: Annotated[UUID | None, Query(description="Only jobs created before this one: the next page.")] = None,
+    kind: Annotated[str | None, Query(description="Only this kind, such as DOWNLOAD or DEPLOY.")] = None,
+    status: Annotated[JobStatus | None, Query(description="Only jobs in this status.")] = None,
+) -> list[JobOut]:
+    """Return a page of jobs. Pass the last one's id as `before` for the next page."""
+    async with sessions.read() as session:
+        jobs = await actions.newest(session, limit=limit, before=before, kind=kind, status=status)
+    return [JobOut.of(job) for job in jobs]
+
+
+@api.get("/{job_id}/status/", summary="Get a job's status", responses=documented(404, 422))
+async def get_job_status(job_id: UUID, sessions: Sessions) -> JobOut:
+    """Return a job as it is now."""
+    async with sessions.read() as session:
+        return JobOut.of(await actions.get(session, job_id))
+
+
+@api.post("/{job_id}/interrupt/", summary="Interrupt a job", responses=documented(404, 409, 422))
+async def interrupt_job(job_id: UUID, sessions: Sessions, runner: Runner) -> JobOut:
+    """Ask a job to stop. Safe to repeat; one that has ended answers 409 `job_finished`.
+
+    The answer may still say RUNNING: the job becomes KILLED when nothing of it runs any more.
+    """
+    async with sessions.begin() as session:
+        job = await actions.interrupt(session, job_id)
+    runner.wake()
+    return JobOut.of(job)
+
+
+@api.get(
+    "/{job_id}/events/",
+    summary="Follow a job's events",
+    response_model=list[EventOut],
+    responses={
+        200: {
+            "description": "Server-sent events, or with `follow=false` a JSON list.",
+            "content": {
+                "text/event-stream": {
+                    "schema": {"type": "string"},
+                    "example": 'id: 17\nevent: info\ndata: {"number": 17, "message": "Running: its turn."}\n\n',
+                }
+            },
+        },
+        **documented(404, 422),
+    },
+)
+async def get_job_events(
+    job_id: UUID,
+    sessions: Sessions,
+    runner: Runner,
+    follow: Annotated[bool, Query(description="false: what there is so far, as JSON.")] = True,
+    last_event_id: Annotated[int, Header(ge=0, description="Only events after this number.")] = 0,
+) -> Response:
+    """Stream everything so far, then what comes, until the job has ended.
+
+    Each event's `event` is its level; `progress` events carry no id and are not kept, and the last one is `end`,
+    with the job as its data. A stream that broke goes on after `Last-Event-ID`.
+    """
+    async with sessions.read() as session:
+        await actions.get(session, job_id)
+        if not follow:
+            events = await actions.events_after(session, job_id, last_event_id, limit=100_000)
+            body = b"[" + b",".join(EventOut.of(event).model_dump_json().encode() for event in events) + b"]"
+            return Response(body, media_type="application/json")
+    stream = _stream(sessions, runner, job_id, last_event_id)
+    return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+
+async def _stream(sessions: DatabaseSessions, runner: JobRunner, job_id: UUID, after: int) -> AsyncIterator[str]:
+    news = runner.news.follow(job_id)
+    shown_progress = None
+    try:
+        while True:
+            news.clear()
+            async with sessions.read() as session:
+                # The job is read before its events: once it has ended, all its events are there.
+                job = JobOut.of(await actions.get(session, job_id))
+                events = await actions.events_after(session, job_id, after, limit=BATCH)
+            for event in events:
+                after = event.number
+                yield f"id: {after}\nevent: {event.level}\ndata: {EventOut.of(event).model_dump_json()}\n\n"
+            if job.progress is not None and job.progress != shown_progress:
+                shown_progress = job.progress
+                yield f"event: progress\ndata: {job.progress.model_dump_json()}\n\n"
+            if len(events) == BATCH:
+                continue
+            if job.status not in ACTIVE:
+                yield f"event: end\ndata: {job.model_dump_json()}\n\n"
+                return
+            try:
+                await asyncio.wait_for(news.wait(), KEEP_ALIVE_S)
+            except TimeoutError:
+                yield ": still there\n\n"
+    finally:
+        runner.news.leave(job_id, news)
+
+
+@api.get(
+    "/{job_id}/log/",
+    summary="Read a job's log",
+    response_class=PlainTextResponse,
+    responses={
+        200: {"content": {"text/plain": {"example": "INFO 11-20 21:00:03 Starting vLLM\n"}}},
+        **documented(404, 422),
+    },
+)
+async def get_job_log(
+    job_id: UUID,
+    sessions: Sessions,
+    runner: Runner,
+    tail: Annotated[int | None, Query(ge=1, description="Only the last lines, so many of them.")] = None,
+) -> PlainTextResponse:
+    """Return what the job's child wrote, at most the last 8 MiB of it. It stays readable after the job has ended."""
+    async with sessions.read() as session:
+        await actions.get(session, job_id)
+    text = await asyncio.to_thread(read_tail, runner.log_of(job_id), tail)
+    return PlainTextResponse(text, headers={"X-Content-Type-Options": "nosniff"})
+
+
+def read_tail(path: Path, lines: int | None, limit: int = LOG_LIMIT) -> str:
+    """Return the last lines of a file, at most `limit` bytes; an absent file is empty. Blocks on the disk."""
+    try:
+        with path.open("rb") as file:
+            start = end = file.seek(0, os.SEEK_END)
+            data = b""
+            while start > 0 and end - start < limit and (lines is None or data.count(b"\n") <= lines):
+                start = max(start - LOG_BLOCK, 0, end - limit)
+                file.seek(start)
+                data = file.read(end - start)
+    except FileNotFoundError:
+        return ""
+    text = data.decode("utf-8", "replace")
+    return text if lines is None else "".join(text.splitlines(keepends=True)[-lines:])

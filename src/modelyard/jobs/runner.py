@@ -1,0 +1,235 @@
+"""The runner: starts what is due, follows wishes to interrupt, and writes every job's status.
+
+One runner per database (the server's lock sees to it). Each job in progress is one guarded task that awaits the
+function of its kind. The contract of such a function:
+
+- it returns: the job is FINISHED; it raises `JobFailure`: FAILED, with that cause;
+- when `context.interrupted` is set it ends its child and raises `JobInterrupted`: KILLED;
+- it is cancelled: the server stops in good order. It ends its child and lets the cancellation through; the job stays
+  RUNNING, and the function is called again at the next start, as it is after a crash of the server;
+- it may be called again at any point of its work, with the same spec and the same folder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import select
+from sqlalchemy.exc import SQLAlchemyError
+
+from modelyard import tasks
+from modelyard.db import Sessions, utcnow
+from modelyard.errors import IllegalMove, JobFailure
+from modelyard.jobs import actions
+from modelyard.jobs.tables import ACTIVE, MOVES, Job, JobStatus
+from modelyard.states import move
+
+log = logging.getLogger(__name__)
+
+# A wake-up that got lost must not stop the yard: the runner also looks by itself this often.
+LOOK_AGAIN_S = 2.0
+PROGRESS_EVERY_S = 0.5
+UNLIMITED = 1_000_000
+
+
+class JobInterrupted(Exception):
+    """A job's function has done what an interrupt asks for: nothing of the job runs any more."""
+
+
+class JobContext:
+    """What a job's function gets: what is wanted, a folder of its own, and ways to tell how it goes."""
+
+    def __init__(self, job: Job, folder: Path, sessions: Sessions, news: News) -> None:
+        self.id: UUID = job.id
+        self.kind: str = job.kind
+        self.name: str = job.name
+        self.spec: dict[str, Any] = job.spec
+        self.folder = folder
+        self.log = folder / "log.txt"
+        self.interrupted = asyncio.Event()
+        self._sessions = sessions
+        self._news = news
+        self._progress_at = 0.0
+
+    async def event(self, message: str, *, level: str = "info", data: dict[str, Any] | None = None) -> None:
+        """Append to the job's event list, and tell those who follow it."""
+        async with self._sessions.begin() as session:
+            await actions.append_event(session, self.id, message, level=level, data=data)
+        self._news.tell(self.id)
+
+    async def progress(self, done: int, total: int, unit: str) -> None:
+        """Write how far the job is; calls that come too soon after another are dropped, the last one is not."""
+        now = asyncio.get_running_loop().time()
+        if done < total and now - self._progress_at < PROGRESS_EVERY_S:
+            return
+        self._progress_at = now
+        async with self._sessions.begin() as session:
+            await actions.set_progress(session, self.id, done, total, unit)
+        self._news.tell(self.id)
+
+
+JobFunction = Callable[[JobContext], Awaitable[None]]
+
+
+class News:
+    """Wakes those who follow a job. Holds no facts: they are in the database, and a follower reads them there."""
+
+    def __init__(self) -> None:
+        self._followers: dict[UUID, set[asyncio.Event]] = {}
+
+    def tell(self, job_id: UUID) -> None:
+        """Wake every follower of the job."""
+        for follower in self._followers.get(job_id, ()):
+            follower.set()
+
+    def follow(self, job_id: UUID) -> asyncio.Event:
+        """Return an event that is set at each piece of news; give it back with `leave`."""
+        follower = asyncio.Event()
+        self._followers.setdefault(job_id, set()).add(follower)
+        return follower
+
+    def leave(self, job_id: UUID, follower: asyncio.Event) -> None:
+        """Stop following."""
+        followers = self._followers.get(job_id, set())
+        followers.discard(follower)
+        if not followers:
+            self._followers.pop(job_id, None)
+
+
+class JobRunner:
+    """Runs jobs. `functions` maps a kind to what it does, `limits` to how many of it run at the same time."""
+
+    def __init__(
+        self, sessions: Sessions, functions: Mapping[str, JobFunction], limits: Mapping[str, int], jobs_dir: Path
+    ) -> None:
+        self.news = News()
+        self._sessions = sessions
+        self._functions = functions
+        self._limits = limits
+        self._jobs_dir = jobs_dir
+        self._wake = asyncio.Event()
+        self._running: dict[UUID, tuple[JobContext, asyncio.Task[None]]] = {}
+
+    def wake(self) -> None:
+        """Look at the table now. Call it after the commit that made a wish."""
+        self._wake.set()
+
+    def log_of(self, job_id: UUID) -> Path:
+        """Return where the job's children write their log; the file may not be there."""
+        return self._jobs_dir / str(job_id) / "log.txt"
+
+    def running(self, kind: str) -> int:
+        """Return how many jobs of a kind run."""
+        return sum(context.kind == kind for context, _ in self._running.values())
+
+    async def run(self) -> None:
+        """Run jobs until cancelled; on cancellation every function is cancelled and waited for."""
+        try:
+            await self._resume()
+            while True:
+                self._wake.clear()
+                await self._look()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), LOOK_AGAIN_S)
+        finally:
+            await tasks.end(*(task for _, task in self._running.values()))
+
+    async def _resume(self) -> None:
+        """Call the functions of the jobs that an earlier server left RUNNING.
+
+        Only here: later on a RUNNING row without a task is one that is just ending.
+        """
+        async with self._sessions.read() as session:
+            running = (
+                await session.scalars(select(Job).where(Job.status == JobStatus.RUNNING).order_by(Job.number))
+            ).all()
+        for job in running:
+            self._start(job)
+
+    async def _look(self) -> None:
+        async with self._sessions.read() as session:
+            active = (await session.scalars(select(Job).where(Job.status.in_(ACTIVE)).order_by(Job.number))).all()
+        for job in active:
+            entry = self._running.get(job.id)
+            if entry is not None:
+                if job.interrupt_requested:
+                    entry[0].interrupted.set()
+            elif job.status != JobStatus.CREATED:
+                continue
+            elif job.interrupt_requested:
+                await self._move(job.id, JobStatus.KILLED, "interrupted before it started")
+            elif self.running(job.kind) < self._limits.get(job.kind, UNLIMITED) and await self._move(
+                job.id, JobStatus.RUNNING, "its turn", started_at=utcnow()
+            ):
+                self._start(job)
+
+    def _start(self, job: Job) -> None:
+        folder = self._jobs_dir / str(job.id)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        context = JobContext(job, folder, self._sessions, self.news)
+        if job.interrupt_requested:
+            context.interrupted.set()
+        self._running[job.id] = (context, tasks.spawn(f"job {job.name}", self._perform(context)))
+
+    async def _perform(self, context: JobContext) -> None:
+        failure: JobFailure | None = None
+        to, reason = JobStatus.FINISHED, "done"
+        try:
+            await self._functions[context.kind](context)
+        except JobInterrupted:
+            to, reason = JobStatus.KILLED, "interrupted"
+        except JobFailure as error:
+            to, reason, failure = JobStatus.FAILED, error.code, error
+        except Exception:  # the edge of a supervised task: whatever a job does, the runner goes on
+            log.exception("job %s (%s) failed inside the server", context.name, context.id)
+            to, reason = JobStatus.FAILED, "internal_error"
+            failure = JobFailure(
+                "internal_error",
+                "Something failed inside the server itself; its log has the cause.",
+                f"Look for job {context.id} in the server's log, and report it as a bug.",
+            )
+        await self._settle(context, to, reason, failure)
+        self._running.pop(context.id, None)
+        self.wake()
+
+    async def _settle(self, context: JobContext, to: JobStatus, reason: str, failure: JobFailure | None) -> None:
+        """Write how a job ended, as often as it takes: a database that is away must not leave it RUNNING."""
+        while True:
+            try:
+                await self._move(context.id, to, reason, failure=failure, finished_at=utcnow())
+            except SQLAlchemyError:
+                log.exception("the end of job %s (%s) could not be written; trying again", context.name, to)
+                await asyncio.sleep(LOOK_AGAIN_S)
+            else:
+                return
+
+    async def _move(
+        self, job_id: UUID, to: JobStatus, reason: str, *, failure: JobFailure | None = None, **values: object
+    ) -> bool:
+        """Write a status, with its event; return False if the job has moved already."""
+        if to in (JobStatus.KILLED, JobStatus.FINISHED, JobStatus.FAILED):
+            values.setdefault("finished_at", utcnow())
+        message, level, data = f"{to.title()}: {reason}.", "info", {"status": str(to)}
+        if failure is not None:
+            values |= {
+                "failure_code": failure.code,
+                "failure_message": failure.message,
+                "failure_hint": failure.hint,
+            }
+            message, level = f"Failed: {failure.message} {failure.hint}".strip(), "error"
+            data |= {"code": failure.code}
+        try:
+            async with self._sessions.begin() as session:
+                await move(session, Job, job_id, "status", MOVES, to, reason, **values)
+                await actions.append_event(session, job_id, message, level=level, data=data)
+        except IllegalMove:
+            log.warning("job %s could not become %s: it has moved already", job_id, to)
+            return False
+        self.news.tell(job_id)
+        return True
