@@ -1,0 +1,542 @@
+"""An engine that generates nothing: a real process with the HTTP surface of vLLM 0.32 on a Unix socket.
+
+Started through `engine_python` with vLLM's own arguments; it heeds --model, --served-model-name A B, --uds, --runner,
+--max-model-len, --enable-lora and --max-lora-rank, and ignores the rest. Answers take max_tokens tokens (16 by
+default) of " tok0 tok1 ...", as Server-Sent Events where the request says `stream`.
+
+A file `misbehave.json` in the model's folder makes it misbehave. All keys are optional:
+  starts            list of start numbers (1 is the first) at which the rest holds; absent: at every start
+  record_dir        folder for what it records; absent: the environment's ENGINE_RECORD_DIR, else the socket's folder
+  die_at_start      {"stderr": text, "exit_code": 1, "signal": 4, "after_s": 0}: it never binds
+  start_delay_s     seconds before it binds its socket
+  never             "bind" | "healthy" (/health answers 503) | "complete" (answers /health, generation hangs)
+  die_after_s       seconds after binding
+  die_on_request    number of the generation request (1 is the first) that ends it before a byte is answered
+  die_mid_stream    tokens of an answer after which it dies
+  exit_code, signal how it dies in service: exit code (default 1) or a signal's number
+  fail              {"status": 500, "message": text, "from_request": 1}: the engine's own error to every generation
+  first_token_ms, chunk_ms   pauses before the first token and between tokens
+  ignore_sigterm    true: SIGTERM does nothing
+  grandchild        true: it starts a process in its group that ignores SIGTERM, SIGINT and SIGHUP
+  allocate_mib      memory that it takes and touches
+
+Numbers of generation requests count the readiness probe too. It appends JSON lines to `engine-record.jsonl` (read them
+with `read_record`): start {number, pid, argv, env, grandchild}, request {number, path, headers, body},
+finished {number, status, tokens}, cancelled {number, tokens}, lora {action, name}, stop {signal}.
+Nothing here is imported by the server; only the standard library is used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+RECORD = "engine-record.jsonl"
+GENERATION = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages"})
+POOLING = frozenset({"/v1/embeddings"})
+REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed", 500: "Internal Server Error",
+           503: "Service Unavailable"}  # fmt: skip
+GRANDCHILD = (
+    "import signal,time\n"
+    "for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP): signal.signal(number, signal.SIG_IGN)\n"
+    "print('deaf', flush=True)\n"
+    "time.sleep(3600)"
+)
+
+Json = dict[str, Any]
+
+
+def read_record(folder: Path, kind: str | None = None) -> list[Json]:
+    """Return what an engine recorded in `folder` so far, of one kind of event or of all; nothing yet is no error."""
+    try:
+        lines = (folder / RECORD).read_text("utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    events: list[Json] = [json.loads(line) for line in lines]
+    return [event for event in events if kind is None or event["event"] == kind]
+
+
+class Refused(Exception):
+    """An error that vLLM would answer itself."""
+
+    def __init__(self, status: int, message: str, kind: str = "BadRequestError", param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": status}}
+
+
+class Engine:
+    """The process-wide state: who it is, what is loaded, how it misbehaves, what it has seen."""
+
+    def __init__(self, argv: list[str]) -> None:
+        options = _options(argv)
+        self.model = options["--model"][0]
+        self.names = options.get("--served-model-name") or [self.model]
+        self.socket = options["--uds"][0]
+        self.is_pooling = options.get("--runner") == ["pooling"]
+        self.max_model_len = int((options.get("--max-model-len") or ["2048"])[0])
+        self.has_lora = "--enable-lora" in options and bool(os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"))
+        self.max_lora_rank = int((options.get("--max-lora-rank") or ["16"])[0])
+        self.loras: dict[str, str] = {}
+        self.requests = 0
+        self.generations = 0
+        self.tokens = 0
+        plan: Json = {}
+        file = Path(self.model, "misbehave.json")
+        if file.is_file():
+            plan = json.loads(file.read_text("utf-8"))
+        folder = plan.get("record_dir") or os.environ.get("ENGINE_RECORD_DIR") or str(Path(self.socket).parent)
+        self.folder = Path(folder)
+        self.number = len(read_record(self.folder, "start")) + 1
+        self.plan: Json = plan if self.number in plan.get("starts", [self.number]) else {}
+
+    def record(self, event: str, **data: object) -> None:
+        # One O_APPEND write per line: a reader never sees half of one, and a kill loses nothing.
+        line = json.dumps({"event": event, "at": time.time(), **data}) + "\n"
+        descriptor = os.open(self.folder / RECORD, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            os.write(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
+
+    def die(self) -> None:
+        if number := self.plan.get("signal"):
+            os.kill(os.getpid(), number)
+        os._exit(int(self.plan.get("exit_code", 1)))
+
+
+def say(text: str) -> None:
+    """Write a line where vLLM logs."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def _options(argv: list[str]) -> dict[str, list[str]]:
+    """Read `--name value value` and `--name=value`; a bare flag has an empty list."""
+    options: dict[str, list[str]] = {}
+    name = ""
+    for word in argv:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            options[name] = [value] if equals else []
+        else:
+            options.setdefault(name, []).append(word)
+    return options
+
+
+class Connection(asyncio.Protocol):
+    """One HTTP/1.1 connection, kept alive; a request at a time, cancelled when the peer goes away."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.buffer = b""
+        self.task: asyncio.Task[None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.task is not None:
+            self.task.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        self.buffer += data
+        if self.task is None:
+            self._next()
+
+    def _next(self) -> None:
+        self.task = None
+        head, separator, rest = self.buffer.partition(b"\r\n\r\n")
+        if not separator:
+            return
+        first, *lines = head.decode("latin-1").split("\r\n")
+        method, target, _version = first.split(" ")
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        length = int(headers.get("content-length", 0))
+        if headers.get("transfer-encoding"):
+            raise RuntimeError("a body of unknown length is more than this engine reads")
+        if len(rest) < length:
+            return
+        body, self.buffer = rest[:length], rest[length:]
+        work = answer(self, self.engine, method, target.partition("?")[0], headers, body)
+        self.task = asyncio.get_running_loop().create_task(work)
+        self.task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and not self.transport.is_closing():
+            task.result()
+            self._next()
+
+    def reply(self, status: int, body: bytes, kind: str = "application/json") -> None:
+        head = f"HTTP/1.1 {status} {REASONS[status]}\r\nserver: uvicorn\r\ncontent-type: {kind}\r\n"
+        self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+
+    def start_stream(self) -> None:
+        self.transport.write(
+            b"HTTP/1.1 200 OK\r\nserver: uvicorn\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
+            b"transfer-encoding: chunked\r\n\r\n"
+        )
+
+    def chunk(self, data: bytes) -> None:
+        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+
+async def answer(
+    link: Connection, engine: Engine, method: str, path: str, headers: dict[str, str], body: bytes
+) -> None:
+    """Answer one request as vLLM would, or misbehave as planned."""
+    if method == "GET":
+        status, text, kind = _get(engine, path)
+        return link.reply(status, text, kind)
+    engine.requests += 1
+    number = engine.requests
+    engine.record("request", number=number, path=path, headers=headers, body=body.decode("utf-8", "replace"))
+    sent = [0]
+    try:
+        status = await _post(link, engine, path, headers, body, sent)
+    except Refused as error:
+        status = error.status
+        link.reply(status, json.dumps(error.body).encode())
+    except asyncio.CancelledError:
+        engine.record("cancelled", number=number, tokens=sent[0])
+        raise
+    engine.record("finished", number=number, status=status, tokens=sent[0])
+
+
+def _get(engine: Engine, path: str) -> tuple[int, bytes, str]:
+    kind = "application/json"
+    if path == "/health":
+        return (503 if engine.plan.get("never") == "healthy" else 200), b"", kind
+    if path == "/version":
+        return 200, b'{"version":"0.32.0"}', kind
+    if path == "/v1/models":
+        cards: list[tuple[str, str, str | None]] = [(name, engine.model, None) for name in engine.names]
+        cards += [(name, root, engine.names[0]) for name, root in engine.loras.items()]
+        data = [
+            {"id": name, "object": "model", "created": int(time.time()), "owned_by": "vllm", "root": root,
+             "parent": parent, "max_model_len": None if parent else engine.max_model_len, "permission": []}
+            for name, root, parent in cards
+        ]  # fmt: skip
+        return 200, json.dumps({"object": "list", "data": data}).encode(), kind
+    if path == "/metrics":
+        label = f'{{engine="0",model_name="{engine.names[0]}"}}'
+        text = (
+            "# HELP vllm:num_requests_running Number of requests in model execution batches.\n"
+            "# TYPE vllm:num_requests_running gauge\n"
+            f"vllm:num_requests_running{label} 0.0\n"
+            "# HELP vllm:generation_tokens_total Number of generation tokens processed.\n"
+            "# TYPE vllm:generation_tokens_total counter\n"
+            f"vllm:generation_tokens_total{label} {float(engine.tokens)}\n"
+            "# HELP vllm:request_success_total Count of successfully processed requests.\n"
+            "# TYPE vllm:request_success_total counter\n"
+            f"vllm:request_success_total{label} {float(engine.generations)}\n"
+        )
+        return 200, text.encode(), "text/plain; version=1.0.0; charset=utf-8"
+    return 404, b'{"detail":"Not Found"}', kind
+
+
+async def _post(
+    link: Connection, engine: Engine, path: str, headers: dict[str, str], body: bytes, sent: list[int]
+) -> int:
+    handler = POSTS.get(path)
+    served = path not in GENERATION or (path in POOLING) == engine.is_pooling
+    if handler is None or not served or ("lora" in path and not engine.has_lora):
+        link.reply(404, b'{"detail":"Not Found"}')
+        return 404
+    if headers.get("content-type", "").partition(";")[0] != "application/json":
+        raise Refused(400, "Unsupported Media Type: Only 'application/json' is allowed")
+    try:
+        request = json.loads(body)
+    except ValueError as error:
+        raise Refused(400, f"JSON decode error: {error}") from None
+    name = request.get("model")
+    if path in GENERATION:
+        if name and name not in engine.names and name not in engine.loras:
+            raise Refused(404, f"The model `{name}` does not exist.", "NotFoundError", "model")
+        await _misbehave(engine)
+        # As vLLM does: the answer names the first served name, or the adapter, never the alias that was asked for.
+        request["model"] = name if name in engine.loras else engine.names[0]
+    return await handler(link, engine, request, sent)
+
+
+async def _misbehave(engine: Engine) -> None:
+    engine.generations += 1
+    if engine.plan.get("never") == "complete":
+        await asyncio.Event().wait()
+    if engine.generations == engine.plan.get("die_on_request"):
+        engine.die()
+    fail = engine.plan.get("fail")
+    if fail and engine.generations >= fail.get("from_request", 1):
+        raise Refused(fail.get("status", 500), fail.get("message", "planned failure"), "InternalServerError")
+
+
+async def _generate(engine: Engine, limit: int, sent: list[int], emit: Callable[[str], None] | None) -> str:
+    """Make `limit` tokens, one by one; `emit` is called with each as it comes."""
+    words = []
+    for number in range(limit):
+        pause = engine.plan.get("first_token_ms" if number == 0 else "chunk_ms", 0)
+        await asyncio.sleep(pause / 1000)
+        if number == engine.plan.get("die_mid_stream"):
+            engine.die()
+        words.append(f" tok{number}")
+        sent[0] += 1
+        engine.tokens += 1
+        if emit is not None:
+            emit(words[-1])
+    return "".join(words)
+
+
+def _limit(engine: Engine, request: Json, *fields: str) -> tuple[int, str]:
+    asked = next((request[field] for field in fields if request.get(field) is not None), None)
+    if asked is None:
+        return 16, "stop"
+    if not isinstance(asked, int) or asked < 1:
+        raise Refused(400, f"{fields[0]} must be at least 1, got {asked}.", param=fields[0])
+    if asked > engine.max_model_len:
+        raise Refused(400, f"This model's maximum context length is {engine.max_model_len} tokens.", param=fields[0])
+    return asked, "length"
+
+
+def _usage(prompt: object, tokens: int) -> Json:
+    before = max(1, len(json.dumps(prompt).split()))
+    return {"prompt_tokens": before, "total_tokens": before + tokens, "completion_tokens": tokens}
+
+
+def _sse(data: Json, event: str | None = None) -> bytes:
+    prefix = f"event: {event}\n" if event else ""
+    return f"{prefix}data: {json.dumps(data, separators=(',', ':'))}\n\n".encode()
+
+
+async def _completions(link: Connection, engine: Engine, request: Json, sent: list[int], *, chat: bool) -> int:
+    prompt = request.get("messages" if chat else "prompt")
+    if not prompt:
+        raise Refused(400, f"{'messages' if chat else 'prompt'}: Field required")
+    limit, reason = _limit(engine, request, "max_completion_tokens", "max_tokens")
+    kind = "chat.completion" if chat else "text_completion"
+    base = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{engine.generations}", "object": kind,
+            "created": int(time.time()), "model": request["model"]}  # fmt: skip
+    if not request.get("stream"):
+        text = await _generate(engine, limit, sent, None)
+        choice: Json = {"index": 0, "logprobs": None, "finish_reason": reason, "stop_reason": None}
+        choice |= {"message": {"role": "assistant", "content": text, "tool_calls": []}} if chat else {"text": text}
+        link.reply(200, json.dumps({**base, "choices": [choice], "usage": _usage(prompt, limit)}).encode())
+        return 200
+    base["object"] = "chat.completion.chunk" if chat else kind
+    link.start_stream()
+
+    def emit(word: str, finish: str | None = None) -> None:
+        part: Json = {"delta": {"content": word}} if chat else {"text": word}
+        link.chunk(_sse({**base, "choices": [{"index": 0, **part, "logprobs": None, "finish_reason": finish}]}))
+
+    if chat:
+        first = {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        link.chunk(_sse({**base, "choices": [first]}))
+    await _generate(engine, limit, sent, emit)
+    emit("", reason)
+    if (request.get("stream_options") or {}).get("include_usage"):
+        link.chunk(_sse({**base, "choices": [], "usage": _usage(prompt, limit)}))
+    link.chunk(b"data: [DONE]\n\n")
+    link.transport.write(b"0\r\n\r\n")
+    return 200
+
+
+async def _chat(link: Connection, engine: Engine, request: Json, sent: list[int]) -> int:
+    return await _completions(link, engine, request, sent, chat=True)
+
+
+async def _text(link: Connection, engine: Engine, request: Json, sent: list[int]) -> int:
+    return await _completions(link, engine, request, sent, chat=False)
+
+
+async def _embeddings(link: Connection, engine: Engine, request: Json, sent: list[int]) -> int:
+    given = request.get("input")
+    if not given:
+        raise Refused(400, "input: Field required")
+    texts = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+    data = [{"index": i, "object": "embedding", "embedding": [1.0, 0.0, float(len(str(text)))]}
+            for i, text in enumerate(texts)]  # fmt: skip
+    body = {"id": f"embd-{engine.generations}", "object": "list", "created": int(time.time()),
+            "model": request["model"], "data": data, "usage": _usage(given, 0)}  # fmt: skip
+    link.reply(200, json.dumps(body).encode())
+    return 200
+
+
+async def _responses(link: Connection, engine: Engine, request: Json, sent: list[int]) -> int:
+    limit, _reason = _limit(engine, request, "max_output_tokens")
+    base = {"id": f"resp_{engine.generations}", "object": "response", "created_at": int(time.time()),
+            "model": request["model"], "parallel_tool_calls": True, "tool_choice": "auto", "tools": []}  # fmt: skip
+    streaming = bool(request.get("stream"))
+    if streaming:
+        link.start_stream()
+        link.chunk(_sse({"type": "response.created", "response": {**base, "output": []}}, "response.created"))
+
+    def emit(word: str) -> None:
+        event = "response.output_text.delta"
+        link.chunk(_sse({"type": event, "item_id": "msg_0", "output_index": 0, "delta": word}, event))
+
+    text = await _generate(engine, limit, sent, emit if streaming else None)
+    content = [{"type": "output_text", "text": text, "annotations": []}]
+    message = {"id": "msg_0", "type": "message", "role": "assistant", "status": "completed", "content": content}
+    usage = {"input_tokens": 1, "output_tokens": limit, "total_tokens": limit + 1}
+    whole = {**base, "status": "completed", "output": [message], "usage": usage}
+    if streaming:
+        link.chunk(_sse({"type": "response.completed", "response": whole}, "response.completed"))
+        link.transport.write(b"0\r\n\r\n")
+    else:
+        link.reply(200, json.dumps(whole).encode())
+    return 200
+
+
+async def _messages(link: Connection, engine: Engine, request: Json, sent: list[int]) -> int:
+    limit, reason = _limit(engine, request, "max_tokens")
+    reason = "max_tokens" if reason == "length" else "end_turn"
+    base = {"id": f"msg_{engine.generations}", "type": "message", "role": "assistant", "model": request["model"]}
+    usage = {"input_tokens": 1, "output_tokens": limit}
+    if not request.get("stream"):
+        text = await _generate(engine, limit, sent, None)
+        body = {**base, "content": [{"type": "text", "text": text}], "stop_reason": reason, "usage": usage}
+        link.reply(200, json.dumps(body).encode())
+        return 200
+    link.start_stream()
+
+    def event(kind: str, **data: object) -> None:
+        link.chunk(_sse({"type": kind, **data}, kind))
+
+    def delta(word: str) -> None:
+        event("content_block_delta", index=0, delta={"type": "text_delta", "text": word})
+
+    event("message_start", message={**base, "content": [], "usage": usage})
+    event("content_block_start", index=0, content_block={"type": "text", "text": ""})
+    await _generate(engine, limit, sent, delta)
+    event("content_block_stop", index=0)
+    event("message_delta", delta={"stop_reason": reason}, usage=usage)
+    event("message_stop")
+    link.transport.write(b"0\r\n\r\n")
+    return 200
+
+
+async def _tokenize(link: Connection, engine: Engine, request: Json, sent: list[int]) -> int:
+    text = request.get("prompt") or json.dumps(request.get("messages"))
+    tokens = list(text.encode())
+    body = {"count": len(tokens), "max_model_len": engine.max_model_len, "tokens": tokens, "token_strs": None}
+    link.reply(200, json.dumps(body).encode())
+    return 200
+
+
+async def _detokenize(link: Connection, engine: Engine, request: Json, sent: list[int]) -> int:
+    link.reply(200, json.dumps({"prompt": bytes(request["tokens"]).decode("utf-8", "replace")}).encode())
+    return 200
+
+
+async def _load_lora(link: Connection, engine: Engine, request: Json, sent: list[int]) -> int:
+    name, path = request.get("lora_name"), request.get("lora_path")
+    if not name or not path:
+        raise Refused(400, "Both 'lora_name' and 'lora_path' must be provided.", "InvalidUserInput")
+    if name in engine.loras or name in engine.names:
+        raise Refused(400, f"The lora adapter '{name}' has already been loaded.", "InvalidUserInput")
+    file = Path(path, "adapter_config.json")
+    if not file.is_file():
+        raise Refused(404, f"Loading lora {name} failed: No adapter found for {path}", "NotFoundError")
+    rank = json.loads(file.read_text("utf-8")).get("r", 0)
+    if rank > engine.max_lora_rank:
+        message = f"LoRA rank {rank} is greater than max_lora_rank {engine.max_lora_rank}."
+        raise Refused(500, message, "InternalServerError")
+    engine.loras[name] = path
+    engine.record("lora", action="load", name=name, path=path)
+    link.reply(200, f"Success: LoRA adapter '{name}' added successfully.".encode(), "text/plain")
+    return 200
+
+
+async def _unload_lora(link: Connection, engine: Engine, request: Json, sent: list[int]) -> int:
+    name = request.get("lora_name", "")
+    if engine.loras.pop(name, None) is None:
+        raise Refused(404, f"The lora adapter '{name}' cannot be found.", "NotFoundError")
+    engine.record("lora", action="unload", name=name)
+    link.reply(200, f"Success: LoRA adapter '{name}' removed successfully.".encode(), "text/plain")
+    return 200
+
+
+Handler = Callable[[Connection, Engine, Json, list[int]], Awaitable[int]]
+POSTS: dict[str, Handler] = {
+    "/v1/chat/completions": _chat,
+    "/v1/completions": _text,
+    "/v1/embeddings": _embeddings,
+    "/v1/responses": _responses,
+    "/v1/messages": _messages,
+    "/tokenize": _tokenize,
+    "/detokenize": _detokenize,
+    "/v1/load_lora_adapter": _load_lora,
+    "/v1/unload_lora_adapter": _unload_lora,
+}
+
+
+async def serve(engine: Engine) -> None:
+    """Bind the socket as late as planned and serve until SIGTERM or SIGINT."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+
+    def stop(number: int) -> None:
+        engine.record("stop", signal=number)
+        if not engine.plan.get("ignore_sigterm"):
+            ended.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop, number)
+    if engine.plan.get("never") == "bind":
+        await ended.wait()
+        return
+    serving = asyncio.create_task(_bind(engine))
+    await ended.wait()
+    serving.cancel()
+
+
+async def _bind(engine: Engine) -> None:
+    await asyncio.sleep(engine.plan.get("start_delay_s", 0))
+    loop = asyncio.get_running_loop()
+    # As vLLM: a socket file that is there already stops the start. asyncio would unlink it.
+    if os.path.exists(engine.socket):
+        say(f"OSError: [Errno 98] Address already in use: {engine.socket}")
+        os._exit(1)
+    await loop.create_unix_server(lambda: Connection(engine), engine.socket, backlog=2048)
+    say("INFO:     Application startup complete.")
+    if seconds := engine.plan.get("die_after_s"):
+        await asyncio.sleep(seconds)
+        engine.die()
+    await asyncio.Event().wait()
+
+
+def main(argv: list[str]) -> int:
+    """Run until told to stop; returns the exit code."""
+    engine = Engine(argv)
+    grandchild = None
+    if engine.plan.get("grandchild"):
+        deaf = subprocess.Popen([sys.executable, "-I", "-S", "-c", GRANDCHILD], stdout=subprocess.PIPE)
+        assert deaf.stdout is not None
+        deaf.stdout.readline()
+        grandchild = deaf.pid
+    engine.record("start", number=engine.number, pid=os.getpid(), argv=argv, env=sorted(os.environ),
+                  grandchild=grandchild)  # fmt: skip
+    say(f"INFO imitation engine, start {engine.number}, model {engine.model}")
+    if death := engine.plan.get("die_at_start"):
+        time.sleep(death.get("after_s", 0))
+        say(death.get("stderr", ""))
+        if number := death.get("signal"):
+            os.kill(os.getpid(), number)
+        return int(death.get("exit_code", 1))
+    ballast = bytearray(b"\1") * (engine.plan.get("allocate_mib", 0) << 20)
+    asyncio.run(serve(engine))
+    del ballast
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
