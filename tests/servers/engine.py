@@ -221,7 +221,7 @@ def _get(engine: Engine, path: str) -> tuple[int, bytes, str]:
     if path == "/v1/models":
         cards: list[tuple[str, str, str | None]] = [(name, engine.model, None) for name in engine.names]
         cards += [(name, root, engine.names[0]) for name, root in engine.loras.items()]
-        data = [
+        data: list[Json] = [
             {"id": name, "object": "model", "created": int(time.time()), "owned_by": "vllm", "root": root,
              "parent": parent, "max_model_len": None if parent else engine.max_model_len, "permission": []}
             for name, root, parent in cards
