@@ -7,10 +7,12 @@
     ├── Forbidden                   403 forbidden
     │   ├── HostNotAllowed          403 host_not_allowed
     │   ├── OriginNotAllowed        403 origin_not_allowed
-    │   └── ContentTypeNotAllowed   403 content_type_not_allowed
+    │   ├── ContentTypeNotAllowed   403 content_type_not_allowed
+    │   └── UploadRefused           403 upload_refused
     ├── NotFound                    404 not_found
     │   ├── ModelNotFound           404 model_not_found
     │   ├── JobNotFound             404 job_not_found
+    │   ├── ObjectNotFound          404 object_not_found
     │   └── NothingDeployed         404 nothing_deployed
     ├── Conflict                    409 conflict
     │   ├── IllegalMove             409 illegal_move
@@ -20,7 +22,8 @@
     ├── Unprocessable               422 invalid_value
     ├── BadGateway                  502 engine_failed
     └── Unavailable                 503 unavailable         (with Retry-After)
-        └── EngineStarting          503 engine_starting
+        ├── EngineStarting          503 engine_starting
+        └── StorageUnavailable      503 storage_unavailable
 
 The application maps the tree to HTTP once (`http.error_response`). A message speaks to the user (what,
 where, what to do), the code to a program (stable), and the log line with its cause to the operator.
@@ -91,6 +94,12 @@ class ContentTypeNotAllowed(Forbidden):
     code = "content_type_not_allowed"
 
 
+class UploadRefused(Forbidden):
+    """A signed upload URL that was changed, has expired or is for something else."""
+
+    code = "upload_refused"
+
+
 class NotFound(ModelyardError):
     status = 404
     code = "not_found"
@@ -101,7 +110,9 @@ class ModelNotFound(NotFound):
 
     code = "model_not_found"
 
-    def __init__(self, model_id: str, *, where: str = "in the store", known: Sequence[str] = (), hint: str = "") -> None:
+    def __init__(
+        self, model_id: str, *, where: str = "in the store", known: Sequence[str] = (), hint: str = ""
+    ) -> None:
         names = ", ".join(known) if known else "nothing"
         message = f"There is no model '{model_id}' {where}; {names} is there."
         super().__init__(f"{message} {hint}".strip(), param="model_id" if where == "in the store" else "model")
@@ -114,11 +125,18 @@ class JobNotFound(NotFound):
         super().__init__(f"There is no job {job_id}. GET /api/v1/jobs/ lists them.", param="job_id")
 
 
+class ObjectNotFound(NotFound):
+    code = "object_not_found"
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"There is no object '{key}' in the storage.")
+
+
 class NothingDeployed(NotFound):
     code = "nothing_deployed"
 
-    def __init__(self) -> None:
-        super().__init__("No model is deployed. POST /api/v1/deploy/ deploys one.")
+    def __init__(self, last_failure: str = "") -> None:
+        super().__init__(f"No model is deployed. POST /api/v1/deploy/ deploys one. {last_failure}".strip())
 
 
 class Conflict(ModelyardError):
@@ -171,6 +189,12 @@ class Unavailable(ModelyardError):
 
 class EngineStarting(Unavailable):
     code = "engine_starting"
+
+
+class StorageUnavailable(Unavailable):
+    """The store of objects cannot be reached, refuses us, is misconfigured or full; the message says which."""
+
+    code = "storage_unavailable"
 
 
 class JobFailure(Exception):
