@@ -1,0 +1,181 @@
+"""What the gateway reads of a request: its body up to a limit, and in it the fields that decide where it goes.
+
+It promises that what goes on to an engine is a JSON object in which no field names a file, a template, a tensor or
+an address to fetch. All else is the engine's to judge: values are neither checked nor changed here, and the bytes
+that arrived are the bytes that leave, but for `model` where an alias was asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+import msgspec
+
+from modelyard.errors import BadRequest, ContentTypeNotAllowed, InvalidJson, TooLarge
+
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+
+#: Fields that no engine sees, and why. A null is as good as none.
+REFUSED = {
+    "chat_template": "a template is a program; the model's own is used",
+    "lora_path": "adapters are put into service by deploying them, and then named as the model",
+    "lora_request": "adapters are put into service by deploying them, and then named as the model",
+    "prompt_embeds": "it holds serialized tensors; send the prompt as text or as token ids",
+    "logits_processors": "it names code",
+    "mm_processor_kwargs": "it reaches into how the model's files are loaded",
+    "media_io_kwargs": "it reaches into how media are read",
+    "kv_transfer_params": "it names other machines",
+    "ec_transfer_params": "it names other machines",
+}
+TOO_DEEP = "The body is nested too deeply."
+
+
+class ClientGone(Exception):
+    """The client went away before its request was complete."""
+
+
+class Envelope(msgspec.Struct):
+    """The fields of a request that the gateway looks at; the rest is skipped without being built."""
+
+    model: str | None = None
+    stream: bool | None = None
+    messages: Any = None
+    input: Any = None
+    chat_template_kwargs: Any = None
+    chat_template: Any = None
+    lora_path: Any = None
+    lora_request: Any = None
+    prompt_embeds: Any = None
+    logits_processors: Any = None
+    mm_processor_kwargs: Any = None
+    media_io_kwargs: Any = None
+    kv_transfer_params: Any = None
+    ec_transfer_params: Any = None
+
+
+_decoder = msgspec.json.Decoder(Envelope)
+_fields_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+def check_headers(content_type: str | None, content_length: str | None, limit_bytes: int) -> None:
+    """Refuse by its headers what need not be read.
+
+    Raises:
+        ContentTypeNotAllowed: the body says that it is something else than JSON. A browser sends other types to other
+            sites without asking them first, so they are refused even where their content would do.
+        TooLarge: it announces more than `limit_bytes`.
+    """
+    kind = (content_type or "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ContentTypeNotAllowed(
+            f"The body has the type {kind}; send JSON with the header Content-Type: application/json."
+        )
+    if content_length is not None and content_length.isdecimal() and int(content_length) > limit_bytes:
+        raise _too_large(limit_bytes)
+
+
+async def read_body(receive: Receive, limit_bytes: int) -> bytes:
+    """Read a request's body.
+
+    Raises:
+        TooLarge: as soon as more than `limit_bytes` have come, without waiting for the rest.
+        ClientGone: the client left before its end.
+    """
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            raise ClientGone
+        if part := message.get("body"):
+            size += len(part)
+            if size > limit_bytes:
+                raise _too_large(limit_bytes)
+            parts.append(part)
+        if not message.get("more_body"):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _too_large(limit_bytes: int) -> TooLarge:
+    return TooLarge(
+        f"The body is larger than {limit_bytes >> 20} MiB. MODELYARD_MAX_BODY_MIB sets the limit of this server."
+    )
+
+
+def parse(body: bytes) -> Envelope:
+    """Read the envelope of a body and refuse what no engine should see.
+
+    Raises:
+        InvalidJson: not JSON, or not an object.
+        BadRequest: `model` or `stream` of another type, or a field or a media address that is refused.
+    """
+    try:
+        envelope = _decoder.decode(body)
+        _refuse_fields(envelope)
+        _check_media(envelope.messages, "messages")
+        _check_media(envelope.input, "input")
+    except msgspec.ValidationError as error:
+        reason, _, where = str(error).partition(" - at `$.")
+        if not where:
+            raise InvalidJson(f"The body must be a JSON object. {reason}.") from None
+        param = where.rstrip("`")
+        raise BadRequest(f"'{param}' has the wrong type. {reason}.", param=param) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidJson(f"The body is not valid JSON: {error}.") from None
+    except RecursionError:
+        raise InvalidJson(TOO_DEEP) from None
+    return envelope
+
+
+def with_model(body: bytes, name: str) -> bytes:
+    """Return the body with its top-level `model` set to `name`; every other value keeps its very bytes.
+
+    Of a key that occurs twice the last counts, as for the engine. `body` must have passed `parse`.
+    """
+    fields = _fields_decoder.decode(body)
+    fields["model"] = msgspec.Raw(msgspec.json.encode(name))
+    return msgspec.json.encode(fields)
+
+
+def _refuse_fields(envelope: Envelope) -> None:
+    for field, reason in REFUSED.items():
+        if getattr(envelope, field) is not None:
+            raise BadRequest(f"The field '{field}' is not accepted: {reason}.", param=field)
+    options = envelope.chat_template_kwargs
+    if isinstance(options, dict) and "chat_template" in options:
+        raise BadRequest(
+            f"The field 'chat_template_kwargs.chat_template' is not accepted: {REFUSED['chat_template']}.",
+            param="chat_template_kwargs",
+        )
+
+
+def _check_media(value: Any, where: str) -> None:
+    """Walk through messages and their parts, in OpenAI's and Anthropic's forms. A tool's arguments are left alone."""
+    if isinstance(value, list):
+        for number, item in enumerate(value):
+            if isinstance(item, (dict, list)):
+                _check_media(item, f"{where}[{number}]")
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            if inner is None or (isinstance(inner, str) and key in {"content", "output"}):
+                continue
+            if key in {"content", "output"}:
+                _check_media(inner, f"{where}.{key}")
+            elif key.endswith("_url"):
+                _check_address(inner.get("url") if isinstance(inner, dict) else inner, f"{where}.{key}")
+            elif key == "source" and isinstance(inner, dict):
+                _check_address(inner.get("url"), f"{where}.{key}")
+                _check_media(inner, f"{where}.{key}")
+            elif key.endswith("_embeds"):
+                raise BadRequest(f"'{where}.{key}' is not accepted: it holds serialized tensors.", param=where)
+
+
+def _check_address(address: Any, where: str) -> None:
+    if address is None:
+        return
+    if not isinstance(address, str) or not address[:5].lower() == "data:":
+        raise BadRequest(
+            f"'{where}' must be a data: URL with the content in it. Engines fetch nothing from a network or a disk.",
+            param=where,
+        )

@@ -1,0 +1,58 @@
+"""What the gateway counts, per request and never per chunk: an answer of a thousand tokens costs as much as one of ten.
+
+The registry is the application's; nothing is kept in module state, so that a test may have its own.
+"""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+FIRST_BYTE_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Metrics:
+    """The gateway's series in one registry."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.requests = Counter(
+            "modelyard_gateway_requests",
+            "Requests to engines that have ended, by how. 499: the client went away. 599: the engine broke off.",
+            ["endpoint", "model", "status"],
+            registry=registry,
+        )
+        self.in_flight = Gauge(
+            "modelyard_gateway_requests_in_flight", "Requests to engines that have not ended.", registry=registry
+        )
+        self.first_byte = Histogram(
+            "modelyard_gateway_first_byte_seconds",
+            "Time from a request's arrival to the first byte of its answer's body.",
+            ["endpoint"],
+            buckets=FIRST_BYTE_BUCKETS_S,
+            registry=registry,
+        )
+
+
+class Passage:
+    """The count of one request, from its arrival to its end."""
+
+    def __init__(self, metrics: Metrics, endpoint: str) -> None:
+        self._metrics = metrics
+        self._endpoint = endpoint
+        self._started = perf_counter()
+        self._ended = False
+        self.model = ""
+        metrics.in_flight.inc()
+
+    def first_byte(self) -> None:
+        """Take the time of the first byte."""
+        self._metrics.first_byte.labels(self._endpoint).observe(perf_counter() - self._started)
+
+    def end(self, status: int) -> None:
+        """Count the request as ended; only the first call counts."""
+        if not self._ended:
+            self._ended = True
+            self._metrics.in_flight.dec()
+            # The model is a deployed one or empty: a label that any client could choose would grow without end.
+            self._metrics.requests.labels(self._endpoint, self.model, str(status)).inc()

@@ -1,0 +1,208 @@
+"""REST for models in service: OpenAI's and Anthropic's paths under /v1 and /api/v1, each passed to an engine.
+
+`PASSAGES` is the whole list of what reaches an engine. The application must include `api` before the models room's
+routes, since both answer GET /api/v1/models (see `listing`), and keep a `Gateway` in `app.state.gateway`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from modelyard.gateway import schemas
+from modelyard.gateway.listing import OpenAIListRoute, openai_list, openai_model
+from modelyard.gateway.relay import Endpoint, Gateway
+from modelyard.gateway.schemas import Json, ServedModelOut, ServedModelsOut
+from modelyard.http import documented, router
+
+BASES = ("/v1", "/api/v1")
+PASSED_ERRORS = (400, 404, 413, 502, 503)
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A documented path that is passed to an engine."""
+
+    endpoint: Endpoint
+    summary: str
+    description: str
+    request: Json
+    answer: Json
+
+
+_CHAT = [{"role": "user", "content": "Name three rivers."}]
+_CHOICE = {"index": 0, "message": {"role": "assistant", "content": "Nile, Rhine, Amazon."}, "finish_reason": "stop"}
+_TEXT = {"index": 0, "text": " the Nile.", "logprobs": None, "finish_reason": "stop"}
+
+PASSAGES = (
+    Passed(
+        Endpoint("chat/completions", "/v1/chat/completions", "generate"),
+        "Chat with a model",
+        "Answer a conversation. Every field of OpenAI's interface that vLLM knows may be sent.",
+        schemas.request_schema(
+            ["messages"],
+            {"model": "default", "messages": _CHAT, "max_tokens": 64, "temperature": 0.5, "stream": False},
+            messages=schemas.MESSAGES, max_tokens=schemas.MAX_TOKENS, temperature=schemas.TEMPERATURE,
+            stream=schemas.STREAM,
+        ),
+        schemas.answer_schema(
+            {"id": "chatcmpl-9f2c", "object": "chat.completion", "created": 1763596800, "model": "Qwen/Qwen3-0.6B",
+             "choices": [_CHOICE], "usage": schemas.USAGE},
+            'data: {"id":"chatcmpl-9f2c","object":"chat.completion.chunk","choices":[{"index":0,"delta":'
+            '{"content":"Nile"}}]}\n\ndata: [DONE]\n\n',
+        ),
+    ),
+    Passed(
+        Endpoint("completions", "/v1/completions", "generate"),
+        "Continue a text",
+        "Continue a prompt, which is text or token ids.",
+        schemas.request_schema(
+            ["prompt"],
+            {"model": "default", "prompt": "The longest river is", "max_tokens": 16},
+            prompt={"description": "Text, a list of texts, or token ids."}, max_tokens=schemas.MAX_TOKENS,
+            temperature=schemas.TEMPERATURE, stream=schemas.STREAM,
+        ),
+        schemas.answer_schema(
+            {"id": "cmpl-9f2c", "object": "text_completion", "created": 1763596800, "model": "Qwen/Qwen3-0.6B",
+             "choices": [_TEXT], "usage": schemas.USAGE},
+            'data: {"id":"cmpl-9f2c","object":"text_completion","choices":[{"index":0,"text":" the"}]}\n\n'
+            "data: [DONE]\n\n",
+        ),
+    ),
+    Passed(
+        Endpoint("embeddings", "/v1/embeddings", "embed"),
+        "Embed texts",
+        "Return a vector for each text, from the embedding model in service.",
+        schemas.request_schema(
+            ["input"],
+            {"model": "sentence-transformers/all-MiniLM-L6-v2", "input": ["a river", "a stream"]},
+            input={"description": "A text, a list of texts, or token ids."},
+        ),
+        schemas.answer_schema(
+            {"id": "embd-9f2c", "object": "list", "created": 1763596800,
+             "model": "sentence-transformers/all-MiniLM-L6-v2",
+             "data": [{"index": 0, "object": "embedding", "embedding": [0.12, -0.03]}],
+             "usage": {"prompt_tokens": 4, "total_tokens": 4, "completion_tokens": 0}},
+        ),
+    ),
+    Passed(
+        Endpoint("responses", "/v1/responses", "generate"),
+        "Create a response",
+        "OpenAI's Responses interface. Nothing is stored: send the whole conversation.",
+        schemas.request_schema(
+            ["input"],
+            {"model": "default", "input": "Name three rivers.", "max_output_tokens": 64},
+            input={"description": "A text or a list of items. Media must be data: URLs."},
+            max_output_tokens=schemas.MAX_TOKENS, stream=schemas.STREAM,
+        ),
+        schemas.answer_schema(
+            {"id": "resp_9f2c", "object": "response", "created_at": 1763596800, "status": "completed",
+             "model": "Qwen/Qwen3-0.6B",
+             "output": [{"type": "message", "role": "assistant",
+                         "content": [{"type": "output_text", "text": "Nile, Rhine, Amazon."}]}]},
+            'event: response.output_text.delta\ndata: {"type":"response.output_text.delta","delta":"Nile"}\n\n',
+        ),
+    ),
+    Passed(
+        Endpoint("messages", "/v1/messages", "generate"),
+        "Create a message",
+        "Anthropic's Messages interface.",
+        schemas.request_schema(
+            ["messages", "max_tokens"],
+            {"model": "default", "messages": _CHAT, "max_tokens": 64},
+            messages=schemas.MESSAGES, max_tokens=schemas.MAX_TOKENS, stream=schemas.STREAM,
+        ),
+        schemas.answer_schema(
+            {"id": "msg_9f2c", "type": "message", "role": "assistant", "model": "Qwen/Qwen3-0.6B",
+             "content": [{"type": "text", "text": "Nile, Rhine, Amazon."}], "stop_reason": "end_turn",
+             "usage": {"input_tokens": 12, "output_tokens": 8}},
+            'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,"delta":'
+            '{"type":"text_delta","text":"Nile"}}\n\n',
+        ),
+    ),
+    Passed(
+        Endpoint("tokenize", "/tokenize", "any"),
+        "Turn a text into tokens",
+        "Return the token ids of a prompt or of a conversation, as the model would see them.",
+        schemas.request_schema(
+            [],
+            {"model": "default", "prompt": "The longest river"},
+            prompt={"type": "string"}, messages=schemas.MESSAGES,
+        ),
+        schemas.answer_schema({"count": 3, "max_model_len": 2048, "tokens": [450, 27217, 8580]}),
+    ),
+    Passed(
+        Endpoint("detokenize", "/detokenize", "any"),
+        "Turn tokens into a text",
+        "Return the text of token ids.",
+        schemas.request_schema(
+            ["tokens"],
+            {"model": "default", "tokens": [450, 27217, 8580]},
+            tokens={"type": "array", "items": {"type": "integer"}},
+        ),
+        schemas.answer_schema({"prompt": "The longest river"}),
+    ),
+)  # fmt: skip
+
+api = router(tag="Models in service")
+
+
+def _gateway(request: Request) -> Gateway:
+    found: Gateway = request.app.state.gateway
+    return found
+
+
+def _endpoint(passed: Passed) -> Callable[[Request], Awaitable[Response]]:
+    async def forward(request: Request) -> Response:
+        return await _gateway(request).forward(request, passed.endpoint)
+
+    return forward
+
+
+def _add(api: APIRouter) -> None:
+    for base in BASES:
+        for passed in PASSAGES:
+            answers: dict[int | str, dict[str, Any]] = {200: passed.answer, **documented(*PASSED_ERRORS)}
+            api.add_api_route(
+                f"{base}/{passed.endpoint.name}",
+                _endpoint(passed),
+                methods=["POST"],
+                summary=passed.summary,
+                description=passed.description,
+                name=f"{base[1:]}/{passed.endpoint.name}".replace("/", "_"),
+                openapi_extra={"requestBody": passed.request},
+                responses=answers,
+                response_class=Response,
+                response_model=None,
+            )
+
+
+_add(api)
+
+
+@api.get("/v1/models", summary="List models in service", responses=documented())
+async def list_served_models(request: Request) -> ServedModelsOut:
+    """Return every name that requests may ask for: models, adapters and aliases, as OpenAI's clients read them.
+
+    These clients get the same list at /api/v1/models, where others get the models in the store.
+    """
+    listing = await _gateway(request).routing.listing()
+    return ServedModelsOut.model_validate(openai_list(listing))
+
+
+@api.get("/v1/models/{name:path}", summary="Get a model in service", responses=documented(404))
+async def get_served_model(name: str, request: Request) -> ServedModelOut:
+    """Return one name that requests may ask for."""
+    listing = await _gateway(request).routing.listing()
+    return ServedModelOut.model_validate(openai_model(listing, name.removesuffix("/")))
+
+
+api.routes.append(
+    OpenAIListRoute(
+        "/api/v1/models", list_served_models, methods=["GET"], name="list_served_models_api", include_in_schema=False
+    )
+)
