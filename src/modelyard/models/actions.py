@@ -1,0 +1,142 @@
+"""What may be done with models, as functions on a session that never commit."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from modelyard.db import utcnow
+from modelyard.errors import Conflict, ModelInUse, ModelNotFound, Unprocessable
+from modelyard.jobs import actions as jobs
+from modelyard.jobs.tables import ACTIVE, Job
+from modelyard.models import store
+from modelyard.models.ids import check_model_id, check_revision, is_local
+from modelyard.models.tables import Model, Source
+
+DOWNLOAD = "DOWNLOAD"
+DEFAULT_REVISION = "main"
+#: The revision of everything from the import directory.
+LOCAL_REVISION = "local"
+
+
+async def all_models(session: AsyncSession) -> Sequence[Model]:
+    """Return the models and adapters in the store, by name."""
+    return (await session.scalars(select(Model).order_by(Model.model_id))).all()
+
+
+async def find(session: AsyncSession, model_id: str) -> Model | None:
+    """Return a model or an adapter, if it is in the store."""
+    return (await session.scalars(select(Model).where(Model.model_id == model_id))).first()
+
+
+async def get(session: AsyncSession, model_id: str) -> Model:
+    """Return a model or an adapter.
+
+    Raises:
+        ModelNotFound: it is not in the store; the error names what is.
+    """
+    model = await find(session, model_id)
+    if model is None:
+        known = (await session.scalars(select(Model.model_id).order_by(Model.model_id).limit(20))).all()
+        raise ModelNotFound(model_id[:200], known=known, hint="POST /api/v1/models/add/ downloads a model.")
+    return model
+
+
+async def request_download(session: AsyncSession, model_id: str, revision: str | None = None) -> Job:
+    """Return the job that brings a model into the store: the one that is at it, or a new one.
+
+    Wake the runner after the commit. A new job for a model that is there at that revision ends at once.
+
+    Raises:
+        Unprocessable: no such name or revision can exist.
+        Conflict: another revision of the model is on its way.
+    """
+    check_model_id(model_id)
+    if is_local(model_id):
+        if revision is not None:
+            raise Unprocessable(f"{model_id} comes from a folder and has no revisions.", param="revision")
+        wanted = LOCAL_REVISION
+    else:
+        wanted = check_revision(revision or DEFAULT_REVISION)
+    active = await jobs.find_active(session, kind=DOWNLOAD, subject=model_id)
+    if active is None:
+        spec = {"model_id": model_id, "revision": wanted}
+        return await jobs.create(session, kind=DOWNLOAD, name=f"DOWNLOAD_{model_id}", spec=spec, subject=model_id)
+    running = active.spec["revision"]
+    if running != wanted and revision is not None:
+        raise Conflict(
+            f"{model_id} is being downloaded at revision '{running}' (job {active.id}): wait for it, or interrupt it.",
+            param="revision",
+            code="download_running",
+        )
+    return active
+
+
+async def is_there(session: AsyncSession, model_id: str, revision: str) -> Model | None:
+    """Return the model if it is in the store at that branch, tag or commit. A folder import is always looked at."""
+    model = await find(session, model_id)
+    if model is None or is_local(model_id) or revision not in (model.revision, model.commit):
+        return None
+    return model
+
+
+async def add(session: AsyncSession, model_id: str, revision: str, result: Mapping[str, Any]) -> Model:
+    """Insert the row of a model whose folder is in place, or replace what the row says. Safe to repeat."""
+    model = await find(session, model_id)
+    if model is None:
+        model = Model(model_id=model_id)
+        session.add(model)
+    model.adapter = bool(result["adapter"])
+    model.base_model_id = result["base_model_id"]
+    model.task = str(result["task"])
+    model.revision = revision
+    model.commit = str(result["commit"])
+    model.size_bytes = int(result["size_bytes"])
+    model.path = str(result["path"])
+    model.source = Source.IMPORT if is_local(model_id) else Source.HUB
+    model.added_at = utcnow()
+    await session.flush()
+    return model
+
+
+async def sweep(session: AsyncSession, models_dir: Path) -> list[Path]:
+    """Remove folders that no row stands for, such as a revision that was replaced. Call it before any job runs."""
+    known = (await session.scalars(select(Model.path))).all()
+    unfinished = select(Job.subject).where(Job.kind == DOWNLOAD, Job.status.in_(ACTIVE), Job.subject.is_not(None))
+    busy = [subject for subject in (await session.scalars(unfinished)).all() if subject is not None]
+    return await asyncio.to_thread(store.sweep, models_dir, known, busy)
+
+
+async def delete(session: AsyncSession, model_id: str) -> Model:
+    """Delete a model's row and return what it said; its folder goes after the commit (`store.remove`).
+
+    Raises:
+        ModelNotFound: it is not in the store.
+        ModelInUse: it is deployed (a row of a higher room refers to it), or an adapter has it as its base.
+        Conflict: it is being downloaded.
+    """
+    model = await get(session, model_id)
+    adapters = (await session.scalars(select(Model.model_id).where(Model.base_model_id == model_id).limit(5))).all()
+    if adapters:
+        raise ModelInUse(f"{model_id} is the base of {', '.join(adapters)}: delete that first.", param="model_id")
+    active = await jobs.find_active(session, kind=DOWNLOAD, subject=model_id)
+    if active is not None:
+        raise Conflict(
+            f"{model_id} is being downloaded (job {active.id}): wait for it, or interrupt it, then delete.",
+            param="model_id",
+            code="download_running",
+        )
+    await session.delete(model)
+    try:
+        await session.flush()
+    except IntegrityError:
+        raise ModelInUse(
+            f"{model_id} is deployed: POST /api/v1/deploy/interrupt/ first, then delete it.", param="model_id"
+        ) from None
+    return model

@@ -1,0 +1,334 @@
+"""The download child: `python -m modelyard.models.download_child SPEC.json` brings one model into the store.
+
+It resolves the revision, chooses the files, checks the disk, fetches and scans the configuration (so that a bad
+model is refused before gigabytes of it arrive), fetches and checks the weights, and moves the whole folder into place
+by one rename. It writes progress lines and one result file: `{"commit", "size_bytes", "adapter", "base_model_id",
+"task", "path"}` or `{"failure": {"code", "message", "hint", "transient"}}`. It never touches the database.
+
+Killing it at any moment loses nothing: what has arrived lies in the partial folder, nothing is buffered here, and the
+default action of SIGTERM is the quickest way out. A lock on the partial folder, which the kernel gives back, keeps
+a second child from the same files.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from modelyard.errors import JobFailure
+from modelyard.models import ids, scan, transfer
+from modelyard.models.download_spec import GIB, Spec
+from modelyard.models.selection import ADAPTER_CONFIG, INDEX, Selection, check_index, select
+from modelyard.models.transfer import Progress, Source, SourceFile, TryAgain
+
+log = logging.getLogger("modelyard.download")
+
+CONNECTIONS = 4
+LOCK_WAIT_S = 30.0
+# Nothing of a model that was refused for one of these is worth keeping for another try.
+REFUSALS = frozenset(
+    {"remote_code", "bad_configuration", "bad_weights", "bad_index", "pickle_only", "unsupported_format", "no_weights",
+     "missing_configuration", "unsupported_adapter", "adapter_without_base"}
+)  # fmt: skip
+
+
+def download(spec: Spec, progress: Progress) -> dict[str, Any]:
+    """Bring the model into the store and return the result; at once if that commit is there.
+
+    Raises:
+        JobFailure: with the reason; `TryAgain` if it may pass by itself.
+    """
+    models, partial = Path(spec.models_dir), Path(spec.partial_dir)
+    source = _source(spec, progress)
+    commit, paths = transfer.patiently(lambda: source.resolve(spec.revision))
+    chosen = select(paths)
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        files = list(pool.map(lambda path: transfer.patiently(lambda: source.describe(path)), _all(chosen)))
+    blobs = partial / "files"
+    blobs.mkdir(parents=True, exist_ok=True, mode=0o700)
+    target = models / ids.folder_name(spec.model_id) / commit
+    if _is_whole(target, files):
+        _count_all(progress, files)
+    else:
+        _discard(target, partial)
+        _check_space(spec, files, sum(transfer.present_bytes(file, commit, blobs) for file in files))
+        progress.update(phase="configuration", total=sum(file.size for file in files))
+        fetched = _Fetched(source, commit, blobs, progress)
+        fetched.configuration([file for file in files if file.path in chosen.configuration])
+        _scan_whole(fetched, chosen)
+        progress.update(phase="weights")
+        fetched.weights([file for file in files if file.path in chosen.weights])
+        progress.update(phase="publish")
+        _publish(fetched, partial / "whole", target)
+    return _describe(target, chosen, files, commit, models)
+
+
+class _Fetched:
+    """The files that have arrived, by their path in the repository, each looked at as it arrives."""
+
+    def __init__(self, source: Source, commit: str, blobs: Path, progress: Progress) -> None:
+        self.blobs: dict[str, Path] = {}
+        self._source = source
+        self._commit = commit
+        self._folder = blobs
+        self._progress = progress
+
+    def configuration(self, files: Iterable[SourceFile]) -> None:
+        """Fetch configuration files and scan each."""
+        for file in files:
+            if file.size > scan.MAX_CONFIG_BYTES:
+                raise JobFailure(
+                    "bad_configuration",
+                    f"{file.path} has {file.size} bytes: too many for a configuration file.",
+                    "Tell the model's authors, or try another revision.",
+                )
+            self._fetch(file)
+            scan.scan_configuration(file.path, self.blobs[file.path].read_bytes())
+
+    def weights(self, files: list[SourceFile]) -> None:
+        """Fetch weights, several at a time, and check each one's header. The first failure ends all."""
+        pool = ThreadPoolExecutor(CONNECTIONS)
+        try:
+            # Not a `with`: after a failure nobody waits for the other downloads; the process ends, they resume later.
+            distinct = _shared_once(files, self._commit)
+            for future in as_completed([pool.submit(self._fetch_weights, file) for file in distinct]):
+                future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        for file in files:
+            self.blobs.setdefault(file.path, self._folder / transfer.blob_name(file, self._commit))
+
+    def json(self, path: str) -> dict[str, Any]:
+        """Return a configuration file that holds an object; empty if there is none."""
+        blob = self.blobs.get(path)
+        return scan.read_json(path, blob.read_bytes()) if blob is not None else {}
+
+    def _fetch_weights(self, file: SourceFile) -> None:
+        self._fetch(file)
+        scan.scan_safetensors(self.blobs[file.path], file.path)
+
+    def _fetch(self, file: SourceFile) -> None:
+        self.blobs[file.path] = transfer.fetch(self._source, file, self._commit, self._folder, self._progress)
+
+
+def _shared_once(files: list[SourceFile], commit: str) -> list[SourceFile]:
+    """Leave out files with the same content as another: two threads must not write one part file."""
+    return list({transfer.blob_name(file, commit): file for file in files}.values())
+
+
+def _source(spec: Spec, progress: Progress) -> Source:
+    if ids.is_local(spec.model_id):
+        if spec.import_dir is None:
+            raise JobFailure(
+                "imports_off",
+                "No import directory is configured.",
+                "Set MODELYARD_IMPORT_DIR to the folder that holds the model's folder, and restart the server.",
+            )
+        from modelyard.models.folder_source import FolderSource
+
+        return FolderSource(Path(spec.import_dir), spec.model_id.removeprefix(ids.LOCAL), progress)
+    # The hub's client takes 0.3 s to import, which an import from a folder need not wait for.
+    from modelyard.models.hub_source import HubSource
+
+    return HubSource(spec.model_id, os.environ.get("HF_TOKEN") or None)
+
+
+def _all(chosen: Selection) -> list[str]:
+    return [*chosen.configuration, *chosen.weights]
+
+
+def _scan_whole(fetched: _Fetched, chosen: Selection) -> None:
+    """Check what takes more than one file to see."""
+    if chosen.adapter:
+        scan.scan_adapter(fetched.json(ADAPTER_CONFIG))
+    if INDEX in chosen.configuration:
+        check_index(fetched.json(INDEX).get("weight_map"), chosen.weights)
+
+
+def _check_space(spec: Spec, files: list[SourceFile], present: int) -> None:
+    needed = sum(file.size for file in files) - present
+    free = shutil.disk_usage(spec.models_dir).free
+    if needed + spec.reserve_bytes > free:
+        raise JobFailure(
+            "disk_full",
+            f"{spec.model_id} needs {_gib(needed)} more and the disk has {_gib(free)} free, of which "
+            f"{_gib(spec.reserve_bytes)} stay in reserve.",
+            "Delete models that are not needed (DELETE /api/v1/models/NAME), or move MODELYARD_DATA_DIR to a larger "
+            "disk.",
+        )
+    if spec.quota_bytes is not None:
+        used = _used_bytes(Path(spec.models_dir)) - present
+        total = needed + present
+        if used + total > spec.quota_bytes:
+            raise JobFailure(
+                "quota_exceeded",
+                f"{spec.model_id} takes {_gib(total)}, and the models in the store already take {_gib(used)} of "
+                f"{_gib(spec.quota_bytes)}.",
+                "Delete models that are not needed (DELETE /api/v1/models/NAME), or raise MODELYARD_STORE_QUOTA_GIB.",
+            )
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB // 100 else f"{size / 1024**2:.2f} MiB"
+
+
+def _used_bytes(folder: Path) -> int:
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(parent, name)).st_size
+            except FileNotFoundError:
+                continue  # another download has just moved it
+    return total
+
+
+def _is_whole(target: Path, files: list[SourceFile]) -> bool:
+    return all((target / file.path).is_file() and (target / file.path).stat().st_size == file.size for file in files)
+
+
+def _count_all(progress: Progress, files: list[SourceFile]) -> None:
+    total = sum(file.size for file in files)
+    progress.update(phase="publish", total=total, done=total)
+
+
+def _discard(target: Path, partial: Path) -> None:
+    """Take a damaged folder out of the store by one rename, then delete it."""
+    if target.exists():
+        trash = partial / f"damaged-{time.time_ns()}"
+        os.rename(target, trash)
+        shutil.rmtree(trash)
+
+
+def _publish(fetched: _Fetched, whole: Path, target: Path) -> None:
+    """Build the model's folder beside and move it into place by one rename, with everything on disk before."""
+    shutil.rmtree(whole, ignore_errors=True)
+    folders = {whole}
+    for path, blob in fetched.blobs.items():
+        place = whole / path
+        place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folders.add(place.parent)
+        os.chmod(blob, 0o600)
+        os.link(blob, place)
+    for folder in folders:
+        _fsync_folder(folder)
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    os.rename(whole, target)
+    _fsync_folder(target.parent)
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _describe(target: Path, chosen: Selection, files: list[SourceFile], commit: str, models: Path) -> dict[str, Any]:
+    def config(name: str) -> dict[str, Any]:
+        path = target / name
+        return scan.read_json(name, path.read_bytes()) if path.is_file() else {}
+
+    base = scan.scan_adapter(config(ADAPTER_CONFIG)) if chosen.adapter else None
+    return {
+        "commit": commit,
+        "size_bytes": sum(file.size for file in files),
+        "adapter": chosen.adapter,
+        "base_model_id": base,
+        "task": "generate" if chosen.adapter else str(scan.task_of(set(_all(chosen)), config("config.json"))),
+        "path": str(target.relative_to(models)),
+    }
+
+
+def take_lock(path: Path) -> int | None:
+    """Wait for the lock of the partial folder and return its descriptor; None if another child keeps it."""
+    deadline = time.monotonic() + LOCK_WAIT_S
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The holder before us may have deleted the folder with this file, and a third one made a new one.
+            if os.fstat(descriptor).st_nlink:
+                return descriptor
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(descriptor)
+                return None
+        os.close(descriptor)
+        time.sleep(0.05)
+
+
+def _result(spec: Spec, progress: Progress) -> dict[str, Any]:
+    partial = Path(spec.partial_dir)
+    if take_lock(partial / "lock") is None:
+        return _failure(TryAgain("busy", f"Another download of {spec.model_id} has not ended yet.", "Try again."))
+    try:
+        result = download(spec, progress)
+    except JobFailure as failure:
+        if failure.code in REFUSALS or not any((partial / "files").glob("*")):
+            shutil.rmtree(partial, ignore_errors=True)
+        return _failure(failure)
+    except OSError as error:
+        log.exception("the disk failed")
+        return _failure(_disk_failure(error, spec))
+    shutil.rmtree(partial, ignore_errors=True)
+    return result
+
+
+def _disk_failure(error: OSError, spec: Spec) -> JobFailure:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(spec.models_dir).free
+        return JobFailure(
+            "disk_full",
+            f"The disk filled up while {spec.model_id} arrived ({_gib(free)} free).",
+            "Make room, then add the model again: it goes on where it stopped.",
+        )
+    where = error.filename or spec.models_dir
+    return JobFailure(
+        "disk_failed", f"{where}: {error.strerror or error}.", "Check the data folder's owner, rights and disk."
+    )
+
+
+def _failure(failure: JobFailure) -> dict[str, Any]:
+    return {
+        "failure": {
+            "code": failure.code,
+            "message": failure.message,
+            "hint": failure.hint,
+            "transient": isinstance(failure, TryAgain),
+        }
+    }
+
+
+def main(argv: list[str]) -> None:
+    """Run, write the result file, and leave at once with 0, or 1 after a failure."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    spec = Spec.read(Path(argv[0]))
+    result = _result(spec, Progress(Path(spec.progress)))
+    beside = f"{spec.result}.new"
+    with open(beside, "w", encoding="utf-8") as file:
+        json.dump(result, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(beside, spec.result)
+    log.info("%s", result)
+    sys.stderr.flush()
+    # Threads that still wait for a server that says nothing must not keep the process.
+    os._exit(1 if "failure" in result else 0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,211 @@
+"""The function of DOWNLOAD jobs: start or adopt the child, tell its progress, restart it while that helps.
+
+A watchdog sees to it that something happens: when neither a byte is added on disk nor a line to the progress file for
+`download_stall_s`, the child is ended and started again without xet. Failures that may pass (network, a hub that
+is down, a child that was killed) are tried again; `download_attempts` in a row without a new byte end the job with the
+last cause. What has arrived stays, so that an interrupt, a failure or a crash costs nothing but time. The row is
+written last, when the folder is whole and in place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from modelyard.db import Sessions
+from modelyard.errors import JobFailure
+from modelyard.jobs.runner import JobContext, JobInterrupted
+from modelyard.models import actions, store
+from modelyard.models.download_spec import GIB, Spec
+from modelyard.processes import Child, Children, Command, child_environment
+from modelyard.settings import Settings
+
+POLL_S = 0.2
+STOP_TIMEOUT_S = 5.0
+MAX_PAUSE_S = 15.0
+#: A connection that says nothing for so long is taken up again by the child itself.
+READ_TIMEOUT_S = 20
+
+_PHASES = {
+    "configuration": "Fetching and checking the configuration.",
+    "weights": "Fetching the weights.",
+    "publish": "Moving the model into the store.",
+}
+
+
+class Downloads:
+    """Runs downloads. `run` is the job function."""
+
+    def __init__(self, sessions: Sessions, children: Children, settings: Settings) -> None:
+        self._sessions = sessions
+        self._children = children
+        self._settings = settings
+
+    async def run(self, job: JobContext) -> None:
+        """Bring the model of the job's spec into the store; done at once if it is there.
+
+        Raises:
+            JobFailure: with the cause and what to do.
+            JobInterrupted: the child is gone; what has arrived stays.
+        """
+        model_id, revision = job.spec["model_id"], job.spec["revision"]
+        _leave_if_interrupted(job)
+        async with self._sessions.read() as session:
+            model = await actions.is_there(session, model_id, revision)
+        if model is not None and (self._settings.models_dir / model.path).is_dir():
+            await job.event(f"{model_id} is in the store already, at commit {model.commit}.")
+            return
+        result = await self._attempts(job)
+        async with self._sessions.begin() as session:
+            await actions.add(session, model_id, revision, result)
+        await asyncio.to_thread(shutil.rmtree, job.folder / "hub", ignore_errors=True)
+        await job.event(f"{model_id} is in the store, at commit {result['commit']}.", data=result)
+
+    async def _attempts(self, job: JobContext) -> dict[str, Any]:
+        """Run children until one brings the model, or nothing helps any more."""
+        partial = store.partial_dir(self._settings.models_dir, job.spec["model_id"])
+        number = len(list(job.folder.glob("attempt-*")))
+        child = await self._children.adopt(job.folder / f"attempt-{number}") if number else None
+        fruitless, best, xet = 0, await asyncio.to_thread(store.bytes_below, partial), True
+        while True:
+            if child is None:
+                number += 1
+                child = await self._start(job, job.folder / f"attempt-{number}", partial, xet=xet)
+            result = await self._follow(job, child, partial)
+            failure = result.get("failure")
+            if failure is None:
+                return result
+            present = await asyncio.to_thread(store.bytes_below, partial)
+            fruitless = 0 if present > best else fruitless + 1
+            best, child = max(present, best), None
+            xet = xet and failure["code"] != "stalled"
+            if not failure["transient"] or fruitless >= self._settings.download_attempts:
+                raise JobFailure(failure["code"], failure["message"], failure["hint"])
+            await job.event(f"{failure['message']} Trying again.", level="warning", data={"code": failure["code"]})
+            pause_s = min(0.25 * 2**fruitless, MAX_PAUSE_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(job.interrupted.wait(), pause_s)
+            _leave_if_interrupted(job)
+
+    async def _start(self, job: JobContext, folder: Path, partial: Path, *, xet: bool) -> Child:
+        settings = self._settings
+        quota = settings.store_quota_gib
+        spec = Spec(
+            model_id=job.spec["model_id"],
+            revision=job.spec["revision"],
+            models_dir=str(settings.models_dir),
+            partial_dir=str(partial),
+            progress=str(folder / "progress.jsonl"),
+            result=str(folder / "result.json"),
+            reserve_bytes=int(settings.disk_reserve_gib * GIB),
+            quota_bytes=int(quota * GIB) if quota is not None else None,
+            import_dir=str(settings.import_dir) if settings.import_dir is not None else None,
+        )
+        spec.write(folder / "download.json")
+        extra = {
+            "HF_ENDPOINT": settings.hf_endpoint,
+            # A home of its own: neither a token nor a cache of the server's user is looked at.
+            "HF_HOME": str(job.folder / "hub"),
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HUB_DOWNLOAD_TIMEOUT": str(max(1, min(READ_TIMEOUT_S, int(settings.download_stall_s)))),
+        }
+        if settings.hf_token is not None:
+            extra["HF_TOKEN"] = settings.hf_token
+        if not xet:
+            extra["HF_HUB_DISABLE_XET"] = "1"
+        argv = (sys.executable, "-P", "-m", "modelyard.models.download_child", str(folder / "download.json"))
+        command = Command(argv, child_environment(extra, hub=True))
+        return await self._children.start(folder, command, log=job.log, stop_timeout_s=STOP_TIMEOUT_S)
+
+    async def _follow(self, job: JobContext, child: Child, partial: Path) -> dict[str, Any]:
+        """Watch a child to its end and return its result, or the failure that its end amounts to."""
+        clock = asyncio.get_running_loop().time
+        teller = _Teller(job, child.folder / "progress.jsonl")
+        ended = asyncio.ensure_future(child.wait())
+        seen: object = None
+        moved_at = clock()
+        try:
+            while not ended.done():
+                await asyncio.wait({ended}, timeout=POLL_S)
+                if job.interrupted.is_set():
+                    await child.stop()
+                    raise JobInterrupted
+                await teller.tell()
+                now_seen = (teller.offset, await asyncio.to_thread(store.bytes_below, partial))
+                if now_seen != seen:
+                    seen, moved_at = now_seen, clock()
+                elif clock() - moved_at > self._settings.download_stall_s:
+                    await child.stop()
+                    return _stalled(self._settings.download_stall_s)
+            await teller.tell()
+        except asyncio.CancelledError:
+            await child.stop()
+            raise
+        return await asyncio.to_thread(_result_of, child, self._settings.models_dir)
+
+
+class _Teller:
+    """Reads what the child appends to its progress file, and passes it on."""
+
+    def __init__(self, job: JobContext, path: Path) -> None:
+        self.offset = 0
+        self._job = job
+        self._path = path
+        self._phase = ""
+
+    async def tell(self) -> None:
+        """Tell the newest progress, and each phase that began."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self.offset)
+                lines = file.read()
+        except FileNotFoundError:
+            return
+        whole = lines[: lines.rfind(b"\n") + 1]
+        self.offset += len(whole)
+        state = None
+        for line in whole.splitlines():
+            state = json.loads(line)
+            phase = state["phase"]
+            if phase != self._phase and phase in _PHASES:
+                await self._job.event(_PHASES[phase], data={"total": state["total"]})
+            self._phase = phase
+        if state is not None and state["total"]:
+            await self._job.progress(max(0, min(state["done"], state["total"])), state["total"], "bytes")
+
+
+def _leave_if_interrupted(job: JobContext) -> None:
+    if job.interrupted.is_set():
+        raise JobInterrupted
+
+
+def _result_of(child: Child, models_dir: Path) -> dict[str, Any]:
+    try:
+        result: dict[str, Any] = json.loads((child.folder / "result.json").read_text("utf-8"))
+    except FileNotFoundError:
+        how = child.outcome.describe() if child.outcome is not None else "unknown"
+        return _transient(
+            "download_died",
+            f"The download process ended before its work was done ({how}).",
+            "Look at the job's log; if the machine is short of memory, free some. Then add the model again.",
+        )
+    if "failure" not in result and not (models_dir / result["path"]).is_dir():
+        return _transient("download_lost", "The model's folder vanished before its job ended.", "Add it again.")
+    return result
+
+
+def _stalled(seconds: float) -> dict[str, Any]:
+    return _transient(
+        "stalled",
+        f"The download stalled: no new byte for {seconds:g} s.",
+        "Check the network and HF_ENDPOINT, then add the model again: it goes on where it stopped.",
+    )
+
+
+def _transient(code: str, message: str, hint: str) -> dict[str, Any]:
+    return {"failure": {"code": code, "message": message, "hint": hint, "transient": True}}

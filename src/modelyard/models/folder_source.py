@@ -1,0 +1,75 @@
+"""A folder under the import directory as a source of files: read, never changed, never linked to.
+
+Nothing outside the import directory is read: a link that leads out of it is refused, whichever part of the path it
+is. Runs in the download child only; blocks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from modelyard.errors import JobFailure
+from modelyard.models.selection import select
+from modelyard.models.transfer import BLOCK, Progress, SourceFile, digest_of
+
+
+class FolderSource:
+    """The folder `root/name`. Its commit is a digest of its files' names and contents."""
+
+    def __init__(self, root: Path, name: str, progress: Progress) -> None:
+        self._root = root.resolve()
+        self._folder = root / name
+        self._name = name
+        self._progress = progress
+        self._files: dict[str, SourceFile] = {}
+
+    def resolve(self, revision: str) -> tuple[str, list[str]]:
+        """Return the commit and the names of the files. Reads every file that is needed once."""
+        if not self._inside(self._folder).is_dir():
+            raise JobFailure(
+                "unknown_model",
+                f"The import directory has no folder '{self._name}'.",
+                f"Put the model's files into {self._folder}, or check MODELYARD_IMPORT_DIR.",
+            )
+        digest = hashlib.sha1(usedforsecurity=False)
+        names = sorted(self._walk())
+        chosen = select(names)
+        for path in sorted({*chosen.configuration, *chosen.weights}):
+            file = self._inside(self._folder / path)
+            self._files[path] = SourceFile(path, file.stat().st_size, digest_of(file, self._progress))
+            digest.update(f"{path}\0{self._files[path].digest}\n".encode())
+        return digest.hexdigest(), names
+
+    def describe(self, path: str) -> SourceFile:
+        """Return size and digest of a file."""
+        return self._files[path]
+
+    @contextmanager
+    def open(self, file: SourceFile, offset: int) -> Iterator[tuple[int, Iterator[bytes]]]:
+        """Open a file at an offset."""
+        descriptor = os.open(self._inside(self._folder / file.path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with open(descriptor, "rb") as content:
+            content.seek(offset)
+            yield offset, iter(lambda: content.read(BLOCK), b"")
+
+    def _walk(self) -> Iterator[str]:
+        for folder, folders, names in os.walk(self._inside(self._folder), followlinks=False):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            for name in names:
+                path = Path(folder, name)
+                if not name.startswith(".") and path.is_file():
+                    yield str(path.relative_to(self._inside(self._folder)))
+
+    def _inside(self, path: Path) -> Path:
+        found = path.resolve()
+        if not found.is_relative_to(self._root):
+            raise JobFailure(
+                "outside_import_directory",
+                f"'{path.relative_to(self._root)}' leads out of the import directory.",
+                "Replace the link by a copy of what it points to.",
+            )
+        return found

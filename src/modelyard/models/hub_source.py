@@ -1,0 +1,205 @@
+"""The Hugging Face hub as a source of files: the only module that imports huggingface_hub, in the child only.
+
+The client's own `hf_hub_download` starts a file over in each process, so this uses the parts below it: `HfApi` for
+the listing, `get_hf_file_metadata` for a file, its session for the content, with a range. Files in xet storage come
+through hf_xet's ordered stream at an offset, and by plain HTTP after the first failure of that or with
+HF_HUB_DISABLE_XET=1. Endpoint, proxies and certificates are the client's business (HF_ENDPOINT and so on).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from huggingface_hub.utils._runtime import is_xet_available
+
+from modelyard.errors import JobFailure
+from modelyard.models.transfer import SourceFile, TryAgain
+
+log = logging.getLogger(__name__)
+
+TIMEOUT_S = float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT") or 20.0)
+
+
+class HubSource:
+    """One repository on the hub. Safe to use from several threads once it is resolved."""
+
+    def __init__(self, model_id: str, token: str | None) -> None:
+        self._model_id = model_id
+        self._token = token
+        self._api = HfApi(token=token or False)
+        self._commit: str = ""
+        self._listed: dict[str, Any] = {}
+        self._xet = is_xet_available() and not constants.HF_HUB_DISABLE_XET
+        self._xet_lock = threading.Lock()
+        self._xet_group: Any = None
+
+    def resolve(self, revision: str) -> tuple[str, list[str]]:
+        """Return the commit and the names of its files, from one request."""
+        with self._explained(revision):
+            info = self._api.model_info(self._model_id, revision=revision, files_metadata=True, timeout=TIMEOUT_S)
+        if not info.sha or info.siblings is None:
+            raise JobFailure("bad_hub", f"{constants.ENDPOINT} does not answer like a hub.", "Check HF_ENDPOINT.")
+        self._commit = str(info.sha)
+        self._listed = {entry.rfilename: entry for entry in info.siblings}
+        return self._commit, list(self._listed)
+
+    def describe(self, path: str) -> SourceFile:
+        """Return size and digest as listed; a file's own headers tell what the listing (of some mirrors) does not."""
+        entry = self._listed[path]
+        size: int | None
+        digest: str | None
+        if entry.lfs is not None:
+            size, digest = entry.lfs.size, f"sha256:{entry.lfs.sha256}"
+        else:
+            size, digest = entry.size, f"git:{entry.blob_id}" if entry.blob_id else None
+        if size is not None and digest is not None and not (self._xet and entry.lfs is not None):
+            return SourceFile(path, size, digest)
+        with self._explained(self._commit, path):
+            found = get_hf_file_metadata(self._url(path), token=self._token or False, timeout=TIMEOUT_S)
+        size = found.size if size is None else size
+        if size is None:
+            raise JobFailure("bad_hub", f"{constants.ENDPOINT} does not tell the size of {path}.", "Check HF_ENDPOINT.")
+        return SourceFile(path, size, digest or _digest_from_etag(found.etag), found.xet_file_data)
+
+    @contextmanager
+    def open(self, file: SourceFile, offset: int) -> Iterator[tuple[int, Iterator[bytes]]]:
+        """Open a file at an offset. A server that knows no ranges starts at 0."""
+        if self._xet and file.handle is not None:
+            yield offset, self._xet_blocks(file, offset)
+            return
+        headers = build_hf_headers(token=self._token or False)
+        headers["Accept-Encoding"] = "identity"
+        if offset:
+            headers["Range"] = f"bytes={offset}-"
+        # The session follows the redirect to the storage, and leaves the token behind when the host changes.
+        stream = get_session().stream("GET", self._url(file.path), headers=headers, timeout=TIMEOUT_S)
+        with self._explained(self._commit, file.path), stream as response:
+            hf_raise_for_status(response)
+            yield _start_of(response), response.iter_bytes()
+
+    def _url(self, path: str) -> str:
+        return str(hf_hub_url(self._model_id, path, revision=self._commit))
+
+    def _xet_blocks(self, file: SourceFile, offset: int) -> Iterator[bytes]:
+        from hf_xet import XetFileInfo  # type: ignore[import-untyped]
+
+        try:
+            stream = self._open_xet(file).download_stream(XetFileInfo(file.handle.file_hash, file.size), start=offset)
+            yield from stream
+        except Exception as error:  # hf_xet raises what it likes, and there is another way
+            log.warning("xet failed for %s (%s): going on by plain HTTP", file.path, error)
+            self._xet = False
+            raise TryAgain("connection_lost", f"The xet storage broke off {file.path}.", _NETWORK_HINT) from error
+
+    def _open_xet(self, file: SourceFile) -> Any:
+        from huggingface_hub.utils._xet import get_xet_session, refresh_xet_connection_info, xet_headers_without_auth
+
+        with self._xet_lock:
+            if self._xet_group is None:
+                headers = build_hf_headers(token=self._token or False)
+                info = refresh_xet_connection_info(file_data=file.handle, headers=headers)
+                self._xet_group = get_xet_session().new_download_stream_group(
+                    endpoint=info.endpoint,
+                    token=info.access_token,
+                    token_expiry_unix_secs=info.expiration_unix_epoch,
+                    token_refresh_url=file.handle.refresh_route,
+                    token_refresh_headers=headers,
+                    custom_headers=xet_headers_without_auth(headers),
+                )
+            return self._xet_group
+
+    @contextmanager
+    def _explained(self, revision: str, path: str = "") -> Iterator[None]:
+        """Turn the client's exceptions into one sentence and what to do."""
+        try:
+            yield
+        except hub_errors.HTTPError as error:
+            log.warning("%s %s: %s", self._model_id, path, error)
+            raise explain(error, self._model_id, revision, has_token=self._token is not None) from error
+
+
+_NETWORK_HINT = "Check the network, the proxy and HF_ENDPOINT, then add the model again: it goes on where it stopped."
+
+
+def explain(error: Exception, model_id: str, revision: str, *, has_token: bool) -> JobFailure:
+    """Return what a failed request means to the user."""
+    if isinstance(error, hub_errors.GatedRepoError):
+        return _gated(model_id, has_token)
+    if isinstance(error, hub_errors.RepositoryNotFoundError):
+        return _unknown(model_id, has_token)
+    if isinstance(error, hub_errors.RevisionNotFoundError):
+        return JobFailure(
+            "unknown_revision",
+            f"{model_id} has no revision '{revision}'.",
+            f"Look at the branches and tags on {constants.ENDPOINT}/{model_id}, or leave revision out for main.",
+        )
+    if isinstance(error, hub_errors.DisabledRepoError):
+        return JobFailure("repository_disabled", f"The hub has disabled {model_id}.", "Choose another model.")
+    if isinstance(error, hub_errors.HfHubHTTPError):
+        return _status(error.response.status_code, model_id, has_token)
+    name = type(error).__name__
+    if "Connect" in name or "Proxy" in name:
+        return TryAgain("no_network", f"{constants.ENDPOINT} cannot be reached ({error}).", _NETWORK_HINT)
+    return TryAgain("connection_lost", f"The connection to the hub was lost ({name}).", _NETWORK_HINT)
+
+
+def _gated(model_id: str, has_token: bool) -> JobFailure:
+    page = f"{constants.ENDPOINT}/{model_id}"
+    if has_token:
+        return JobFailure(
+            "gated_repository",
+            f"{model_id} is gated, and the account of HF_TOKEN has no access to it.",
+            f"Ask for access on {page} with that account, then add the model again.",
+        )
+    return JobFailure(
+        "gated_repository",
+        f"{model_id} is gated, and no token was sent.",
+        f"Accept its terms on {page}, set HF_TOKEN, restart the server, and add the model again.",
+    )
+
+
+def _unknown(model_id: str, has_token: bool) -> JobFailure:
+    hint = "Check the spelling (org/name, case matters)."
+    if has_token:
+        return JobFailure("unknown_model", f"The hub has no model {model_id} that HF_TOKEN may see.", hint)
+    return JobFailure(
+        "unknown_model", f"The hub has no public model {model_id}.", f"{hint} For a private one set HF_TOKEN."
+    )
+
+
+def _status(status: int, model_id: str, has_token: bool) -> JobFailure:
+    if status == 401 and has_token:
+        return JobFailure("bad_token", "The hub does not accept HF_TOKEN.", "Set a valid token, restart, add again.")
+    if status == 401:
+        return _unknown(model_id, has_token)
+    if status == 403:
+        return JobFailure(
+            "forbidden", f"The hub refuses access to {model_id}.", "Check what HF_TOKEN is allowed to do."
+        )
+    if status == 404:
+        return JobFailure("unknown_model", f"The hub lacks a file of {model_id}.", "Try again, or another revision.")
+    if status == 429:
+        return TryAgain("hub_busy", "The hub asks for fewer requests (429).", "Set HF_TOKEN, or wait some minutes.")
+    if status >= 500 or status in (408, 416):
+        return TryAgain("hub_failed", f"The hub answers with status {status}.", "Wait, then add the model again.")
+    return JobFailure("bad_hub", f"The hub answers with status {status}.", "Check HF_ENDPOINT.")
+
+
+def _digest_from_etag(etag: str | None) -> str | None:
+    if etag is not None and all(letter in "0123456789abcdef" for letter in etag):
+        return {40: f"git:{etag}", 64: f"sha256:{etag}"}.get(len(etag))
+    return None
+
+
+def _start_of(response: Any) -> int:
+    if response.status_code != 206:
+        return 0
+    return int(response.headers["Content-Range"].removeprefix("bytes ").partition("-")[0])

@@ -1,0 +1,65 @@
+"""REST for models: list, get, add, delete."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+from fastapi import Query
+
+from modelyard.http import Sessions, Settings, documented, router
+from modelyard.jobs.routes import Runner
+from modelyard.jobs.schemas import JobOut
+from modelyard.models import actions, store
+from modelyard.models.schemas import ModelOut
+
+api = router("/api/v1/models", "Models")
+
+
+@api.get("/", summary="List models and adapters", responses=documented())
+async def list_models(sessions: Sessions) -> list[ModelOut]:
+    """Return everything in the store, by name: what can be deployed, and what adapters can be added to it."""
+    async with sessions.read() as session:
+        return [ModelOut.model_validate(model) for model in await actions.all_models(session)]
+
+
+@api.post("/add/", summary="Download a model", responses=documented(409, 422))
+async def add_model(
+    sessions: Sessions,
+    runner: Runner,
+    model_id: Annotated[
+        str,
+        Query(
+            description="The id on the Hugging Face hub, or local:NAME for a folder in the import directory.",
+            examples=["Qwen/Qwen3-0.6B"],
+        ),
+    ],
+    revision: Annotated[
+        str | None, Query(description="Branch, tag or commit; main if left out.", examples=["main"])
+    ] = None,
+) -> JobOut:
+    """Start the job that brings a model or a LoRA adapter into the store, verified and scanned.
+
+    While it runs, the same request returns the same job. A model that is there at that revision makes a job that
+    finishes at once. GET /api/v1/jobs/{id}/status/ shows its progress in bytes, and why it failed if it did.
+    """
+    async with sessions.begin() as session:
+        job = await actions.request_download(session, model_id, revision)
+    runner.wake()
+    return JobOut.of(job)
+
+
+@api.get("/{model_id:path}", summary="Get a model", responses=documented(404))
+async def get_model(model_id: str, sessions: Sessions) -> ModelOut:
+    """Return one model or adapter in the store."""
+    async with sessions.read() as session:
+        return ModelOut.model_validate(await actions.get(session, model_id.rstrip("/")))
+
+
+@api.delete("/{model_id:path}", summary="Delete a model", responses=documented(404, 409))
+async def delete_model(model_id: str, sessions: Sessions, settings: Settings) -> ModelOut:
+    """Delete a model or an adapter and return what it was. 409 while it is deployed or an adapter's base."""
+    async with sessions.begin() as session:
+        model = await actions.delete(session, model_id.rstrip("/"))
+    await asyncio.to_thread(store.remove, settings.models_dir, model.model_id)
+    return ModelOut.model_validate(model)

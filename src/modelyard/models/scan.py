@@ -1,0 +1,254 @@
+"""The scanner: what in a model would run code, or lies about itself, and is refused before anything loads it.
+
+Pure but for reading a weights file's header. Configuration: any key that makes a library fetch or import code
+(`auto_map`, `custom_pipelines`, an attention implementation that names a repository, ...), at any depth. Weights: a
+safetensors header that does not cover its file exactly, byte for byte (overlaps, holes, ends beyond the file).
+Everything refused is a `JobFailure` that says what, where and what to do.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from modelyard.errors import JobFailure
+from modelyard.models.ids import is_model_id
+from modelyard.models.tables import Task
+
+MAX_CONFIG_BYTES = 64 * 1024 * 1024
+MAX_HEADER_BYTES = 100 * 1024 * 1024
+MAX_DEPTH = 64
+# Files whose every string is data, not settings: looking for keys in a vocabulary would refuse honest models.
+VOCABULARIES = frozenset({"tokenizer.json", "vocab.json", "tekken.json", "model.safetensors.index.json"})
+
+_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64,
+    "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+_CODE_KEYS = frozenset(
+    {"auto_map", "custom_pipelines", "custom_pipeline", "custom_generate", "custom_code", "model_file",
+     "code_revision", "trust_remote_code", "tokenizer_file_module", "kernel_config", "use_kernels"}
+)  # fmt: skip
+_IMPORTABLE = ("transformers", "peft", "torch", "sentence_transformers", "megatron")
+_EMBEDDING_FILES = ("modules.json", "1_Pooling/config.json", "config_sentence_transformers.json")
+_EMBEDDING_ARCHITECTURES = frozenset(
+    {"BertModel", "RobertaModel", "XLMRobertaModel", "DistilBertModel", "MPNetModel", "NomicBertModel", "GteModel",
+     "NewModel", "ModernBertModel", "BertForMaskedLM", "RobertaForMaskedLM", "XLMRobertaForMaskedLM",
+     "ModernBertForMaskedLM", "Gemma3TextModel", "Qwen2Model", "Qwen3Model", "MistralModel", "LlamaModel",
+     "T5EncoderModel"}
+)  # fmt: skip
+_CODE_HINT = (
+    "Modelyard runs no code that comes with a model. Choose a model whose architecture the engine knows by itself, "
+    "or remove the key from a copy in the import directory if the engine does not need it."
+)
+
+
+def read_json(name: str, content: bytes) -> dict[str, Any]:
+    """Parse a configuration file that holds one JSON object.
+
+    Raises:
+        JobFailure: `bad_configuration`.
+    """
+    value = _parse(name, content)
+    if not isinstance(value, dict):
+        raise _bad_configuration(name, "is not a JSON object")
+    return value
+
+
+def scan_configuration(name: str, content: bytes) -> None:
+    """Refuse a configuration file that would make a library fetch or import code.
+
+    Raises:
+        JobFailure: `remote_code` or `bad_configuration`.
+    """
+    if not name.endswith(".json"):
+        return
+    value = _parse(name, content)
+    if name in VOCABULARIES:
+        return
+    if name == "modules.json":
+        _scan_modules(value)
+    _scan_value(name, value, "", 0)
+
+
+def scan_adapter(config: Mapping[str, Any]) -> str:
+    """Return the base of an adapter from its `adapter_config.json`.
+
+    Raises:
+        JobFailure: `unsupported_adapter` or `adapter_without_base`.
+    """
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise JobFailure(
+            "unsupported_adapter",
+            f"adapter_config.json describes an adapter of type {str(kind)[:40]}; only LORA can be served.",
+            "Choose a LoRA adapter, or merge this one into its base.",
+        )
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not is_model_id(base):
+        raise JobFailure(
+            "adapter_without_base",
+            f"adapter_config.json names no model as base: base_model_name_or_path is {str(base)[:80]!r}.",
+            "Correct it in a copy of the adapter in the import directory, and add that.",
+        )
+    return base
+
+
+def task_of(files: set[str], config: Mapping[str, Any]) -> Task:
+    """Tell what a model is for, from its files' names and its config.json."""
+    if any(name in files for name in _EMBEDDING_FILES):
+        return Task.EMBED
+    architectures = config.get("architectures")
+    names = architectures if isinstance(architectures, list) else []
+    return Task.EMBED if any(name in _EMBEDDING_ARCHITECTURES for name in names) else Task.GENERATE
+
+
+def scan_safetensors(path: Path, name: str) -> None:
+    """Refuse a weights file whose header and size disagree. Reads the header only.
+
+    Raises:
+        JobFailure: `bad_weights`.
+    """
+    size = os.stat(path).st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+        if len(start) < 8:
+            raise _bad_weights(name, f"has {size} bytes, too few for a header")
+        (length,) = struct.unpack("<Q", start)
+        if length > MAX_HEADER_BYTES or length + 8 > size:
+            raise _bad_weights(name, f"declares a header of {length} bytes in a file of {size}")
+        raw = file.read(length)
+    check_header(name, raw, size - 8 - length)
+
+
+def check_header(name: str, raw: bytes, data_bytes: int) -> None:
+    """Check that the tensors of a safetensors header cover `data_bytes` exactly.
+
+    Raises:
+        JobFailure: `bad_weights`.
+    """
+    try:
+        header = json.loads(raw, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise _bad_weights(name, f"has a header that cannot be read ({str(error)[:80]})") from None
+    if not isinstance(header, dict):
+        raise _bad_weights(name, "has a header that is not an object")
+    spans = []
+    for tensor, entry in header.items():
+        if tensor == "__metadata__":
+            continue
+        spans.append((*_span(name, tensor, entry), tensor))
+    expected = 0
+    for begin, end, tensor in sorted(spans):
+        if begin != expected:
+            raise _bad_weights(name, f"has an overlap or a hole before {tensor[:80]!r} (byte {begin}, not {expected})")
+        expected = end
+    if expected != data_bytes:
+        raise _bad_weights(name, f"describes {expected} bytes of tensors and has {data_bytes}")
+
+
+def _span(name: str, tensor: str, entry: object) -> tuple[int, int]:
+    shown = f"tensor {tensor[:80]!r}"
+    if not isinstance(entry, dict):
+        raise _bad_weights(name, f"has a malformed {shown}")
+    shape, offsets, dtype = _sizes(entry.get("shape")), _sizes(entry.get("data_offsets")), entry.get("dtype")
+    if shape is None or offsets is None or len(offsets) != 2:
+        raise _bad_weights(name, f"has a malformed shape or offsets at {shown}")
+    begin, end = offsets
+    if begin > end:
+        raise _bad_weights(name, f"has {shown} end before it begins")
+    bits = _BITS.get(dtype) if isinstance(dtype, str) else None
+    if bits is None:
+        raise _bad_weights(name, f"has an unknown number format {str(dtype)[:20]!r} at {shown}")
+    if math.prod(shape) * bits != (end - begin) * 8:
+        raise _bad_weights(name, f"has {shown} of {end - begin} bytes, which do not match its shape and {dtype}")
+    return begin, end
+
+
+def _sizes(value: object) -> list[int] | None:
+    # Bounded, so that a product of many huge numbers cannot keep the scanner busy.
+    if not isinstance(value, list) or len(value) > 16:
+        return None
+    return value if all(type(number) is int and 0 <= number < 1 << 62 for number in value) else None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a name appears twice")
+    return value
+
+
+def _scan_value(name: str, value: Any, where: str, depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise _bad_configuration(name, f"is nested more than {MAX_DEPTH} deep")
+    if isinstance(value, list):
+        for number, item in enumerate(value):
+            _scan_value(name, item, f"{where}[{number}]", depth + 1)
+    if isinstance(value, dict):
+        for key, item in value.items():
+            path = f"{where}.{key}" if where else str(key)
+            _scan_key(name, key, item, path)
+            _scan_value(name, item, path, depth + 1)
+
+
+def _scan_key(name: str, key: str, value: Any, path: str) -> None:
+    if value in (None, False, "", [], {}):
+        return
+    if key in _CODE_KEYS:
+        raise _remote_code(name, path, value)
+    if "_implementation" in key and _names_repository(value):
+        raise _remote_code(name, path, value)
+    if key in ("parent_library", "megatron_core") and not _is_importable(value):
+        raise _remote_code(name, path, value)
+
+
+def _names_repository(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_names_repository(item) for item in value.values())
+    # A repository is named org/name, perhaps behind 'paged|' and before '@revision' and ':function'.
+    return not isinstance(value, str) or "/" in value or ":" in value or "\\" in value
+
+
+def _is_importable(value: Any) -> bool:
+    return isinstance(value, str) and value.split(".", 1)[0] in _IMPORTABLE
+
+
+def _scan_modules(value: Any) -> None:
+    entries = value if isinstance(value, list) else [None]
+    for number, entry in enumerate(entries):
+        kind = entry.get("type") if isinstance(entry, dict) else None
+        if not isinstance(kind, str) or not kind.startswith("sentence_transformers."):
+            raise _remote_code("modules.json", f"[{number}].type", kind)
+
+
+def _parse(name: str, content: bytes) -> Any:
+    if len(content) > MAX_CONFIG_BYTES:
+        raise _bad_configuration(name, f"has {len(content)} bytes, more than {MAX_CONFIG_BYTES}")
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise _bad_configuration(name, f"is not readable JSON ({str(error)[:80]})") from None
+
+
+def _bad_configuration(name: str, what: str) -> JobFailure:
+    return JobFailure("bad_configuration", f"{name} {what}.", "Tell the model's authors, or try another revision.")
+
+
+def _remote_code(name: str, path: str, value: Any) -> JobFailure:
+    shown = json.dumps(value, ensure_ascii=True)[:80]
+    return JobFailure("remote_code", f"{name} would fetch or import code: {path} is {shown}.", _CODE_HINT)
+
+
+def _bad_weights(name: str, what: str) -> JobFailure:
+    return JobFailure(
+        "bad_weights",
+        f"{name} {what}: the file is damaged or made to deceive.",
+        "Load it nowhere. Tell the model's authors, or try another revision.",
+    )

@@ -1,0 +1,57 @@
+"""What a model looks like on the wire."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_serializer
+
+from modelyard.models.tables import Task
+
+EXAMPLE: dict[str, JsonValue] = {
+    "model_id": "Qwen/Qwen3-0.6B",
+    "adapter": False,
+    "base_model_id": None,
+    "task": "generate",
+    "revision": "main",
+    "commit": "c1899de289a04d12100db370d81485cdf75e47ca",
+    "size_bytes": 1518834176,
+    "added_at": "2026-11-20T21:15:00Z",
+}
+ADAPTER_EXAMPLE: dict[str, JsonValue] = {
+    **EXAMPLE,
+    "model_id": "acme/qwen3-support-lora",
+    "adapter": True,
+    "base_model_id": "Qwen/Qwen3-0.6B",
+    "commit": "5f0b02c75b57c5855da9ae460ce51323ea669d8a",
+    "size_bytes": 18874368,
+}
+
+
+class ModelOut(BaseModel):
+    """A model or a LoRA adapter in the store."""
+
+    model_config = ConfigDict(
+        from_attributes=True, use_attribute_docstrings=True, json_schema_extra={"examples": [EXAMPLE]}
+    )
+
+    model_id: str
+    """Its name: the id on the Hugging Face hub, or local:NAME."""
+    adapter: bool
+    """Whether it is a LoRA adapter, which is served together with its base."""
+    base_model_id: str | None
+    """The model that an adapter belongs to."""
+    task: Task
+    """generate, or embed."""
+    revision: str
+    """The branch, tag or commit that was asked for."""
+    commit: str
+    """The commit that is in the store (for an import: a digest of its files)."""
+    size_bytes: int = Field(ge=0)
+    """Its size on disk."""
+    added_at: datetime
+    """When it became available, in UTC."""
+
+    @field_serializer("added_at")
+    def _utc(self, value: datetime) -> str:
+        return value.astimezone(UTC).isoformat().replace("+00:00", "Z")

@@ -1,0 +1,49 @@
+"""The table of models in the store. Only `models.actions` writes here."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+from uuid import UUID, uuid4
+
+from sqlalchemy import BigInteger, String, Uuid
+from sqlalchemy.orm import Mapped, mapped_column
+
+from modelyard.db import Base, UtcDateTime, utcnow
+
+
+class Task(StrEnum):
+    """What a model is for."""
+
+    #: It continues text.
+    GENERATE = "generate"
+    #: It turns text into vectors.
+    EMBED = "embed"
+
+
+class Source(StrEnum):
+    """Where a model came from."""
+
+    #: Downloaded from the hub.
+    HUB = "hub"
+    #: Copied from the import directory.
+    IMPORT = "import"
+
+
+class Model(Base):
+    """A model or an adapter that is whole, verified and on disk. Other rooms refer to `models.model_id`."""
+
+    __tablename__ = "models"
+
+    id: Mapped[UUID] = mapped_column(Uuid(), primary_key=True, default=uuid4)
+    model_id: Mapped[str] = mapped_column(String(200), unique=True)
+    adapter: Mapped[bool]
+    # Not a foreign key: an adapter may arrive before its base. `actions.delete` keeps a base that is needed.
+    base_model_id: Mapped[str | None] = mapped_column(String(200), index=True)
+    task: Mapped[str] = mapped_column(String(16))
+    revision: Mapped[str] = mapped_column(String(200))
+    commit: Mapped[str] = mapped_column(String(64))
+    size_bytes: Mapped[int] = mapped_column(BigInteger())
+    added_at: Mapped[datetime] = mapped_column(UtcDateTime(), default=utcnow)
+    path: Mapped[str] = mapped_column(String(400))
+    source: Mapped[str] = mapped_column(String(16))
