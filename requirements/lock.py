@@ -1,0 +1,80 @@
+"""Pin every `*.in` here, with all that it pulls in, into the `*.txt` beside it (`make lock`).
+
+Pins are names and versions only, so that any index will do. Everything that may share an environment is resolved
+together once; each file is then its own part of that one answer, so that no two disagree. gpu.txt may differ
+only in what vLLM's CUDA build pins for itself (`CUDA_OWN`). A version that is pinned already stays, unless
+`--upgrade` is given. Only the default index is asked, so that no mirror's gaps are pinned; torch's CPU build is
+looked for in pip's find-links first, then on PyTorch's own index.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from install import HERE, TORCH_INDEX, UV, package_sources, read_pins
+
+#: vLLM's two builds pin these each for itself.
+CUDA_OWN = frozenset({"apache-tvm-ffi", "setuptools", "torch", "triton"})
+
+TITLES = {
+    "build": "What installs the rest: uv, and modelyard's own build backend",
+    "server": "The server",
+    "cpu": "The engine where there is no GPU",
+    "train": "Fine-tuning, beside cpu.txt or gpu.txt, which bring torch",
+    "dev": "The server with its tests and checks",
+    "gpu": "The engine on NVIDIA GPUs",
+}
+HEADER = """\
+# {title}: pinned from {name}.in by `make lock` (uv pip compile), for Python 3.11 to 3.13 on x86-64 Linux.
+# Nothing is missing: `pip install --no-deps -r` or `uv pip install --no-deps -r` takes it from any index.
+"""
+
+
+def resolve(sources: list[Path], output: Path, env: dict[str, str], *options: str) -> None:
+    """Pin `sources` into `output`; pins that lie there already are kept where they still fit."""
+    command = [str(UV), "pip", "compile", "--quiet", "--no-header", "--no-annotate", *options]
+    # Nothing here needs another version, or one package more, on 3.12 and 3.13.
+    command += ["--python-version=3.11", "--python-platform=x86_64-manylinux_2_28"]
+    command += [f"--output-file={output}", *map(str, sources)]
+    subprocess.run(command, check=True, cwd=HERE, env=env, stdout=subprocess.DEVNULL)
+
+
+def project_name(pin: str) -> str:
+    return re.split(r"[\s=;\[]", pin, maxsplit=1)[0].lower()
+
+
+def main(options: list[str]) -> None:
+    env = {key: value for key, value in package_sources().items() if key not in {"UV_INDEX", "UV_INDEX_STRATEGY"}}
+    folders = [Path(folder) for folder in env.get("UV_FIND_LINKS", "").split(",") if folder]
+    if not any(any(folder.glob("torch-*cpu*.whl")) for folder in folders):
+        env["UV_INDEX"] = os.environ.get("TORCH_INDEX") or TORCH_INDEX
+    old = [file for file in HERE.glob("*.txt") if file.name not in {"gpu.txt", "overrides.txt"}]
+    with tempfile.TemporaryDirectory() as folder:
+        together, without_own = Path(folder) / "together.txt", Path(folder) / "without_own.txt"
+        together.write_text("\n".join(read_pins(old)), "utf-8")
+        parts = [HERE / f"{name}.in" for name in TITLES if name != "gpu"]
+        resolve(parts, together, env, "--override=overrides.txt", *options)
+        without_own.write_text("\n".join(p for p in read_pins([together]) if project_name(p) not in CUDA_OWN), "utf-8")
+        for name in TITLES:
+            output = Path(folder) / f"{name}.txt"
+            if name == "gpu":
+                if (HERE / "gpu.txt").exists():
+                    output.write_text("\n".join(read_pins([HERE / "gpu.txt"])), "utf-8")
+                # A folder of wheels that has torch's CPU build would win over the CUDA one.
+                cuda = {key: value for key, value in env.items() if key not in {"UV_FIND_LINKS", "UV_INDEX"}}
+                resolve([HERE / "gpu.in"], output, cuda, f"--constraint={without_own}", *options)
+            else:
+                resolve([HERE / f"{name}.in"], output, env, f"--constraint={together}", "--override=overrides.txt")
+            pins = [pin for pin in read_pins([output]) if name != "train" or project_name(pin) != "torch"]
+            header = HEADER.format(title=TITLES[name], name=name)
+            (HERE / f"{name}.txt").write_text(header + "\n".join(pins) + "\n", "utf-8")
+            print(f"{name}.txt: {len(pins)} packages", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
