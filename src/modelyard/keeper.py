@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import json
 import os
@@ -53,9 +54,11 @@ def take_lock(path: str) -> int | None:
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.fcntl(file, fcntl.F_OFD_SETLK, struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
-    except OSError:
+    except OSError as error:
         os.close(file)
-        return None
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return None
+        raise  # a file system without locks must not look like another holder
     return file
 
 
@@ -120,7 +123,7 @@ class Keeper:
         self.child = self._spawn(watched)
         owner_seen_at = time.monotonic()
         while not self._reap():
-            caught = signal.sigtimedwait(watched, TICK_S)
+            caught = signal.sigtimedwait(watched, self._patience_s())
             now = time.monotonic()
             if caught is not None and caught.si_signo in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 self._ask_to_end()
@@ -158,27 +161,35 @@ class Keeper:
             if os.getppid() != keeper:
                 os._exit(125)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, watched)
+            for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and exec would pass that on
+                signal.signal(number, signal.SIG_DFL)
             os.chdir(self.cwd)
             os.execvpe(self.argv[0], self.argv, os.environ)
         except OSError as error:
             os.write(2, f"cannot run {self.argv[0]}: {error.strerror}\n".encode())
         os._exit(127)
 
+    def _patience_s(self) -> float:
+        if self.kill_at is None:
+            return TICK_S
+        return min(TICK_S, max(self.kill_at - time.monotonic(), 0.05))
+
     def _reap(self) -> bool:
         """Collect what has ended; return whether the command itself has."""
-        with contextlib.suppress(ChildProcessError):
-            while True:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-                if pid == 0:
-                    break
-                if pid == self.child:
-                    self.status = status
-        return self.status is not None
+        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+            if ended.si_pid == self.child:
+                # Before it is collected: until then its pid, and so the group's, cannot become somebody else's.
+                self._kill_group(signal.SIGTERM)
+                self.status = os.waitpid(self.child, 0)[1]
+                return True
+            os.waitpid(ended.si_pid, 0)
+        return False
 
     def _ask_to_end(self) -> None:
+        if self.stopped:
+            return  # asked once is enough: a second SIGTERM makes many programs drop what they are finishing
         self.stopped = True
-        if self.kill_at is None:
-            self.kill_at = time.monotonic() + self.stop_timeout_s
+        self.kill_at = time.monotonic() + self.stop_timeout_s
         self._kill_group(signal.SIGTERM)
 
     def _kill_group(self, number: signal.Signals) -> None:
@@ -187,7 +198,7 @@ class Keeper:
 
     def _end_rest(self) -> None:
         """End every process that the command left behind, until this keeper has no child at all."""
-        self._kill_group(signal.SIGTERM)
+        asked = False
         kill_after = time.monotonic() + LATE_CHILDREN_S
         while True:
             try:
@@ -196,12 +207,19 @@ class Keeper:
                 return
             if pid:
                 continue
-            if time.monotonic() > kill_after:
-                self._kill_group(signal.SIGKILL)
-                for orphan in children_of(os.getpid()):
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(orphan, signal.SIGKILL)
+            if not asked:
+                asked = True
+                self._signal_orphans(signal.SIGTERM)
+            elif time.monotonic() > kill_after:
+                self._signal_orphans(signal.SIGKILL)
             time.sleep(0.02)
+
+    def _signal_orphans(self, number: signal.Signals) -> None:
+        for orphan in children_of(os.getpid()):
+            with contextlib.suppress(ProcessLookupError):
+                # Those in the command's own group were asked together with it.
+                if number == signal.SIGKILL or os.getpgid(orphan) != self.child:
+                    os.kill(orphan, number)
 
     def _remove_scratch(self) -> None:
         """Remove the private folder of this run (a socket and the like); it holds files only."""
@@ -214,5 +232,14 @@ class Keeper:
             os.rmdir(self.scratch)
 
 
+def close_inherited() -> None:
+    """Close what the server had open and passable (a pipe of its terminal): its reader would wait for the child."""
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2:
+            with contextlib.suppress(OSError):
+                os.close(int(name))
+
+
 if __name__ == "__main__":
+    close_inherited()
     sys.exit(Keeper(sys.argv[1]).run())

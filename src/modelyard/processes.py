@@ -116,14 +116,20 @@ class Child:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the end of the child has not been seen yet."""
+        """Whether something of the child may still run."""
         return self.outcome is None
+
+    def watch(self) -> asyncio.Task[Outcome]:
+        """Begin to watch for the end, so that `outcome` tells it and no zombie stays, awaited or not."""
+        if self._ended is None:
+            self._ended = asyncio.create_task(self._watch(), name=f"watch {self.folder.name}")
+        return self._ended
 
     async def wait(self) -> Outcome:
         """Wait until nothing of the child is left. May be awaited by many; cancelling one leaves the child alone."""
-        if self._ended is None:
-            self._ended = asyncio.create_task(self._watch(), name=f"watch {self.folder.name}")
-        return await asyncio.shield(self._ended)
+        if self.outcome is not None:
+            return self.outcome
+        return await asyncio.shield(self.watch())
 
     async def stop(self) -> Outcome:
         """Ask the child to end, kill it after its stop timeout, and wait until it is gone. Safe to repeat."""
@@ -176,14 +182,22 @@ class Children:
             RuntimeError: the keeper did not start (no memory, no processes left); nothing runs.
             FileExistsError: the folder has seen a run.
         """
-        return await asyncio.to_thread(self._start, folder, command, log, stop_timeout_s)
+        starting = asyncio.create_task(asyncio.to_thread(self._start, folder, command, log, stop_timeout_s))
+        try:
+            child = await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            # The thread goes on: without this its child would run on with nobody who knows of it.
+            with contextlib.suppress(RuntimeError, FileExistsError):
+                await (await starting).stop()
+            raise
+        child.watch()
+        return child
 
     def _start(self, folder: Path, command: Command, log: Path, stop_timeout_s: float) -> Child:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if (folder / "spec.json").exists():
-            raise FileExistsError(f"{folder} has seen a run already")
         self._run.mkdir(exist_ok=True, mode=0o700)
         token = uuid.uuid4().hex
+        entry = self._run / token
         spec = {
             "argv": list(command.argv),
             "cwd": str(command.cwd or folder),
@@ -193,23 +207,37 @@ class Children:
             "stop_timeout_s": stop_timeout_s,
             "token": token,
         }
-        entry = self._run / token
-        entry.write_text(str(folder), "utf-8")
-        write_json(str(folder / "spec.json"), spec)
-        # -B: an unwritable installation must not matter. -I -S: the child's environment must not steer the keeper.
-        argv = [sys.executable, "-I", "-S", "-B", keeper_module.__file__, str(folder)]
+        # The keeper's lock, so that of two starts in one folder exactly one writes what is to run.
+        claim = take_lock(str(folder / "keeper.lock"))
+        try:
+            if claim is None or (folder / "spec.json").exists():
+                raise FileExistsError(f"{folder} has seen a run already")
+            entry.write_text(str(folder), "utf-8")
+            write_json(str(folder / "spec.json"), spec)
+        finally:
+            if claim is not None:
+                os.close(claim)
         append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        pid = os.posix_spawn(
-            sys.executable,
-            argv,
-            {**command.env, TOKEN: token},
-            file_actions=[
-                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                (os.POSIX_SPAWN_OPEN, 1, str(log), append, 0o600),
-                (os.POSIX_SPAWN_DUP2, 1, 2),
-            ],
-            setsid=True,
-        )
+        try:
+            pid = os.posix_spawn(
+                sys.executable,
+                # -I -S: the child's environment must not steer the keeper. -B: an unwritable installation is fine.
+                [sys.executable, "-I", "-S", "-B", keeper_module.__file__, str(folder)],
+                {**command.env, TOKEN: token},
+                file_actions=[
+                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                    (os.POSIX_SPAWN_OPEN, 1, str(log), append, 0o600),
+                    (os.POSIX_SPAWN_DUP2, 1, 2),
+                ],
+                setsid=True,
+                # A server that was started with SIGCHLD ignored (some supervisors do) would blind the keeper.
+                setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
+                setsigmask=(),
+            )
+        except (OSError, ValueError) as error:
+            (folder / "spec.json").unlink()
+            entry.unlink()
+            raise RuntimeError(f"the keeper of {folder.name} did not start with its log in {log}: {error}") from error
         pidfd = os.pidfd_open(pid)
         deadline = time.monotonic() + KEEPER_START_S
         while not (folder / "keeper.json").exists():
@@ -229,7 +257,10 @@ class Children:
 
         One whose keeper was killed counts as ended, and what it left running is ended before this returns.
         """
-        return await asyncio.to_thread(self._adopt, folder)
+        child = await asyncio.to_thread(self._adopt, folder)
+        if child is not None and child.is_alive:
+            child.watch()
+        return child
 
     def _adopt(self, folder: Path) -> Child | None:
         try:
@@ -250,18 +281,23 @@ class Children:
 
     async def end_strays(self, keep: set[Path]) -> list[Path]:
         """End every live child whose folder is not in `keep`; return their folders. For the start of a server."""
-        ended = []
-        for entry in sorted(self._run.iterdir()) if self._run.is_dir() else []:
-            folder = Path(entry.read_text("utf-8"))
-            if folder in keep:
-                continue
-            child = await self.adopt(folder)
-            if child is not None and child.is_alive:
-                log.warning("ending a stray child in %s", folder)
-                await child.stop()
-                ended.append(folder)
-            entry.unlink(missing_ok=True)
-        return ended
+        entries = sorted(self._run.iterdir()) if self._run.is_dir() else []
+        ended = await asyncio.gather(*(self._end_stray(entry, keep) for entry in entries))
+        return [folder for folder in ended if folder is not None]
+
+    async def _end_stray(self, entry: Path, keep: set[Path]) -> Path | None:
+        folder = Path(await asyncio.to_thread(entry.read_text, "utf-8"))
+        if folder in keep:
+            return None
+        child = await self.adopt(folder)
+        if child is None:  # its folder is gone; its processes need not be
+            await asyncio.to_thread(_kill_by_token, entry.name)
+        stray = child is not None and child.is_alive
+        if child is not None and stray:
+            log.warning("ending a stray child in %s", folder)
+            await child.stop()
+        await asyncio.to_thread(entry.unlink, missing_ok=True)
+        return folder if stray else None
 
 
 def _reap(pid: int) -> None:
@@ -337,7 +373,9 @@ class ServerLock:
         self._file: int | None = None
 
     def take(self) -> bool:
-        """Take the lock; return False if another server holds it."""
+        """Take the lock; return False if another server holds it. Safe to repeat."""
+        if self._file is not None:
+            return True
         self._file = take_lock(str(self.path))
         if self._file is None:
             return False
