@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import BigInteger, DateTime, Dialect, Integer, MetaData, event, make_url
+from sqlalchemy import BigInteger, DateTime, Dialect, Integer, MetaData, event, make_url, text
 from sqlalchemy.engine import URL, Connection
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
@@ -50,7 +50,12 @@ class UtcDateTime(TypeDecorator[datetime]):
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        return value.astimezone(UTC).replace(tzinfo=None) if value is not None else None
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            # It would be taken for the machine's local time, and be wrong wherever that is not UTC.
+            raise ValueError(f"a moment needs a zone: {value}")
+        return value.astimezone(UTC).replace(tzinfo=None)
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
         return value.replace(tzinfo=UTC) if value is not None else None
@@ -88,21 +93,36 @@ class Sessions:
 
     @asynccontextmanager
     async def begin(self) -> AsyncIterator[AsyncSession]:
-        """One transaction that may write; commits at the end of the block, rolls back on an exception."""
+        """One transaction that may write; commits at the end of the block, rolls back on an exception.
+
+        On SQLite it is the only one. On PostgreSQL others run beside it: read what the new value depends on
+        `with_for_update()`, or hold `exclusively`.
+        """
         async with self._write.begin() as session:
             yield session
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncSession]:
-        """One consistent view to read from, which on SQLite waits for no writer. Writing in it is a bug."""
+        """One consistent view to read from, taken with the first query, that waits for no writer.
+
+        Writing in it is a bug, and an error from the database.
+        """
         async with self._read() as session:
             yield session
 
     async def close(self) -> None:
         """Close every connection."""
         await self._writer.dispose()
-        if self._reader is not self._writer:
-            await self._reader.dispose()
+        await self._reader.dispose()
+
+
+async def exclusively(session: AsyncSession, what: str) -> None:
+    """Keep other transactions that ask for the same thing out until this one ends.
+
+    SQLite has one writing transaction at a time anyway; PostgreSQL takes an advisory lock.
+    """
+    if session.get_bind().dialect.name == "postgresql":
+        await session.execute(text("SELECT pg_advisory_xact_lock(hashtext(:what))"), {"what": what})
 
 
 def _engines(url: URL) -> tuple[AsyncEngine, AsyncEngine]:
@@ -111,12 +131,13 @@ def _engines(url: URL) -> tuple[AsyncEngine, AsyncEngine]:
         engine = create_async_engine(
             url, pool_size=8, max_overflow=8, pool_pre_ping=True, connect_args={"prepare_threshold": None}
         )
-        return engine, engine
+        return engine, engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
     writer = create_async_engine(url, pool_size=1, max_overflow=0, pool_timeout=60)
     reader = create_async_engine(url, pool_size=READERS, max_overflow=0, pool_timeout=60)
     for engine, begin in ((writer, "BEGIN IMMEDIATE"), (reader, "BEGIN")):
         event.listen(engine.sync_engine, "connect", _prepare_sqlite)
         event.listen(engine.sync_engine, "begin", _beginner(begin))
+    event.listen(reader.sync_engine, "connect", _forbid_writing)
     return writer, reader
 
 
@@ -130,6 +151,12 @@ def _prepare_sqlite(connection: DBAPIConnection, _entry: ConnectionPoolEntry) ->
         "foreign_keys=ON",
     ):
         cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _forbid_writing(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA query_only=ON")
     cursor.close()
 
 

@@ -28,7 +28,8 @@
 The application maps the tree to HTTP once (`http.error_response`). A message speaks to the user (what,
 where, what to do), the code to a program (stable), and the log line with its cause to the operator.
 
-`JobFailure` stands beside the tree: it is the recorded end of a job, not the answer to a request.
+`JobFailure` and `StartRefused` stand beside the tree: the recorded end of a job and that of a start, not the
+answer to a request.
 """
 
 from __future__ import annotations
@@ -113,16 +114,16 @@ class ModelNotFound(NotFound):
     def __init__(
         self, model_id: str, *, where: str = "in the store", known: Sequence[str] = (), hint: str = ""
     ) -> None:
-        names = ", ".join(known) if known else "nothing"
-        message = f"There is no model '{model_id}' {where}; {names} is there."
+        names = f"there are: {', '.join(known)}" if known else "there are none"
+        message = f"There is no model '{model_id}' {where}; {names}."
         super().__init__(f"{message} {hint}".strip(), param="model_id" if where == "in the store" else "model")
 
 
 class JobNotFound(NotFound):
     code = "job_not_found"
 
-    def __init__(self, job_id: object) -> None:
-        super().__init__(f"There is no job {job_id}. GET /api/v1/jobs/ lists them.", param="job_id")
+    def __init__(self, job_id: object, *, param: str = "job_id") -> None:
+        super().__init__(f"There is no job {job_id}. GET /api/v1/jobs/ lists them.", param=param)
 
 
 class ObjectNotFound(NotFound):

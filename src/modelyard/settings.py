@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -27,7 +28,12 @@ class Settings(BaseSettings):
     """The server's configuration. Sizes are in GiB or MiB, times in seconds, as each name says."""
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, env_file=".env", extra="ignore", frozen=True, use_attribute_docstrings=True
+        env_prefix=PREFIX,
+        env_file=".env",
+        env_ignore_empty=True,
+        extra="ignore",
+        frozen=True,
+        use_attribute_docstrings=True,
     )
 
     host: str = "127.0.0.1"
@@ -100,6 +106,12 @@ class Settings(BaseSettings):
     hf_token: str | None = Field(default=None, validation_alias="HF_TOKEN", repr=False)
     """Token for gated and private repositories; only downloads see it."""
 
+    @field_validator("engine_max_lora_rank", mode="before")
+    @classmethod
+    def _number(cls, value: object) -> object:
+        # A Literal takes no conversion, and the environment has only text.
+        return int(value) if isinstance(value, str) and value.isdecimal() else value
+
     @field_validator("cors_origins", mode="before")
     @classmethod
     def _split_origins(cls, value: object) -> object:
@@ -131,6 +143,9 @@ class Settings(BaseSettings):
     def _known_database(cls, value: str) -> str:
         if value and not value.startswith(("sqlite:///", "postgresql://", "postgresql+psycopg://", "postgres://")):
             raise ValueError("must start with sqlite:/// or postgresql://")
+        if value in ("sqlite:///", "sqlite:///:memory:"):
+            # Each connection would have a database of its own.
+            raise ValueError("must name a file, such as sqlite:////var/lib/modelyard/modelyard.db")
         return value
 
     @field_validator("storage_url")
@@ -160,26 +175,31 @@ class Settings(BaseSettings):
         return self.data_dir / "jobs"
 
 
-def load_settings(environ: Mapping[str, str] = os.environ, **overrides: object) -> Settings:
-    """Read the settings.
+def load_settings(**overrides: object) -> Settings:
+    """Read the settings; `overrides` (of the command line) come before the environment, and that before `.env`.
 
     Raises:
         StartRefused: with one line that names the setting, its value and what it should be.
     """
-    known = {PREFIX + name.upper() for name in Settings.model_fields if not name.startswith("hf_")}
-    for name in sorted(environ):
-        # A container platform may add MODELYARD_PORT_8080_TCP and the like; a misspelt setting is likelier.
-        if name.startswith(PREFIX) and name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise StartRefused(f"There is no setting {name}." + (f" Did you mean {near[0]}?" if near else ""))
-    for name in sorted(_names_in_env_file(Path(".env"))):
-        if name.startswith(PREFIX) and name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise StartRefused(f"There is no setting {name} (in .env)." + (f" Did you mean {near[0]}?" if near else ""))
+    # A container platform may add MODELYARD_PORT_8080_TCP and the like; a misspelt setting is likelier.
+    _refuse_unknown(os.environ, "")
+    _refuse_unknown(_names_in_env_file(Path(".env")), " (in .env)")
     try:
         return Settings(**overrides)  # type: ignore[arg-type]  # checked by pydantic, name by name
     except ValidationError as error:
         raise StartRefused(_one_line(error)) from None
+
+
+def _refuse_unknown(names: Iterable[str], where: str) -> None:
+    known = [name.upper() for name in Settings.model_fields if not name.startswith("hf_")]
+    for name in sorted(names):
+        ours = name.removeprefix(PREFIX)
+        if ours != name and ours not in known:
+            # Compared without the prefix, which would make every name resemble every other.
+            near = difflib.get_close_matches(ours, known, n=1)
+            raise StartRefused(
+                f"There is no setting {name}{where}." + (f" Did you mean {PREFIX}{near[0]}?" if near else "")
+            )
 
 
 def _names_in_env_file(path: Path) -> set[str]:
@@ -196,5 +216,10 @@ def _one_line(error: ValidationError) -> str:
         return reason
     field = str(first["loc"][0])
     name = field if field.startswith("HF_") else PREFIX + field.upper()
-    shown = "" if field in {"admin_key", "HF_TOKEN"} else f"={first['input']}"
+    shown = "" if field in {"admin_key", "hf_token", "HF_TOKEN"} else f"={_presentable(first['input'])}"
     return f"{name}{shown}: {reason[0].lower()}{reason[1:]}."
+
+
+def _presentable(value: object) -> str:
+    """Return a value on one line, without the user and password that an address may hold."""
+    return re.sub(r"//.*@", "//***@", " ".join(str(value).split()))[:200]
