@@ -1,1 +1,25 @@
-"""Modelyard."""
+"""Modelyard: a self-hosted LLM management server.
+
+One process (`modelyard serve`) answers REST, passes requests to engines, and runs jobs; all heavy work is done by
+children: downloads on huggingface_hub, engines on vLLM. The rooms, from the top of the import order down:
+
+cli, doctor, demo   the command line; demo is a client like any other
+app                 wires everything: routes, middleware, lifespan, answers to errors
+foundation, docs    data folder, locks and migrations before the start; Swagger UI
+health              /health, /ready, /metrics
+gateway             the OpenAI-compatible API: requests to engines, bytes back
+deploy              models in service: wishes, one supervisor per deployment, vLLM's command line, routing
+models              the store: downloads, checks, imports, removal
+jobs                pieces of work with status, events and log, and the runner that runs them
+auth                the gate before every route
+http                what routes share: either slash, documented errors
+storage             objects: a local folder or S3
+processes, keeper   children that are never orphaned
+states              state machines on rows, with their history
+db                  sessions on SQLite and PostgreSQL
+settings, errors, tasks
+
+A request writes what is wanted; one background task per thing makes it so and writes what is; requests read it.
+"""
+
+__version__ = "0.1.0"

@@ -1,1 +1,1 @@
-"""auth."""
+"""Who may ask for anything at all. Deny by default, on the whole application: see `access`."""

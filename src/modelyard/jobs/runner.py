@@ -4,7 +4,8 @@ One runner per database (the server's lock sees to it). Each job in progress is 
 function of its kind. The contract of such a function:
 
 - it returns: the job is FINISHED; it raises `JobFailure`: FAILED, with that cause;
-- when `context.interrupted` is set it ends its child and raises `JobInterrupted`: KILLED;
+- when `context.interrupted` is set it ends its child and raises `JobInterrupted`: KILLED. It may be set from the
+  beginning: a job that is interrupted while it waits is called all the same, to clear what its request prepared;
 - it is cancelled: the server stops in good order. It ends its child and lets the cancellation through; the job stays
   RUNNING, and the function is called again at the next start, as it is after a crash of the server;
 - it may be called again at any point of its work, with the same spec and the same folder.
@@ -53,6 +54,9 @@ class JobContext:
         self.folder = folder
         self.log = folder / "log.txt"
         self.interrupted = asyncio.Event()
+        if job.interrupt_requested:
+            self.interrupted.set()
+        self.interrupted_before_start = job.interrupt_requested and job.status == JobStatus.CREATED
         self._sessions = sessions
         self._news = news
         self._progress_at = 0.0
@@ -69,8 +73,11 @@ class JobContext:
         if done < total and now - self._progress_at < PROGRESS_EVERY_S:
             return
         self._progress_at = now
-        async with self._sessions.begin() as session:
-            await actions.set_progress(session, self.id, done, total, unit)
+        try:
+            async with self._sessions.begin() as session:
+                await actions.set_progress(session, self.id, done, total, unit)
+        except SQLAlchemyError as error:  # a figure that got lost is no reason to fail: the next one tells more
+            log.warning("the progress of job %s could not be written: %s", self.id, error)
         self._news.tell(self.id)
 
 
@@ -128,65 +135,67 @@ class JobRunner:
         """Return how many jobs of a kind run."""
         return sum(context.kind == kind for context, _ in self._running.values())
 
+    async def folders_in_use(self) -> set[Path]:
+        """Return the folders of the jobs that have not ended: whatever lives in or below them is theirs."""
+        async with self._sessions.read() as session:
+            active = (await session.scalars(select(Job.id).where(Job.status.in_(ACTIVE)))).all()
+        return {self._jobs_dir / str(job_id) for job_id in active}
+
     async def run(self) -> None:
         """Run jobs until cancelled; on cancellation every function is cancelled and waited for."""
         try:
-            await self._resume()
             while True:
                 self._wake.clear()
-                await self._look()
+                try:
+                    await self._look()
+                except SQLAlchemyError:  # a database that is away for a moment must not end what runs
+                    log.exception("the jobs could not be looked at; looking again in %s s", LOOK_AGAIN_S)
+                    await asyncio.sleep(LOOK_AGAIN_S)
+                    continue
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), LOOK_AGAIN_S)
         finally:
             await tasks.end(*(task for _, task in self._running.values()))
 
-    async def _resume(self) -> None:
-        """Call the functions of the jobs that an earlier server left RUNNING.
-
-        Only here: later on a RUNNING row without a task is one that is just ending.
-        """
-        async with self._sessions.read() as session:
-            running = (
-                await session.scalars(select(Job).where(Job.status == JobStatus.RUNNING).order_by(Job.number))
-            ).all()
-        for job in running:
-            self._start(job)
-
     async def _look(self) -> None:
+        # Taken before the rows are read: a row that says otherwise than this and has no task by now is just ending.
+        known = set(self._running)
         async with self._sessions.read() as session:
             active = (await session.scalars(select(Job).where(Job.status.in_(ACTIVE)).order_by(Job.number))).all()
-        for job in active:
+        # Those that an earlier server left RUNNING come first, so that they count when the others' turn is decided.
+        for job in sorted(active, key=lambda job: job.status != JobStatus.RUNNING):
             entry = self._running.get(job.id)
             if entry is not None:
                 if job.interrupt_requested:
                     entry[0].interrupted.set()
-            elif job.status != JobStatus.CREATED:
+            elif job.id in known:
                 continue
-            elif job.interrupt_requested:
-                await self._move(job.id, JobStatus.KILLED, "interrupted before it started")
+            elif job.status == JobStatus.RUNNING or job.interrupt_requested:
+                # One that is interrupted while it waits is called too, to clear what its request had prepared.
+                self._start(job)
             elif self.running(job.kind) < self._limits.get(job.kind, UNLIMITED) and await self._move(
                 job.id, JobStatus.RUNNING, "its turn", started_at=utcnow()
             ):
                 self._start(job)
 
     def _start(self, job: Job) -> None:
-        folder = self._jobs_dir / str(job.id)
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        context = JobContext(job, folder, self._sessions, self.news)
-        if job.interrupt_requested:
-            context.interrupted.set()
+        context = JobContext(job, self._jobs_dir / str(job.id), self._sessions, self.news)
         self._running[job.id] = (context, tasks.spawn(f"job {job.name}", self._perform(context)))
 
     async def _perform(self, context: JobContext) -> None:
         failure: JobFailure | None = None
         to, reason = JobStatus.FINISHED, "done"
         try:
+            context.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             await self._functions[context.kind](context)
         except JobInterrupted:
             to, reason = JobStatus.KILLED, "interrupted"
         except JobFailure as error:
             to, reason, failure = JobStatus.FAILED, error.code, error
-        except Exception:  # the edge of a supervised task: whatever a job does, the runner goes on
+        except (Exception, asyncio.CancelledError) as error:  # the edge of a supervised task
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise  # the server stops; a cancellation that nobody asked this task for is a failure like any other
             log.exception("job %s (%s) failed inside the server", context.name, context.id)
             to, reason = JobStatus.FAILED, "internal_error"
             failure = JobFailure(
@@ -194,6 +203,8 @@ class JobRunner:
                 "Something failed inside the server itself; its log has the cause.",
                 f"Look for job {context.id} in the server's log, and report it as a bug.",
             )
+        if context.interrupted_before_start:
+            to, reason, failure = JobStatus.KILLED, "interrupted before it started", None
         await self._settle(context, to, reason, failure)
         self._running.pop(context.id, None)
         self.wake()

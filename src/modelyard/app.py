@@ -1,0 +1,171 @@
+"""The application: everything is wired here, and only here does everyone meet.
+
+`create_app` makes the FastAPI application of a foundation that was laid (`Foundation.lay`). Its lifespan starts the job
+runner and, at the end, stops it, which ends every child in good order. Errors become answers in one place.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+import modelyard
+from modelyard import tasks
+from modelyard.auth.access import Access
+from modelyard.db import Sessions
+from modelyard.deploy import actions as deployments
+from modelyard.deploy.routes import api as deploy_api
+from modelyard.deploy.routing import Routing
+from modelyard.deploy.supervisor import Supervisor
+from modelyard.docs import add_docs
+from modelyard.errors import InvalidJson, ModelyardError, NotFound, Unprocessable
+from modelyard.foundation import Foundation
+from modelyard.gateway.metrics import Metrics
+from modelyard.gateway.relay import Gateway
+from modelyard.gateway.routes import api as gateway_api
+from modelyard.gateway.upstream import Engines
+from modelyard.health.routes import api as health_api
+from modelyard.http import error_response
+from modelyard.jobs.routes import api as jobs_api
+from modelyard.jobs.runner import JobRunner
+from modelyard.models import actions as models
+from modelyard.models.downloads import Downloads
+from modelyard.models.routes import api as models_api
+from modelyard.processes import Children
+
+log = logging.getLogger(__name__)
+
+MIB = 1024 * 1024
+DESCRIPTION = """Download models, put them into service with LoRA adapters on vLLM, and ask them, over REST.
+
+Every path answers with and without its trailing slash. All errors have one form:
+`{"error": {"message", "type", "param", "code"}}`."""
+
+
+def create_app(foundation: Foundation) -> FastAPI:
+    """Return the application; it holds what it needs from the moment its lifespan starts until that ends."""
+    settings = foundation.settings
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        sessions = Sessions(foundation.url)
+        engines = Engines()
+        children = Children(foundation.owner_lock, settings.grace_s)
+        routing = Routing(sessions)
+        supervisor = Supervisor(settings, sessions, children, routing)
+        runner = JobRunner(
+            sessions,
+            {"DOWNLOAD": Downloads(sessions, children, settings).run, deployments.KIND: supervisor.serve},
+            {"DOWNLOAD": settings.max_downloads},
+            settings.jobs_dir,
+        )
+        app.state.sessions = sessions
+        app.state.runner = runner
+        app.state.routing = routing
+        app.state.gateway = Gateway(routing, engines, Metrics(app.state.registry), settings.max_body_mib * MIB)
+        async with sessions.begin() as session:
+            await deployments.end_forgotten(session)
+            await models.sweep(session, settings.models_dir)
+        keep = await runner.folders_in_use()
+        await children.end_strays(keep)
+        task = tasks.spawn("job runner", runner.run(), eternal=True, on_end=_stop_server)
+        app.state.complaints = lambda: [
+            *foundation.complaints(),
+            *(["The job runner has stopped; the server is ending."] if task.done() else []),
+        ]
+        try:
+            yield
+        finally:
+            await tasks.end(task)
+            await engines.close()
+            await sessions.close()
+
+    app = FastAPI(
+        title="Modelyard",
+        version=modelyard.__version__,
+        description=DESCRIPTION,
+        openapi_url="/api/openapi.json",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+        generate_unique_id_function=lambda route: route.name,
+    )
+    app.state.settings = settings
+    app.state.registry = _registry()
+    # The gateway comes first: it answers OpenAI's clients at an address that the models room has too.
+    for api in (gateway_api, models_api, deploy_api, jobs_api, health_api):
+        app.include_router(api)
+    add_docs(app)
+    app.add_middleware(Access, settings=settings)
+    app.add_exception_handler(ModelyardError, _answer)
+    app.add_exception_handler(RequestValidationError, _answer_invalid)
+    app.add_exception_handler(HTTPException, _answer_http)
+    app.add_exception_handler(Exception, _answer_unexpected)
+    return app
+
+
+def _registry() -> CollectorRegistry:
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    GCCollector(registry=registry)
+    return registry
+
+
+def _stop_server() -> None:
+    """End the server in good order: without its runner it would only pretend to work."""
+    log.critical("the job runner ended; stopping the server")
+    signal.raise_signal(signal.SIGTERM)
+
+
+async def _answer(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, ModelyardError)
+    return error_response(error)
+
+
+async def _answer_invalid(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return error_response(describe_invalid(error.errors()))
+
+
+def describe_invalid(faults: Any) -> ModelyardError:
+    """Return the error for a request that pydantic refused: where, what, and how many more."""
+    first = faults[0]
+    if first["type"] == "json_invalid":
+        reason = first.get("ctx", {}).get("error", "it cannot be parsed")
+        return InvalidJson(f"The body is not JSON: {reason} (at character {first['loc'][-1]}).")
+    source, *path = first["loc"]
+    where = ".".join(map(str, path)) or source
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    reason = first["msg"].removeprefix("Value error, ")
+    return Unprocessable(f"{source} {where}: {reason}{more}." if path else f"{source}: {reason}{more}.", param=where)
+
+
+async def _answer_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    path = request.url.path
+    if error.status_code == 404:
+        return error_response(
+            NotFound(f"There is nothing at {path}. GET /api/docs shows all paths.", code="no_such_path")
+        )
+    wrong = ModelyardError(f"{request.method} is not possible at {path}: {error.detail}.", code="method_not_allowed")
+    wrong.status = error.status_code
+    answer = error_response(wrong)
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+async def _answer_unexpected(request: Request, _error: Exception) -> Response:
+    # The cause is in the log already: starlette hands it on to the server after this answer.
+    message = f"Something failed inside the server itself while it answered {request.url.path}; its log has the cause."
+    return error_response(ModelyardError(message))

@@ -1,0 +1,127 @@
+"""The gate before every route: the admin key where one is set, and otherwise this machine alone.
+
+With a key, every path but `/health` wants it, as `Authorization: Bearer KEY` or `X-API-KEY: KEY`. Without one the
+server listens on loopback only, and a browser is the way in for others: so the Host must be a name of this machine
+(against DNS rebinding), and a page from elsewhere is refused whatever it sends, since a `text/plain` POST needs no
+preflight. `MODELYARD_CORS_ORIGINS` names the pages that may call.
+
+Written as plain ASGI: it costs some microseconds and never touches a body.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from modelyard.errors import Forbidden, HostNotAllowed, ModelyardError, OriginNotAllowed, Unauthorized
+from modelyard.http import error_response
+from modelyard.settings import LOOPBACK, Settings
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+OPEN_PATHS = frozenset({"/health", "/health/"})
+CORS_METHODS = b"GET, POST, PUT, PATCH, DELETE"
+CORS_MAX_AGE_S = b"600"
+
+
+class Access:
+    """ASGI middleware that lets a request through or answers 401 or 403 itself."""
+
+    def __init__(self, app: App, settings: Settings) -> None:
+        self._app = app
+        self._key = settings.admin_key.encode() if settings.admin_key is not None else None
+        self._origins = frozenset(origin.encode("latin-1") for origin in settings.cors_origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            raise Forbidden("Only HTTP is spoken here.")
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        origin = headers.get(b"origin")
+        if origin is not None and origin in self._origins:
+            if scope["method"] == "OPTIONS" and b"access-control-request-method" in headers:
+                await _answer_preflight(origin, headers, send)
+                return
+            send = _with_origin(origin, send)
+        try:
+            self._check(scope, headers, origin)
+        except ModelyardError as error:
+            await error_response(error)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _check(self, scope: Scope, headers: dict[bytes, bytes], origin: bytes | None) -> None:
+        if self._key is not None:
+            if scope["path"] not in OPEN_PATHS and not self._has_key(headers):
+                raise Unauthorized(
+                    "This server wants its admin key: send 'Authorization: Bearer KEY' or 'X-API-KEY: KEY'."
+                )
+            return
+        host = headers.get(b"host", b"").decode("latin-1")
+        if _hostname(host) not in LOOPBACK:
+            raise HostNotAllowed(
+                f"The host name '{host}' is not this machine's own. Ask for 127.0.0.1 or localhost, or set "
+                "MODELYARD_ADMIN_KEY to serve other names."
+            )
+        if origin is not None and origin not in self._origins:
+            if urlsplit(origin.decode("latin-1")).netloc == host:
+                return
+            raise OriginNotAllowed(
+                f"Pages from {origin.decode('latin-1')} may not call this server. "
+                "MODELYARD_CORS_ORIGINS names those that may."
+            )
+        if origin is None and headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site"):
+            mode = headers.get(b"sec-fetch-mode")
+            # A link that somebody follows to the documentation is no danger; anything else from another page is.
+            if scope["method"] not in ("GET", "HEAD") or mode != b"navigate":
+                raise OriginNotAllowed(
+                    "Another page's request. MODELYARD_CORS_ORIGINS names the pages that may call this server."
+                )
+
+    def _has_key(self, headers: dict[bytes, bytes]) -> bool:
+        assert self._key is not None
+        scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
+        sent = bearer.strip() if scheme.lower() == b"bearer" else b""
+        # Both are always compared, and in constant time: the time of the answer tells nothing about the key.
+        found = hmac.compare_digest(sent, self._key)
+        return hmac.compare_digest(headers.get(b"x-api-key", b""), self._key) or found
+
+
+def _hostname(host: str) -> str:
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0].lower()
+
+
+async def _answer_preflight(origin: bytes, headers: dict[bytes, bytes], send: Send) -> None:
+    asked = headers.get(b"access-control-request-headers", b"")
+    answer = [
+        (b"access-control-allow-origin", origin),
+        (b"access-control-allow-methods", CORS_METHODS),
+        (b"access-control-allow-headers", asked or b"*"),
+        (b"access-control-max-age", CORS_MAX_AGE_S),
+        (b"vary", b"Origin"),
+    ]
+    await send({"type": "http.response.start", "status": 204, "headers": answer})
+    await send({"type": "http.response.body", "body": b""})
+
+
+def _with_origin(origin: bytes, send: Send) -> Send:
+    async def send_with_origin(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [
+                *message.get("headers", ()),
+                (b"access-control-allow-origin", origin),
+                (b"vary", b"Origin"),
+            ]
+        await send(message)
+
+    return send_with_origin

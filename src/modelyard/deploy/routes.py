@@ -1,0 +1,75 @@
+"""REST for the current deployment: deploy, look, interrupt."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fastapi import Depends, Query, Request
+
+from modelyard.deploy import actions
+from modelyard.deploy.routing import Routing
+from modelyard.deploy.schemas import DeployIn, DeployOut, DeployStatusOut
+from modelyard.http import Sessions, documented, router
+from modelyard.jobs import actions as jobs
+from modelyard.jobs.routes import Runner
+from modelyard.jobs.schemas import JobOut
+
+api = router("/api/v1/deploy", "Deploy")
+
+
+def _routing(request: Request) -> Routing:
+    found: Routing = request.app.state.routing
+    return found
+
+
+CurrentRouting = Annotated[Routing, Depends(_routing)]
+Task = Annotated[
+    Literal["generate", "embed"] | None,
+    Query(description="Which current deployment; left out, the generative one comes before the embedding one."),
+]
+
+
+@api.get("/", summary="Get the current deployment", responses=documented(404, 422))
+async def get_deployment(sessions: Sessions, task: Task = None) -> DeployOut:
+    """Return the model that is in service, or on its way there (`state`)."""
+    async with sessions.read() as session:
+        return DeployOut.of(await actions.current(session, task))
+
+
+@api.post("/", summary="Deploy a model", responses=documented(400, 404, 422))
+async def deploy_model(wish: DeployIn, sessions: Sessions, runner: Runner, routing: CurrentRouting) -> JobOut:
+    """Put a model with its adapters into service, in place of the current one of its kind.
+
+    The job runs for as long as the model is in service. Deploying what is deployed already returns its job.
+    """
+    async with sessions.begin() as session:
+        options = wish.options.model_dump(exclude_none=True)
+        job, replaced = await actions.deploy(session, wish.model_id, wish.adapter_ids, options)
+    routing.changed()
+    runner.wake()
+    for job_id in replaced:
+        runner.news.tell(job_id)
+    return JobOut.of(job)
+
+
+@api.get("/status/", summary="Get the current deployment and its job", responses=documented(404, 422))
+async def get_deployment_status(sessions: Sessions, task: Task = None) -> DeployStatusOut:
+    """Return the model that is in service, or on its way there, with its job."""
+    async with sessions.read() as session:
+        deployment = await actions.current(session, task)
+        job = await jobs.get(session, deployment.job_id)
+    return DeployStatusOut(**DeployOut.of(deployment).model_dump(), job=JobOut.of(job))
+
+
+@api.post("/interrupt/", summary="Take the current deployment out of service", responses=documented(404, 422))
+async def interrupt_deployment(
+    sessions: Sessions, runner: Runner, routing: CurrentRouting, task: Task = None
+) -> JobOut:
+    """End the engine. The answer may still say RUNNING: the job becomes KILLED when nothing of it runs any more."""
+    async with sessions.begin() as session:
+        deployment = await actions.current(session, task)
+        job_id = await actions.take_down(session, deployment)
+        job = await jobs.get(session, job_id)
+    routing.changed()
+    runner.wake()
+    return JobOut.of(job)

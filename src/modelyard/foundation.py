@@ -1,0 +1,250 @@
+"""What must stand before the server serves: its data folder, the locks that make it the only one, a migrated database.
+
+Everything here is synchronous and happens before the event loop runs, so that a refusal is one clear line and an exit
+status instead of a traceback from a half-started application.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from sqlalchemy import URL, Connection, Engine, create_engine, text
+from sqlalchemy.exc import SQLAlchemyError
+
+from modelyard.db import database_url
+from modelyard.errors import StartRefused
+from modelyard.processes import ServerLock
+from modelyard.settings import Settings
+
+log = logging.getLogger(__name__)
+
+#: A server that was just killed may take a moment to give its lock back.
+LOCK_PATIENCE_S = 3.0
+LOCK_CHECK_S = 5.0
+DATABASE_LOCK = 0x6D6F64656C79617264 & 0x7FFFFFFFFFFFFFFF
+
+
+class Foundation:
+    """A data folder and a database of which this process is the one server, until `close`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.url = database_url(settings.database_url, settings.data_dir)
+        self._folder_lock: ServerLock | None = None
+        self._database_lock: DatabaseLock | ServerLock | None = None
+
+    @property
+    def owner_lock(self) -> Path:
+        """The lock whose holder the children belong to."""
+        return self.settings.data_dir / "server.lock"
+
+    def lay(self) -> None:
+        """Make the folder, take the locks, migrate the database.
+
+        Raises:
+            StartRefused: with the one line that the user reads; nothing is held then.
+        """
+        data_dir = self.settings.data_dir
+        try:
+            data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for name in ("models", "jobs", "cache", "run"):
+                (data_dir / name).mkdir(exist_ok=True, mode=0o700)
+            folder_lock = ServerLock(self.owner_lock)
+            taken = _patiently(folder_lock.take)
+        except OSError as error:
+            raise StartRefused(f"The data folder {data_dir} cannot be used: {error.strerror}.") from error
+        if not taken:
+            raise StartRefused(
+                f"Another server (process {folder_lock.holder()}) uses the data folder {data_dir}. "
+                "Stop it, or give this one a folder of its own with MODELYARD_DATA_DIR."
+            )
+        self._folder_lock = folder_lock
+        try:
+            self._database_lock = _lock_database(self.url)
+            migrate(self.url)
+        except BaseException:
+            self.close()
+            raise
+
+    def complaints(self) -> list[str]:
+        """Return what is wrong with the locks, for readiness; empty if nothing is."""
+        if isinstance(self._database_lock, DatabaseLock) and not self._database_lock.is_held:
+            return ["The lock on the database was lost; it is being taken again."]
+        return []
+
+    def close(self) -> None:
+        """Give the locks back. Safe to repeat."""
+        if self._database_lock is not None:
+            self._database_lock.release()
+            self._database_lock = None
+        if self._folder_lock is not None:
+            self._folder_lock.release()
+            self._folder_lock = None
+
+
+class DatabaseLock:
+    """PostgreSQL's advisory lock that makes this the one server of a database, held by a connection of its own.
+
+    A connection may break while the server lives. A thread looks after it and takes the lock again; if another server
+    was quicker, `on_lost` is called once.
+    """
+
+    def __init__(self, url: URL, on_lost: Callable[[], None] | None = None) -> None:
+        self.on_lost = on_lost
+        self.is_held = False
+        self._engine = create_engine(url, pool_size=1, max_overflow=0, connect_args={"connect_timeout": 5})
+        self._connection: Connection | None = None
+        self._closing = threading.Event()
+        self._watch = threading.Thread(target=self._look_after, name="database lock", daemon=True)
+
+    def take(self) -> bool:
+        """Take the lock; return False if another server holds it.
+
+        Raises:
+            SQLAlchemyError: the database does not answer.
+        """
+        connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        held = bool(connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": DATABASE_LOCK}))
+        if not held:
+            connection.close()
+            return False
+        self._connection, self.is_held = connection, True
+        if not self._watch.is_alive():
+            self._watch.start()
+        return True
+
+    def release(self) -> None:
+        """Give the lock back. Safe to repeat."""
+        self._closing.set()
+        if self._watch.is_alive():
+            self._watch.join(timeout=10)
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        self._engine.dispose()
+        self.is_held = False
+
+    def _look_after(self) -> None:
+        while not self._closing.wait(LOCK_CHECK_S):
+            try:
+                assert self._connection is not None
+                self._connection.scalar(text("SELECT 1"))
+            except SQLAlchemyError:
+                self.is_held = False
+                log.warning("the connection that holds the lock on the database broke; taking it again")
+                self._take_again()
+
+    def _take_again(self) -> None:
+        while not self._closing.is_set():
+            with suppress(SQLAlchemyError):
+                self._engine.dispose()
+                if self.take():
+                    return
+                log.error("another server has taken the database while this one had no connection to it")
+                if self.on_lost is not None:
+                    self.on_lost()
+                return
+            self._closing.wait(1.0)
+
+
+def _lock_database(url: URL) -> DatabaseLock | ServerLock | None:
+    """Take the lock of the database; a SQLite file in the data folder needs none of its own."""
+    shown = url.render_as_string(hide_password=True)
+    if url.get_backend_name() == "sqlite":
+        path = Path(url.database or "")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file_lock = ServerLock(path.with_name(path.name + ".lock"))
+            if _patiently(file_lock.take):
+                return file_lock
+        except OSError as error:
+            raise StartRefused(f"The database {path} cannot be used: {error.strerror}.") from error
+        raise StartRefused(f"Another server (process {file_lock.holder()}) uses the database {path}.")
+    lock = DatabaseLock(_sync(url))
+    try:
+        if _patiently(lock.take):
+            return lock
+    except SQLAlchemyError as error:
+        lock.release()
+        raise StartRefused(f"The database {shown} cannot be reached: {_cause(error)}.") from error
+    lock.release()
+    raise StartRefused(f"Another server uses the database {shown}. Stop it, or give this one its own database.")
+
+
+def _patiently(take: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + LOCK_PATIENCE_S
+    while not take():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _sync(url: URL) -> URL:
+    return url.set(drivername="sqlite" if url.get_backend_name() == "sqlite" else "postgresql+psycopg")
+
+
+def _cause(error: SQLAlchemyError) -> str:
+    cause = getattr(error, "orig", None) or error
+    lines = str(cause).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(cause).__name__
+
+
+def migrations_dir() -> Path:
+    """Return where the migrations lie: beside the sources in a checkout, inside the package once installed."""
+    installed = Path(__file__).with_name("_migrations")
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "migrations"
+
+
+def newest_revision(folder: Path) -> str:
+    """Return the newest migration's revision, by its file's name (`NNNN_what.py`), without loading Alembic."""
+    return max(path.name for path in (folder / "versions").glob("[0-9]*_*.py")).split("_")[0]
+
+
+def migrate(url: URL) -> bool:
+    """Bring the database's tables up to date; return whether there was anything to do. May be repeated.
+
+    Two that migrate at the same moment (`modelyard migrate` beside a starting server) take turns.
+
+    Raises:
+        StartRefused: the database is newer than this program, or a migration failed (it was rolled back).
+    """
+    folder = migrations_dir()
+    newest = newest_revision(folder)
+    engine = create_engine(_sync(url))
+    try:
+        if url.get_backend_name() == "sqlite":
+            Path(url.database or "").parent.mkdir(parents=True, exist_ok=True)
+        found = _revision(engine)
+        if found == newest:
+            return False
+        if found is not None and found > newest:
+            raise StartRefused(
+                f"The database is at revision {found}, newer than this program's {newest}. Update Modelyard."
+            )
+        # Alembic takes some 150 ms to load: only a start that has something to migrate pays for it.
+        from alembic import command
+        from alembic.config import Config
+
+        config = Config(attributes={"url": _sync(url)})
+        config.set_main_option("script_location", str(folder))
+        command.upgrade(config, "head")
+    except SQLAlchemyError as error:
+        shown = url.render_as_string(hide_password=True)
+        raise StartRefused(f"The database {shown} could not be migrated: {_cause(error)}.") from error
+    finally:
+        engine.dispose()
+    return True
+
+
+def _revision(engine: Engine) -> str | None:
+    with engine.connect() as connection:
+        if not engine.dialect.has_table(connection, "alembic_version"):
+            return None
+        version = connection.scalar(text("SELECT version_num FROM alembic_version"))
+    return str(version) if version is not None else None

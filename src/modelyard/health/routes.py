@@ -1,0 +1,86 @@
+"""REST for how the server is: /health, /ready, /metrics."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fastapi import Depends, Request
+from prometheus_client import CollectorRegistry, generate_latest
+from pydantic import BaseModel, Field
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+import modelyard
+from modelyard.db import Sessions as DatabaseSessions
+from modelyard.deploy.engine_client import metrics_of
+from modelyard.deploy.routes import CurrentRouting
+from modelyard.health.exposition import merge
+from modelyard.http import Sessions, documented, router
+
+api = router(tag="Health")
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class HealthOut(BaseModel):
+    """The server is alive."""
+
+    status: Literal["ok"] = "ok"
+    version: str = Field(examples=["0.1.0"])
+
+
+class ReadyOut(BaseModel):
+    """Whether the server can do its work, and what keeps it from it."""
+
+    ready: bool
+    reasons: list[str] = Field(description="Empty when ready.", examples=[[]])
+
+
+def _registry(request: Request) -> CollectorRegistry:
+    found: CollectorRegistry = request.app.state.registry
+    return found
+
+
+@api.get("/health/", summary="Is the server alive")
+async def get_health() -> HealthOut:
+    """Answer at once, to anyone: for a supervisor or a load balancer that asks whether to restart."""
+    return HealthOut(version=modelyard.__version__)
+
+
+@api.get(
+    "/ready/",
+    summary="Can the server do its work",
+    response_model=ReadyOut,
+    responses={503: {"model": ReadyOut, "description": "Not ready, with the reasons."}, **documented()},
+)
+async def get_readiness(request: Request, sessions: Sessions) -> Response:
+    """Answer 200, or 503 with the reasons. A deployment that starts is none: its requests get a 503 of their own."""
+    reasons = [*await _database_reasons(sessions), *request.app.state.complaints()]
+    body = ReadyOut(ready=not reasons, reasons=reasons)
+    return JSONResponse(body.model_dump(), status_code=200 if body.ready else 503)
+
+
+async def _database_reasons(sessions: DatabaseSessions) -> list[str]:
+    try:
+        async with sessions.read() as session:
+            await session.execute(text("SELECT 1"))
+    except (SQLAlchemyError, OSError) as error:
+        return [f"The database does not answer: {type(error).__name__}."]
+    return []
+
+
+@api.get(
+    "/metrics/",
+    summary="Figures for Prometheus",
+    response_class=PlainTextResponse,
+    responses={
+        200: {"content": {"text/plain": {"example": 'modelyard_requests_total{endpoint="chat/completions"} 3.0\n'}}},
+        **documented(),
+    },
+)
+async def get_metrics(routing: CurrentRouting, registry: Annotated[CollectorRegistry, Depends(_registry)]) -> Response:
+    """Return the server's own figures and those of its engines, told apart by the label `deployment`."""
+    engines = await metrics_of(await routing.ready_engines())
+    merged = merge(generate_latest(registry).decode(), engines)
+    return Response(merged, headers={"Content-Type": METRICS_TYPE})
