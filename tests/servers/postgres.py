@@ -89,9 +89,13 @@ def _reachable(folder: Path, scratch: Path, identity: dict[str, Any]) -> Path:
     try:
         subprocess.run([folder / "initdb", "--version"], check=True, capture_output=True, cwd=scratch, **identity)
     except (PermissionError, subprocess.CalledProcessError):
-        copy = scratch / "install"
-        shutil.copytree(folder.parent, copy, symlinks=True)
-        return copy / "bin"
+        # The package's binaries find their libraries beside the package.
+        package, copy = folder.parents[1], scratch / "install"
+        libraries = package.with_name(f"{package.name}.libs")
+        shutil.copytree(folder.parent, copy / package.name / folder.parent.name, symlinks=True)
+        if libraries.is_dir():
+            shutil.copytree(libraries, copy / libraries.name, symlinks=True)
+        return copy / package.name / folder.parent.name / "bin"
     return folder
 
 
