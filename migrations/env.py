@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from alembic import context
-from sqlalchemy import create_engine, text
+from sqlalchemy import text
 
 import modelyard.deploy.tables
 import modelyard.jobs.tables
 import modelyard.models.tables
 import modelyard.states  # noqa: F401  # all tables, on one metadata
-from modelyard.db import Base, UtcDateTime, database_url
+from modelyard.db import Base, UtcDateTime, database_url, sync_engine
 from modelyard.settings import load_settings
 
 MIGRATION_LOCK = 0x6D6967726174
@@ -20,8 +20,7 @@ def configured_url():  # type: ignore[no-untyped-def]
     if handed_over is not None:
         return handed_over
     settings = load_settings()
-    url = database_url(settings.database_url, settings.data_dir)
-    return url.set(drivername="sqlite" if url.get_backend_name() == "sqlite" else "postgresql+psycopg")
+    return database_url(settings.database_url, settings.data_dir)
 
 
 def render_item(kind, item, _context):  # type: ignore[no-untyped-def]
@@ -30,16 +29,17 @@ def render_item(kind, item, _context):  # type: ignore[no-untyped-def]
 
 
 def run() -> None:
-    engine = create_engine(configured_url())
-    with engine.connect() as connection:
+    engine = sync_engine(configured_url())
+    with engine.begin() as connection:
         if engine.dialect.name == "postgresql":
-            connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": MIGRATION_LOCK})
-            connection.commit()
-        else:
-            connection.exec_driver_sql("PRAGMA busy_timeout=30000")
-        # Batch mode: SQLite changes a table by copying it.
+            # Two that migrate at the same moment take turns; SQLite's one writing transaction sees to that by itself.
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
         context.configure(
-            connection=connection, target_metadata=Base.metadata, render_as_batch=True, render_item=render_item
+            connection=connection,
+            target_metadata=Base.metadata,
+            render_as_batch=True,  # SQLite changes a table by copying it
+            render_item=render_item,
+            transactional_ddl=True,
         )
         with context.begin_transaction():
             context.run_migrations()

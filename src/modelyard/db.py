@@ -17,8 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import BigInteger, DateTime, Dialect, Integer, MetaData, event, make_url, text
-from sqlalchemy.engine import URL, Connection
+from sqlalchemy import BigInteger, DateTime, Dialect, Integer, MetaData, create_engine, event, make_url, text
+from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase
@@ -139,6 +139,25 @@ def _engines(url: URL) -> tuple[AsyncEngine, AsyncEngine]:
         event.listen(engine.sync_engine, "begin", _beginner(begin))
     event.listen(reader.sync_engine, "connect", _forbid_writing)
     return writer, reader
+
+
+def sync_engine(url: URL) -> Engine:
+    """Return an engine for migrations and locks, which happen before the event loop runs.
+
+    On SQLite every transaction is one that writes, its tables' changes included, and foreign keys are not looked at:
+    Alembic changes a table by making another in its place.
+    """
+    if url.get_backend_name() != "sqlite":
+        return create_engine(url.set(drivername="postgresql+psycopg"), connect_args={"connect_timeout": 5})
+    engine = create_engine(url.set(drivername="sqlite"))
+    event.listen(engine, "connect", _prepare_sqlite)
+    event.listen(engine, "connect", _ignore_foreign_keys)
+    event.listen(engine, "begin", _beginner("BEGIN IMMEDIATE"))
+    return engine
+
+
+def _ignore_foreign_keys(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:
+    connection.cursor().execute("PRAGMA foreign_keys=OFF")
 
 
 def _prepare_sqlite(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from sqlalchemy import URL, Connection, Engine, create_engine, text
+from sqlalchemy import URL, Connection, Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from modelyard.db import database_url
+from modelyard.db import database_url, sync_engine
 from modelyard.errors import StartRefused
 from modelyard.processes import ServerLock
 from modelyard.settings import Settings
@@ -97,7 +97,7 @@ class DatabaseLock:
     def __init__(self, url: URL, on_lost: Callable[[], None] | None = None) -> None:
         self.on_lost = on_lost
         self.is_held = False
-        self._engine = create_engine(url, pool_size=1, max_overflow=0, connect_args={"connect_timeout": 5})
+        self._engine = sync_engine(url)
         self._connection: Connection | None = None
         self._closing = threading.Event()
         self._watch = threading.Thread(target=self._look_after, name="database lock", daemon=True)
@@ -165,7 +165,7 @@ def _lock_database(url: URL) -> DatabaseLock | ServerLock | None:
         except OSError as error:
             raise StartRefused(f"The database {path} cannot be used: {error.strerror}.") from error
         raise StartRefused(f"Another server (process {file_lock.holder()}) uses the database {path}.")
-    lock = DatabaseLock(_sync(url))
+    lock = DatabaseLock(url)
     try:
         if _patiently(lock.take):
             return lock
@@ -183,10 +183,6 @@ def _patiently(take: Callable[[], bool]) -> bool:
             return False
         time.sleep(0.1)
     return True
-
-
-def _sync(url: URL) -> URL:
-    return url.set(drivername="sqlite" if url.get_backend_name() == "sqlite" else "postgresql+psycopg")
 
 
 def _cause(error: SQLAlchemyError) -> str:
@@ -216,7 +212,7 @@ def migrate(url: URL) -> bool:
     """
     folder = migrations_dir()
     newest = newest_revision(folder)
-    engine = create_engine(_sync(url))
+    engine = sync_engine(url)
     try:
         if url.get_backend_name() == "sqlite":
             Path(url.database or "").parent.mkdir(parents=True, exist_ok=True)
@@ -231,7 +227,7 @@ def migrate(url: URL) -> bool:
         from alembic import command
         from alembic.config import Config
 
-        config = Config(attributes={"url": _sync(url)})
+        config = Config(attributes={"url": url})
         config.set_main_option("script_location", str(folder))
         command.upgrade(config, "head")
     except SQLAlchemyError as error:

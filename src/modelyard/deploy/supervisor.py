@@ -202,7 +202,7 @@ class _Service:
         newest = self._newest_attempt()
         number = 1 + (int(newest.name.split("-")[1]) if newest else 0)
         # A short path: a socket's may have no more than 107 bytes.
-        scratch = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="modelyard-"))
+        scratch = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="modelyard-engine-"))
         url = f"unix:{socket_path(scratch)}"
         try:
             async with self.yard.sessions.read() as session:
