@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import random
@@ -531,6 +532,26 @@ async def test_a_folder_cannot_hold_an_object_below_another_one_and_says_so(fold
             await folder.put(key, chunks_of(b"y"))
     assert await keys(folder) == ["a", "b/c"]
     assert list((folder.root / ".incoming").iterdir()) == []
+
+
+async def test_a_put_survives_that_its_folder_is_removed_as_empty_under_it(folder: FolderStorage) -> None:
+    ended = threading.Event()
+
+    def tidy() -> None:
+        while not ended.is_set():
+            for empty in ("deep/er", "deep"):
+                with contextlib.suppress(OSError):
+                    (folder.root / empty).rmdir()
+
+    with ThreadPoolExecutor(1) as threads:
+        tidying = threads.submit(tidy)
+        try:
+            for number in range(200):
+                await folder.put(f"deep/er/{number}", chunks_of(b"x"))
+                await folder.delete(f"deep/er/{number}")
+        finally:
+            ended.set()
+        tidying.result()
 
 
 async def test_a_full_disk_is_reported_and_leaves_nothing(folder: FolderStorage) -> None:
