@@ -50,6 +50,7 @@ def download(spec: Spec, progress: Progress) -> dict[str, Any]:
     """
     models, partial = Path(spec.models_dir), Path(spec.partial_dir)
     source = _source(spec, progress)
+    progress.update(phase="resolve")
     commit, paths = transfer.patiently(lambda: source.resolve(spec.revision))
     chosen = select(paths)
     with ThreadPoolExecutor(CONNECTIONS) as pool:
@@ -283,6 +284,15 @@ def _result(spec: Spec, progress: Progress) -> dict[str, Any]:
     except OSError as error:
         log.exception("the disk failed")
         return _failure(_disk_failure(error, spec))
+    except Exception:  # the edge of the process: whatever a repository holds, the job says that it ended
+        log.exception("the download failed inside Modelyard itself")
+        return _failure(
+            JobFailure(
+                "internal_error",
+                f"The download of {spec.model_id} failed inside Modelyard itself.",
+                "Its cause is in the job's log; report it as a bug.",
+            )
+        )
     shutil.rmtree(partial, ignore_errors=True)
     return result
 

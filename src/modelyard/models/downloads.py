@@ -30,6 +30,8 @@ STOP_TIMEOUT_S = 5.0
 MAX_PAUSE_S = 15.0
 #: A connection that says nothing for so long is taken up again by the child itself.
 READ_TIMEOUT_S = 20
+#: A busy machine may take its time to start a process: that is no stall.
+START_TIMEOUT_S = 60.0
 
 _PHASES = {
     "configuration": "Fetching and checking the configuration.",
@@ -124,7 +126,7 @@ class Downloads:
 
     async def _follow(self, job: JobContext, child: Child, partial: Path) -> dict[str, Any]:
         """Watch a child to its end and return its result, or the failure that its end amounts to."""
-        clock = asyncio.get_running_loop().time
+        clock, patience_s = asyncio.get_running_loop().time, self._settings.download_stall_s
         teller = _Teller(job, child.folder / "progress.jsonl")
         ended = asyncio.ensure_future(child.wait())
         seen: object = None
@@ -139,9 +141,9 @@ class Downloads:
                 now_seen = (teller.offset, await asyncio.to_thread(store.bytes_below, partial))
                 if now_seen != seen:
                     seen, moved_at = now_seen, clock()
-                elif clock() - moved_at > self._settings.download_stall_s:
+                elif clock() - moved_at > (patience_s if teller.offset else max(patience_s, START_TIMEOUT_S)):
                     await child.stop()
-                    return _stalled(self._settings.download_stall_s)
+                    return _stalled(patience_s)
             await teller.tell()
         except asyncio.CancelledError:
             await child.stop()

@@ -40,6 +40,7 @@ class HubSource:
         self._xet = is_xet_available() and not constants.HF_HUB_DISABLE_XET
         self._xet_lock = threading.Lock()
         self._xet_group: Any = None
+        log.info("%s from %s, xet: %s", model_id, constants.ENDPOINT, "on" if self._xet else "off")
 
     def resolve(self, revision: str) -> tuple[str, list[str]]:
         """Return the commit and the names of its files, from one request."""

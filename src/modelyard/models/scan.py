@@ -105,8 +105,8 @@ def task_of(files: set[str], config: Mapping[str, Any]) -> Task:
     if any(name in files for name in _EMBEDDING_FILES):
         return Task.EMBED
     architectures = config.get("architectures")
-    names = architectures if isinstance(architectures, list) else []
-    return Task.EMBED if any(name in _EMBEDDING_ARCHITECTURES for name in names) else Task.GENERATE
+    names = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
+    return Task.EMBED if _EMBEDDING_ARCHITECTURES.intersection(names) else Task.GENERATE
 
 
 def scan_safetensors(path: Path, name: str) -> None:

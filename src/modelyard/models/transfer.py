@@ -69,7 +69,7 @@ class Progress:
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._lock = threading.Lock()
-        self._state: dict[str, Any] = {"phase": "resolve", "done": 0, "total": 0, "checked": 0}
+        self._state: dict[str, Any] = {"phase": "start", "done": 0, "total": 0, "checked": 0}
         self._written_at = 0.0
 
     def update(self, *, phase: str | None = None, total: int | None = None, done: int = 0, checked: int = 0) -> None:

@@ -1,0 +1,512 @@
+"""Downloads with the real child and the real hub client, against a hub that misbehaves."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from modelyard.jobs import actions as jobs
+from modelyard.jobs.schemas import FailureOut
+from modelyard.jobs.tables import JobStatus
+from modelyard.models import actions, store
+from tests.eventually import eventually
+from tests.models.repositories import CONFIG, adapter, as_json, embedder, llama, noise, safetensors, sharded
+from tests.models.yard import Yard, make_settings, open_yard
+from tests.servers.hub import Fault, Hub
+
+TINY = "acme/tiny"
+WEIGHTS = "model.safetensors"
+SIZE = 2_000_000
+MIB_IN_GIB = 1 / 1024
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub() as running:
+        yield running
+
+
+def failure_of(job: Any) -> FailureOut:
+    assert job.status == JobStatus.FAILED, job
+    assert isinstance(job.failure, FailureOut)
+    assert job.failure.hint
+    return job.failure
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+async def fetched(yard: Yard, model_id: str, at_least: int) -> None:
+    """Wait until so many bytes of a download are on disk."""
+    await eventually(
+        lambda: store.bytes_below(yard.partial(model_id)) >= at_least, f"{at_least} bytes of {model_id} on disk"
+    )
+
+
+def child_pid(job_folder: Path) -> int:
+    """Return the pid of the download process itself, below its keeper."""
+    for folder in Path("/proc").iterdir():
+        try:
+            argv = (folder / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"modelyard.models.download_child" in argv and any(str(job_folder).encode() in part for part in argv):
+            return int(folder.name)
+    return 0
+
+
+async def test_a_model_arrives_with_what_is_needed_and_nothing_else(hub: Hub, tmp_path: Path) -> None:
+    files = llama(SIZE)
+    commit = hub.add(TINY, files)
+    async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:
+        job = await yard.bring(TINY)
+        assert job.status == JobStatus.FINISHED, yard.log(job.id)
+        assert job.name == "DOWNLOAD_acme/tiny"
+        model = await yard.model(TINY)
+        assert model is not None
+        needed = {
+            name: files[name]
+            for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+                         "chat_template.jinja", WEIGHTS)
+        }  # fmt: skip
+        assert files_below(yard.folder(model)) == needed
+        assert (model.commit, model.revision, model.task, model.adapter) == (commit, "main", "generate", False)
+        assert model.size_bytes == sum(map(len, needed.values()))
+        assert job.progress is not None
+        assert (job.progress.done, job.progress.total, job.progress.unit) == (
+            model.size_bytes,
+            model.size_bytes,
+            "bytes",
+        )
+        assert hub.sent(TINY, "pytorch_model.bin") == 0
+        assert not yard.partial(TINY).exists()
+        assert not (yard.runner.log_of(job.id).parent / "hub").exists()
+
+
+async def test_shards_are_fetched_once_and_no_second_format_of_them(hub: Hub, tmp_path: Path) -> None:
+    hub.add("acme/sharded", sharded())
+    async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:
+        await yard.bring("acme/sharded")
+        model = await yard.model("acme/sharded")
+        assert model is not None
+        names = set(files_below(yard.folder(model)))
+        assert {name for name in names if name.endswith(".safetensors")} == {
+            f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)
+        }
+        assert "model.safetensors.index.json" in names
+        assert "params.json" not in names
+
+
+async def test_a_lora_repository_becomes_an_adapter_with_its_base(hub: Hub, tmp_path: Path) -> None:
+    hub.add("acme/lora", adapter(TINY))
+    async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:
+        await yard.bring("acme/lora")
+        model = await yard.model("acme/lora")
+        assert model is not None
+        assert (model.adapter, model.base_model_id, model.task) == (True, TINY, "generate")
+
+
+async def test_an_embedding_model_arrives_with_its_modules_and_its_task(hub: Hub, tmp_path: Path) -> None:
+    hub.add("acme/embedder", embedder())
+    async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:
+        await yard.bring("acme/embedder")
+        model = await yard.model("acme/embedder")
+        assert model is not None
+        assert model.task == "embed"
+        assert {"1_Pooling/config.json", "2_Dense/model.safetensors"} <= set(files_below(yard.folder(model)))
+
+
+async def test_a_mirror_that_lists_no_sizes_still_delivers_verified_files(hub: Hub, tmp_path: Path) -> None:
+    hub.add(TINY, llama(SIZE), sizes=False)
+    hub.misbehave(TINY, WEIGHTS, Fault("corrupt"))
+    async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:
+        job = await yard.bring(TINY)
+        assert job.status == JobStatus.FINISHED
+        assert hub.starts(TINY, WEIGHTS) == [0, 0]
+
+
+async def test_a_model_that_is_there_finishes_at_once_without_the_network(hub: Hub, tmp_path: Path) -> None:
+    commit = hub.add(TINY, llama())
+    async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:
+        await yard.bring(TINY)
+        asked = hub.listings
+        for revision in (None, "main", commit):
+            job = await yard.bring(TINY, revision)
+            assert job.status == JobStatus.FINISHED
+        assert hub.listings == asked
+        assert not list(yard.runner.log_of(job.id).parent.glob("attempt-*"))
+
+
+async def test_another_revision_replaces_the_model_and_shares_nothing_half(hub: Hub, tmp_path: Path) -> None:
+    hub.add(TINY, llama())
+    second = hub.add(TINY, llama(seed="second"), revision="v2")
+    async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:
+        await yard.bring(TINY)
+        old = await yard.model(TINY)
+        assert old is not None
+        await yard.bring(TINY, "v2")
+        model = await yard.model(TINY)
+        assert model is not None
+        assert (model.commit, model.revision) == (second, "v2")
+        assert model.id == old.id
+        # The old revision may still be in service; it goes when the server starts anew.
+        assert yard.folder(old).is_dir()
+        async with yard.sessions.read() as session:
+            assert await actions.sweep(session, yard.models_dir) == [yard.folder(old)]
+        assert yard.folder(model).is_dir()
+
+
+async def test_the_token_reaches_the_hub_and_never_the_storage_behind_it(hub: Hub, tmp_path: Path) -> None:
+    hub.add(TINY, llama(), gated=True, approved=frozenset({"hf_secret"}))
+    async with open_yard(make_settings(tmp_path, hub.endpoint, HF_TOKEN="hf_secret")) as yard:
+        job = await yard.bring(TINY)
+        assert job.status == JobStatus.FINISHED
+        assert hub.leaked_tokens == 0
+        assert all(request.token for request in hub.gets(TINY, "config.json"))
+        assert "hf_secret" not in yard.log(job.id)
+
+
+async def test_an_unknown_model_fails_at_once_and_leaves_nothing(hub: Hub, tmp_path: Path) -> None:
+    async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:
+        job = await yard.bring("acme/misspelt")
+        failure = failure_of(job)
+        assert failure.code == "unknown_model"
+        assert "acme/misspelt" in failure.message
+        assert "HF_TOKEN" in failure.hint
+        assert await yard.model("acme/misspelt") is None
+        assert not yard.partial("acme/misspelt").exists()
+
+
+async def test_an_unknown_revision_is_named(hub: Hub, tmp_path: Path) -> None:
+    hub.add(TINY, llama())
+    async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:
+        failure = failure_of(await yard.bring(TINY, "v9"))
+        assert failure.code == "unknown_revision"
+        assert "'v9'" in failure.message
+
+
+@pytest.mark.parametrize(("token", "says"), [("", "no token was sent"), ("hf_stranger", "has no access")])
+async def test_a_gated_model_says_what_to_do(hub: Hub, tmp_path: Path, token: str, says: str) -> None:
+    hub.add(TINY, llama(), gated=True, approved=frozenset({"hf_secret"}))
+    async with open_yard(make_settings(tmp_path, hub.endpoint, HF_TOKEN=token)) as yard:
+        failure = failure_of(await yard.bring(TINY))
+        assert failure.code == "gated_repository"
+        assert says in failure.message
+        assert hub.sent(TINY, WEIGHTS) == 0
+
+
+async def test_no_network_is_tried_again_and_then_said(tmp_path: Path) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # bound, not listening: every connection is refused
+        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        async with open_yard(make_settings(tmp_path, endpoint, download_attempts=2)) as yard:
+            job = await yard.bring(TINY)
+            failure = failure_of(job)
+            assert failure.code == "no_network"
+            assert endpoint in failure.message
+            retries = [event for event in await yard.events(job.id) if event.level == "warning"]
+            assert len(retries) == 1
+
+
+async def test_a_connection_cut_mid_file_goes_on_where_it_broke(hub: Hub, tmp_path: Path) -> None:
+    content = llama(SIZE)
+    hub.add(TINY, content)
+    hub.misbehave(TINY, WEIGHTS, Fault("cut", after=500_000, times=3))
+    async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:
+        job = await yard.bring(TINY)
+        assert job.status == JobStatus.FINISHED
+        assert hub.starts(TINY, WEIGHTS) == [0, 500_000, 1_000_000, 1_500_000]
+        assert hub.sent(TINY, WEIGHTS) == len(content[WEIGHTS])
+
+
+async def test_a_server_without_ranges_starts_over_and_still_delivers(hub: Hub, tmp_path: Path) -> None:
+    content = llama(SIZE)
+    hub.add(TINY, content)
+    hub.misbehave(TINY, WEIGHTS, Fault("cut", after=500_000))
+    async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:
+        job_id = await yard.add(TINY)
+        await fetched(yard, TINY, 500_000)
+        hub.misbehave(TINY, WEIGHTS, Fault("ignore_range"))
+        job = await yard.ended(job_id)
+        assert job.status == JobStatus.FINISHED
+        model = await yard.model(TINY)
+        assert model is not None
+        assert (yard.folder(model) / WEIGHTS).read_bytes() == content[WEIGHTS]
+
+
+async def test_a_connection_that_is_always_cut_at_once_is_given_up_with_its_cause(hub: Hub, tmp_path: Path) -> None:
+    hub.add(TINY, llama(SIZE))
+    hub.misbehave(TINY, WEIGHTS, Fault("cut", after=0, times=None))
+    async with open_yard(make_settings(tmp_path, hub.endpoint, download_attempts=1)) as yard:
+        failure = failure_of(await yard.bring(TINY))
+        assert failure.code == "connection_lost"
+        assert "goes on where it stopped" in failure.hint
+
+
+@pytest.mark.parametrize(("file", "starts"), [("", [0]), (WEIGHTS, [0, 700_000])])
+async def test_a_stalled_server_is_left_and_the_download_goes_on(
+    hub: Hub, tmp_path: Path, file: str, starts: list[int]
+) -> None:
+    """Whoever loses patience first, the child with its connection or the watchdog with the child."""
+    content = llama(SIZE)
+    hub.add(TINY, content)
+    hub.misbehave(TINY, file, Fault("stall", after=700_000))
+    async with open_yard(make_settings(tmp_path, hub.endpoint, download_stall_s=3.0)) as yard:
+        job = await yard.bring(TINY)
+        assert job.status == JobStatus.FINISHED
+        assert hub.starts(TINY, WEIGHTS) == starts
+        assert hub.sent(TINY, WEIGHTS) == len(content[WEIGHTS])
+
+
+async def test_a_child_that_hangs_is_ended_by_the_watchdog_and_resumed_without_xet(hub: Hub, tmp_path: Path) -> None:
+    content = llama(SIZE)
+    hub.add(TINY, content)
+    hub.misbehave(TINY, WEIGHTS, Fault("stall", after=700_000))
+    async with open_yard(make_settings(tmp_path, hub.endpoint, download_stall_s=3.0)) as yard:
+        job_id = await yard.add(TINY)
+        await fetched(yard, TINY, 700_000)
+        hung = child_pid(yard.runner.log_of(job_id).parent)
+        os.kill(hung, signal.SIGSTOP)
+        job = await yard.ended(job_id)
+        assert job.status == JobStatus.FINISHED
+        assert hub.starts(TINY, WEIGHTS) == [0, 700_000]
+        warnings = [event for event in await yard.events(job.id) if event.level == "warning"]
+        assert [event.data["code"] for event in warnings] == ["stalled"]
+        assert yard.log(job_id).count("xet: off") == 1
+
+
+async def test_wrong_content_is_fetched_once_more(hub: Hub, tmp_path: Path) -> None:
+    hub.add(TINY, llama(SIZE))
+    hub.misbehave(TINY, WEIGHTS, Fault("corrupt"))
+    async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:
+        assert (await yard.bring(TINY)).status == JobStatus.FINISHED
+        assert hub.starts(TINY, WEIGHTS) == [0, 0]
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, "tokenizer.json"])
+async def test_content_that_stays_wrong_never_counts_as_there(hub: Hub, tmp_path: Path, file: str) -> None:
+    hub.add(TINY, llama(SIZE))
+    hub.misbehave(TINY, file, Fault("corrupt", times=None))
+    async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:
+        failure = failure_of(await yard.bring(TINY))
+        assert failure.code == "hash_mismatch"
+        assert file in failure.message
+        assert await yard.model(TINY) is None
+        assert not (yard.models_dir / "acme--tiny").exists()
+
+
+@pytest.mark.parametrize(("status", "code"), [(500, "hub_failed"), (503, "hub_failed"), (429, "hub_busy")])
+async def test_a_hub_that_is_down_or_busy_is_tried_again(hub: Hub, tmp_path: Path, status: int, code: str) -> None:
+    hub.add(TINY, llama())
+    hub.misbehave(TINY, "", Fault("status", status=status, times=None))
+    async with open_yard(make_settings(tmp_path, hub.endpoint, download_attempts=50)) as yard:
+        job_id = await yard.add(TINY)
+
+        async def told() -> bool:
+            return any(event.data.get("code") == code for event in await yard.events(job_id))
+
+        await eventually(told, f"an event {code}")
+        hub.behave()
+        assert (await yard.ended(job_id)).status == JobStatus.FINISHED
+
+
+async def test_a_quota_too_small_is_refused_before_anything_arrives(hub: Hub, tmp_path: Path) -> None:
+    hub.add(TINY, llama(SIZE))
+    async with open_yard(make_settings(tmp_path, hub.endpoint, store_quota_gib=MIB_IN_GIB)) as yard:
+        failure = failure_of(await yard.bring(TINY))
+        assert failure.code == "quota_exceeded"
+        assert "1.91 MiB" in failure.message
+        assert "1.00 MiB" in failure.message
+        assert hub.sent(TINY, "config.json") == 0
+
+
+async def test_a_quota_counts_what_is_in_the_store(hub: Hub, tmp_path: Path) -> None:
+    hub.add(TINY, llama(SIZE))
+    hub.add("acme/second", llama(SIZE, seed="second"))
+    async with open_yard(make_settings(tmp_path, hub.endpoint, store_quota_gib=3 * MIB_IN_GIB)) as yard:
+        assert (await yard.bring(TINY)).status == JobStatus.FINISHED
+        assert failure_of(await yard.bring("acme/second")).code == "quota_exceeded"
+        assert (await yard.bring(TINY)).status == JobStatus.FINISHED
+
+
+async def test_a_disk_without_room_is_refused_with_the_numbers(hub: Hub, tmp_path: Path) -> None:
+    hub.add(TINY, llama(SIZE))
+    async with open_yard(make_settings(tmp_path, hub.endpoint, disk_reserve_gib=10_000_000.0)) as yard:
+        failure = failure_of(await yard.bring(TINY))
+        assert failure.code == "disk_full"
+        assert "1.91 MiB more" in failure.message
+        assert "10000000.00 GiB stay in reserve" in failure.message
+
+
+HEADER_BEYOND = {"weight": {"dtype": "U8", "shape": [900], "data_offsets": [0, 900]}}
+REFUSED: dict[str, tuple[dict[str, bytes | None], str]] = {
+    "pickled weights only": ({WEIGHTS: None}, "pickle_only"),
+    "auto_map": ({"config.json": as_json({**CONFIG, "auto_map": {"AutoModel": "evil--repo.M"}})}, "remote_code"),
+    "attention from the hub": (
+        {"config.json": as_json({**CONFIG, "_attn_implementation_internal": "evil/kernel"})},
+        "remote_code",
+    ),
+    "no configuration": ({"config.json": None}, "missing_configuration"),
+    "broken configuration": ({"config.json": b"{"}, "bad_configuration"),
+    "header beyond its file": ({WEIGHTS: safetensors(noise(100), HEADER_BEYOND)}, "bad_weights"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+async def test_a_bad_model_is_refused_and_nothing_of_it_stays(hub: Hub, tmp_path: Path, name: str) -> None:
+    changes, code = REFUSED[name]
+    hub.add(TINY, {file: content for file, content in {**llama(), **changes}.items() if content is not None})
+    async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:
+        assert failure_of(await yard.bring(TINY)).code == code
+        assert hub.sent(TINY, WEIGHTS) == 0 or code == "bad_weights"
+        assert await yard.model(TINY) is None
+        assert not (yard.models_dir / "acme--tiny").exists()
+        assert not yard.partial(TINY).exists()
+
+
+async def test_an_interrupt_keeps_what_arrived_and_the_next_download_goes_on(hub: Hub, tmp_path: Path) -> None:
+    content = llama(SIZE)
+    hub.add(TINY, content)
+    hub.misbehave(TINY, WEIGHTS, Fault("stall", after=600_000))
+    async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:
+        job_id = await yard.add(TINY)
+        await fetched(yard, TINY, 600_000)
+        await yard.interrupt(job_id)
+        assert (await yard.ended(job_id)).status == JobStatus.KILLED
+        assert child_pid(yard.runner.log_of(job_id).parent) == 0
+        assert store.bytes_below(yard.partial(TINY)) >= 600_000
+        assert await yard.model(TINY) is None
+        second = await yard.bring(TINY)
+        assert second.id != job_id
+        assert second.status == JobStatus.FINISHED
+        assert hub.starts(TINY, WEIGHTS) == [0, 600_000]
+        assert hub.sent(TINY, WEIGHTS) == len(content[WEIGHTS])
+
+
+async def test_an_interrupt_while_the_hub_says_nothing_ends_the_job(hub: Hub, tmp_path: Path) -> None:
+    hub.add(TINY, llama())
+    hub.misbehave(TINY, "", Fault("stall", times=None))
+    async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:
+        job_id = await yard.add(TINY)
+        await eventually(lambda: hub.listings, "a request for the listing")
+        await yard.interrupt(job_id)
+        assert (await yard.ended(job_id)).status == JobStatus.KILLED
+        assert child_pid(yard.runner.log_of(job_id).parent) == 0
+
+
+async def test_a_child_killed_by_sigkill_is_replaced_and_the_download_goes_on(hub: Hub, tmp_path: Path) -> None:
+    content = llama(SIZE)
+    hub.add(TINY, content)
+    hub.misbehave(TINY, WEIGHTS, Fault("stall", after=800_000))
+    async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:
+        job_id = await yard.add(TINY)
+        await fetched(yard, TINY, 800_000)
+        os.kill(child_pid(yard.runner.log_of(job_id).parent), signal.SIGKILL)
+        assert (await yard.ended(job_id)).status == JobStatus.FINISHED
+        assert hub.starts(TINY, WEIGHTS) == [0, 800_000]
+        assert hub.sent(TINY, WEIGHTS) == len(content[WEIGHTS])
+        warnings = [event for event in await yard.events(job_id) if event.level == "warning"]
+        assert "SIGKILL" in warnings[0].message
+
+
+async def test_a_server_that_stops_in_good_order_resumes_the_job_at_its_next_start(hub: Hub, tmp_path: Path) -> None:
+    content = llama(SIZE)
+    hub.add(TINY, content)
+    hub.misbehave(TINY, WEIGHTS, Fault("stall", after=800_000))
+    settings = make_settings(tmp_path, hub.endpoint)
+    async with open_yard(settings) as yard:
+        job_id = await yard.add(TINY)
+        await fetched(yard, TINY, 800_000)
+    assert child_pid(settings.jobs_dir / str(job_id)) == 0
+    async with open_yard(settings) as yard:
+        assert (await yard.ended(job_id)).status == JobStatus.FINISHED
+        assert hub.starts(TINY, WEIGHTS) == [0, 800_000]
+        assert hub.sent(TINY, WEIGHTS) == len(content[WEIGHTS])
+
+
+async def test_a_server_killed_mid_download_finds_its_child_alive_and_keeps_it(hub: Hub, tmp_path: Path) -> None:
+    content = llama(SIZE)
+    hub.add(TINY, content)
+    hub.misbehave(TINY, WEIGHTS, Fault("slow", bytes_per_s=400_000))
+    settings = make_settings(tmp_path, hub.endpoint)
+    argv = [sys.executable, "-m", "tests.models.yard", str(tmp_path), hub.endpoint]
+    async with open_yard(settings) as yard:
+        pass  # makes the tables
+    server = subprocess.Popen(argv, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
+    try:
+        assert server.stdout is not None
+        assert await asyncio.to_thread(server.stdout.readline) == b"running\n"
+        job_id = await _ask_from_outside(settings)
+        await eventually(
+            lambda: store.bytes_below(store.partial_dir(settings.models_dir, TINY)) > 100_000, "some bytes on disk"
+        )
+        before = child_pid(settings.jobs_dir / str(job_id))
+        assert before
+    finally:
+        server.kill()
+        await asyncio.to_thread(server.communicate)
+    async with open_yard(settings) as yard:
+        assert (await yard.job(job_id)).status == JobStatus.RUNNING
+        assert child_pid(settings.jobs_dir / str(job_id)) == before
+        assert (await yard.ended(job_id)).status == JobStatus.FINISHED
+        assert hub.starts(TINY, WEIGHTS) == [0]
+        assert hub.sent(TINY, WEIGHTS) == len(content[WEIGHTS])
+
+
+async def _ask_from_outside(settings: Any) -> UUID:
+    """Write the wish into the database of a running server, which looks by itself every two seconds."""
+    from sqlalchemy import make_url
+
+    from modelyard.db import Sessions
+
+    sessions = Sessions(make_url(f"sqlite+aiosqlite:///{settings.data_dir / 'modelyard.db'}"))
+    try:
+        async with sessions.begin() as session:
+            return (await actions.request_download(session, TINY)).id
+    finally:
+        await sessions.close()
+
+
+async def test_a_server_that_died_between_the_move_and_the_row_writes_the_row(hub: Hub, tmp_path: Path) -> None:
+    hub.add(TINY, llama(SIZE))
+    settings = make_settings(tmp_path, hub.endpoint)
+    async with open_yard(settings) as yard:
+        job_id = await yard.add(TINY)
+        assert (await yard.ended(job_id)).status == JobStatus.FINISHED
+        # As the crash would have left it: job RUNNING, folder in place, no row.
+        async with yard.sessions.begin() as session:
+            await session.delete(await actions.get(session, TINY))
+            (await jobs.get(session, job_id)).status = JobStatus.RUNNING
+    async with open_yard(settings) as yard:
+        assert (await yard.ended(job_id)).status == JobStatus.FINISHED
+        assert await yard.model(TINY) is not None
+        assert hub.sent(TINY, WEIGHTS) == len(llama(SIZE)[WEIGHTS])
+
+
+async def test_two_jobs_never_write_the_same_partial_folder(hub: Hub, tmp_path: Path) -> None:
+    """The first job is being interrupted, and its child is still there, when the second one starts."""
+    content = llama(SIZE)
+    hub.add(TINY, content)
+    hub.misbehave(TINY, WEIGHTS, Fault("stall", after=300_000))
+    async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:
+        first = await yard.add(TINY)
+        await fetched(yard, TINY, 300_000)
+        async with yard.sessions.begin() as session:
+            await jobs.interrupt(session, first)
+            second = (await actions.request_download(session, TINY)).id
+        yard.runner.wake()
+        assert second != first
+        assert (await yard.ended(first)).status == JobStatus.KILLED
+        assert (await yard.ended(second)).status == JobStatus.FINISHED
+        assert hub.sent(TINY, WEIGHTS) == len(content[WEIGHTS])

@@ -1,0 +1,103 @@
+"""Models from the import directory: copied by the real child, with the same scan and verification."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from modelyard.jobs.tables import JobStatus
+from tests.models.repositories import adapter, llama
+from tests.models.test_downloads import failure_of, files_below
+from tests.models.yard import make_settings, open_yard
+
+NOWHERE = "http://127.0.0.1:1"
+
+
+def put(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder
+
+
+async def test_a_folder_is_copied_scanned_and_left_as_it_was(tmp_path: Path) -> None:
+    files = llama(300_000)
+    source = put(tmp_path / "imports" / "mine", files)
+    async with open_yard(make_settings(tmp_path / "data", NOWHERE, import_dir=tmp_path / "imports")) as yard:
+        job = await yard.bring("local:mine")
+        assert job.status == JobStatus.FINISHED, yard.log(job.id)
+        assert job.name == "DOWNLOAD_local:mine"
+        model = await yard.model("local:mine")
+        assert model is not None
+        assert (model.source, model.revision, model.adapter, model.task) == ("import", "local", False, "generate")
+        copied = files_below(yard.folder(model))
+        assert copied["model.safetensors"] == files["model.safetensors"]
+        assert "pytorch_model.bin" not in copied
+        weights = yard.folder(model) / "model.safetensors"
+        assert not weights.samefile(source / "model.safetensors")
+        assert weights.stat().st_nlink == 1
+    assert files_below(source) == files
+
+
+async def test_a_folder_that_changed_is_taken_again_and_one_that_did_not_is_not_copied(tmp_path: Path) -> None:
+    source = put(tmp_path / "imports" / "mine", llama())
+    async with open_yard(make_settings(tmp_path / "data", NOWHERE, import_dir=tmp_path / "imports")) as yard:
+        await yard.bring("local:mine")
+        first = await yard.model("local:mine")
+        await yard.bring("local:mine")
+        same = await yard.model("local:mine")
+        put(source, llama(seed="retrained"))
+        await yard.bring("local:mine")
+        changed = await yard.model("local:mine")
+        assert first is not None
+        assert same is not None
+        assert changed is not None
+        assert first.commit == same.commit != changed.commit
+        assert (yard.folder(changed) / "model.safetensors").read_bytes() == llama(seed="retrained")["model.safetensors"]
+
+
+async def test_an_imported_adapter_keeps_its_base(tmp_path: Path) -> None:
+    put(tmp_path / "imports" / "lora", adapter("local:mine"))
+    async with open_yard(make_settings(tmp_path / "data", NOWHERE, import_dir=tmp_path / "imports")) as yard:
+        assert (await yard.bring("local:lora")).status == JobStatus.FINISHED
+        model = await yard.model("local:lora")
+        assert model is not None
+        assert (model.adapter, model.base_model_id) == (True, "local:mine")
+
+
+async def test_a_link_that_leads_out_of_the_import_directory_is_refused(tmp_path: Path) -> None:
+    secret = put(tmp_path / "elsewhere", llama())
+    source = put(tmp_path / "imports" / "mine", llama())
+    (source / "tokenizer.json").unlink()
+    (source / "tokenizer.json").symlink_to(secret / "tokenizer.json")
+    (tmp_path / "imports" / "whole").symlink_to(secret)
+    async with open_yard(make_settings(tmp_path / "data", NOWHERE, import_dir=tmp_path / "imports")) as yard:
+        for name in ("mine", "whole"):
+            failure = failure_of(await yard.bring(f"local:{name}"))
+            assert failure.code == "outside_import_directory"
+            assert await yard.model(f"local:{name}") is None
+
+
+async def test_a_link_within_the_import_directory_is_followed(tmp_path: Path) -> None:
+    blobs = put(tmp_path / "imports" / "blobs", llama())
+    source = put(tmp_path / "imports" / "mine", llama())
+    (source / "model.safetensors").unlink()
+    (source / "model.safetensors").symlink_to(blobs / "model.safetensors")
+    async with open_yard(make_settings(tmp_path / "data", NOWHERE, import_dir=tmp_path / "imports")) as yard:
+        assert (await yard.bring("local:mine")).status == JobStatus.FINISHED
+        model = await yard.model("local:mine")
+        assert model is not None
+        assert not (yard.folder(model) / "model.safetensors").is_symlink()
+
+
+@pytest.mark.parametrize(("configured", "code"), [(True, "unknown_model"), (False, "imports_off")])
+async def test_a_missing_folder_or_setting_says_what_to_do(tmp_path: Path, configured: bool, code: str) -> None:
+    import_dir = tmp_path / "imports"
+    import_dir.mkdir()
+    settings = make_settings(tmp_path / "data", NOWHERE, import_dir=import_dir if configured else None)
+    async with open_yard(settings) as yard:
+        failure = failure_of(await yard.bring("local:mine"))
+        assert failure.code == code
+        assert "MODELYARD_IMPORT_DIR" in failure.hint

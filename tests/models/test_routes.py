@@ -1,0 +1,114 @@
+"""REST for models, over HTTP, with real downloads from a real hub."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from modelyard.errors import ModelyardError
+from modelyard.http import error_response
+from modelyard.jobs.tables import JobStatus
+from modelyard.models.routes import api
+from tests.models.repositories import adapter, llama
+from tests.models.yard import Yard, make_settings, open_yard
+from tests.servers.hub import Fault, Hub
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub() as running:
+        yield running
+
+
+@asynccontextmanager
+async def client_of(data_dir: Path, hub: Hub) -> AsyncIterator[tuple[httpx.AsyncClient, Yard]]:
+    async with open_yard(make_settings(data_dir, hub.endpoint)) as yard:
+        app = FastAPI()
+        app.include_router(api)
+        app.state.sessions, app.state.settings, app.state.runner = yard.sessions, yard.settings, yard.runner
+
+        async def answer(_request: object, error: Exception) -> Any:
+            assert isinstance(error, ModelyardError)
+            return error_response(error)
+
+        app.add_exception_handler(ModelyardError, answer)
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://yard/api/v1") as client:
+            yield client, yard
+
+
+async def bring(client: httpx.AsyncClient, yard: Yard, model_id: str) -> None:
+    answer = await client.post("/models/add/", params={"model_id": model_id})
+    assert answer.status_code == 200, answer.text
+    assert (await yard.ended(UUID(answer.json()["id"]))).status == JobStatus.FINISHED
+
+
+async def test_models_are_added_listed_shown_and_deleted(hub: Hub, tmp_path: Path) -> None:
+    commit = hub.add("acme/tiny", llama())
+    hub.add("acme/lora", adapter("acme/tiny"))
+    async with client_of(tmp_path, hub) as (client, yard):
+        assert (await client.get("/models/")).json() == []
+        answer = await client.post("/models/add", params={"model_id": "acme/tiny"})
+        job = answer.json()
+        assert set(job) >= {"id", "name", "status", "started_at"}
+        assert job["name"] == "DOWNLOAD_acme/tiny"
+        await yard.ended(UUID(job["id"]))
+        await bring(client, yard, "acme/lora")
+        listed = (await client.get("/models")).json()
+        assert [(entry["model_id"], entry["adapter"], entry["base_model_id"]) for entry in listed] == [
+            ("acme/lora", True, "acme/tiny"),
+            ("acme/tiny", False, None),
+        ]
+        assert listed[1]["commit"] == commit
+        assert listed[1]["added_at"].endswith("Z")
+        for path in ("/models/acme/tiny", "/models/acme/tiny/", "/models/acme%2Ftiny"):
+            assert (await client.get(path)).json() == listed[1]
+        refused = await client.delete("/models/acme/tiny")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "model_in_use")
+        assert (await client.delete("/models/acme/lora")).json()["model_id"] == "acme/lora"
+        assert (await client.delete("/models/acme%2Ftiny/")).status_code == 200
+        assert (await client.get("/models/")).json() == []
+        assert not (yard.models_dir / "acme--tiny").exists()
+        gone = await client.delete("/models/acme/tiny")
+        assert (gone.status_code, gone.json()["error"]["code"]) == (404, "model_not_found")
+
+
+async def test_the_same_request_returns_the_same_job_while_it_runs(hub: Hub, tmp_path: Path) -> None:
+    hub.add("acme/tiny", llama())
+    hub.misbehave("acme/tiny", "", Fault("stall", times=None))
+    async with client_of(tmp_path, hub) as (client, _yard):
+        first = (await client.post("/models/add/?model_id=acme/tiny", content=b"")).json()
+        again = (await client.post("/models/add/?model_id=acme/tiny&revision=main")).json()
+        assert first["id"] == again["id"]
+        other = await client.post("/models/add/?model_id=acme/tiny&revision=v2")
+        assert (other.status_code, other.json()["error"]["code"]) == (409, "download_running")
+
+
+@pytest.mark.parametrize("model_id", ["../../etc/passwd", "a/b/c", "a b", "", "local:../x", "a" * 300])
+async def test_a_name_that_cannot_be_is_422_with_a_reason(hub: Hub, tmp_path: Path, model_id: str) -> None:
+    async with client_of(tmp_path, hub) as (client, _yard):
+        answer = await client.post("/models/add/", params={"model_id": model_id})
+        assert answer.status_code == 422
+        error = answer.json()["error"]
+        assert (error["param"], error["code"]) == ("model_id", "invalid_value")
+        assert (await client.get(f"/models/{model_id or 'x'}")).status_code == 404
+
+
+def test_every_route_is_described() -> None:
+    app = FastAPI()
+    app.include_router(api)
+    operations = [operation for path in app.openapi()["paths"].values() for operation in path.values()]
+    assert len(operations) == 4
+    for operation in operations:
+        assert operation["summary"]
+        assert operation["description"]
+        assert "401" in operation["responses"]
+        assert operation["responses"]["200"]["content"]["application/json"]["schema"]
+    assert app.openapi()["components"]["schemas"]["ModelOut"]["examples"]
