@@ -258,7 +258,7 @@ async def test_a_put_cancelled_twice_at_any_moment_leaves_a_whole_object_or_none
     started = time.monotonic()
     await storage.put("measure", chunks_of(data, MIB))
     took = time.monotonic() - started
-    attempts = 8 if isinstance(storage, S3Storage) else 60
+    attempts = 6 if isinstance(storage, S3Storage) else 60
     for attempt in range(attempts):
         task = asyncio.create_task(storage.put(f"object-{attempt}", chunks_of(data, MIB)))
         await asyncio.wait([task], timeout=took * attempt / attempts)
@@ -413,6 +413,22 @@ async def test_a_store_that_never_answers_is_given_up(s3_server: S3Server, monke
         storage = S3Storage(s3_server.bucket, "", f"http://127.0.0.1:{mute.getsockname()[1]}")
         with pytest.raises(StorageUnavailable, match=r"cannot be reached \(ReadTimeoutError\)"):
             await asyncio.wait_for(storage.size("object"), 60)
+        await storage.close()
+
+
+@pytest.mark.s3
+async def test_an_object_whose_connection_is_cut_is_an_error_and_never_a_shorter_object(s3_server: S3Server) -> None:
+    async def cut(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 3000000\r\n\r\n" + bytes(2_000_000))
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(cut, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        storage = S3Storage(s3_server.bucket, "", f"http://127.0.0.1:{port}")
+        with pytest.raises(StorageUnavailable, match="cannot be reached"):
+            await read(storage, "object")
         await storage.close()
 
 
