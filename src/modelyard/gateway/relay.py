@@ -23,12 +23,13 @@ from modelyard.errors import BadGateway, BadRequest, EngineStarting, ModelyardEr
 from modelyard.gateway.envelope import ClientGone, check_headers, parse, read_body, with_model
 from modelyard.gateway.listing import Served
 from modelyard.gateway.metrics import Metrics, Passage
-from modelyard.gateway.upstream import Answer, EngineBrokeOff, Engines, EngineUnreachable
+from modelyard.gateway.upstream import Call, EngineBrokeOff, Engines, EngineUnreachable
 
 log = logging.getLogger(__name__)
 
 CLIENT_GONE = 499
 BROKEN_OFF = 599
+ANY_TASK = "any"
 #: Request headers that an engine has a use for. Keys and cookies are the server's own business.
 FORWARDED = ("accept", "traceparent", "tracestate")
 #: Answer headers that belong to one connection only, and those that the server sets itself.
@@ -71,7 +72,10 @@ class Routing(Protocol):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A path that engines answer: its name in metrics, its path there, and the task of the models that have it."""
+    """A path that engines answer: its name in metrics, its path there, and the task of the models that have it.
+
+    ANY_TASK: every engine has it, and without a model's name the generative one is meant.
+    """
 
     name: str
     engine_path: str
@@ -111,7 +115,8 @@ class Gateway:
         check_headers(given.get("content-type"), given.get("content-length"), self.max_body_bytes)
         body = await read_body(request.receive, self.max_body_bytes)
         envelope = parse(body)
-        target = await self.routing.resolve(envelope.model or None, endpoint.task)
+        wanted = "generate" if endpoint.task == ANY_TASK else endpoint.task
+        target = await self.routing.resolve(envelope.model or None, wanted)
         passage.model = target.model_id
         _check_target(target, endpoint, envelope.model)
         if envelope.model != target.served_name:
@@ -122,29 +127,28 @@ class Gateway:
         headers = [("Content-Type", "application/json"), ("X-Request-Id", request_id)]
         headers += [(name, given[name]) for name in FORWARDED if name in given]
 
+        call = self.engines.call(target.url)
         watch = asyncio.create_task(_until_gone(request.receive), name="client watch")
-        asking = asyncio.create_task(self.engines.ask(target.url, endpoint.engine_path, headers, body))
+        watch.add_done_callback(lambda _: call.give_up())
         try:
-            await asyncio.wait({watch, asking}, return_when=asyncio.FIRST_COMPLETED)
-            if not asking.done():
-                raise ClientGone
-            answer = asking.result()
-        except EngineUnreachable as error:
+            await call.start(endpoint.engine_path, headers, body)
+        except BaseException as error:
+            is_gone = watch.done()
             watch.cancel()
+            if isinstance(error, EngineBrokeOff) and is_gone:
+                raise ClientGone from error
+            if not isinstance(error, EngineUnreachable):
+                raise
             log.warning("engine of %s gave no answer to request %s: %s", target.model_id, request_id, error)
             raise BadGateway(
                 f"The engine of '{target.model_id}' ended before it answered. It is being started again: "
                 "GET /api/v1/deploy/status says how it is; then send the request again."
             ) from error
-        except BaseException:
-            watch.cancel()
-            asking.cancel()
-            raise
-        return Relay(answer, watch, passage, request_id)
+        return Relay(call, watch, passage, request_id)
 
 
 def _check_target(target: Target, endpoint: Endpoint, name: str | None) -> None:
-    if endpoint.task != "any" and target.task != endpoint.task:
+    if endpoint.task != ANY_TASK and target.task != endpoint.task:
         does = "answers /embeddings only" if target.task == "embed" else "makes no embeddings"
         raise BadRequest(f"The model '{name or target.model_id}' {does}.", param="model")
     if target.state != "READY":
@@ -163,34 +167,33 @@ class Relay(Response):
     broken transfer.
     """
 
-    def __init__(self, answer: Answer, watch: asyncio.Task[None], passage: Passage, request_id: str) -> None:
+    def __init__(self, call: Call, watch: asyncio.Task[None], passage: Passage, request_id: str) -> None:
         self.background = None
-        self.status_code = answer.status
-        headers = [(name.lower(), value) for name, value in answer.headers if name.lower() not in DROPPED]
+        self.status_code = call.status
+        headers = [(name.lower(), value) for name, value in call.headers if name.lower() not in DROPPED]
         headers.append((b"x-request-id", request_id.encode()))
         if any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in headers):
             # A proxy between us and the client must not collect a stream before it hands it on.
             headers.append((b"x-accel-buffering", b"no"))
         self.raw_headers = headers
-        self._answer = answer
+        self._call = call
         self._watch = watch
         self._passage = passage
         self._request_id = request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer; ends early, without an error, when the client or the engine goes away."""
-        answer, watch = self._answer, self._watch
-        watch.add_done_callback(lambda _: answer.close())
+        call, watch = self._call, self._watch
         status = BROKEN_OFF
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             message: MutableMapping[str, Any] = {"type": "http.response.body", "body": b"", "more_body": True}
-            chunk = await answer.read()
+            chunk = await call.read()
             self._passage.first_byte()
             while chunk:
                 message["body"] = chunk
                 await send(message)
-                chunk = await answer.read()
+                chunk = await call.read()
             await send({"type": "http.response.body", "body": b"", "more_body": False})
             status = self.status_code
         except EngineBrokeOff as error:
@@ -201,6 +204,6 @@ class Relay(Response):
         finally:
             if status == BROKEN_OFF and watch.done():
                 status = CLIENT_GONE
+            call.close()
             watch.cancel()
-            answer.close()
             self._passage.end(status)

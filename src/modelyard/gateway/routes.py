@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from modelyard.gateway import schemas
 from modelyard.gateway.listing import OpenAIListRoute, openai_list, openai_model
-from modelyard.gateway.relay import Endpoint, Gateway
+from modelyard.gateway.relay import ANY_TASK, Endpoint, Gateway
 from modelyard.gateway.schemas import Json, ServedModelOut, ServedModelsOut
 from modelyard.http import documented, router
 
@@ -125,7 +125,7 @@ PASSAGES = (
         ),
     ),
     Passed(
-        Endpoint("tokenize", "/tokenize", "any"),
+        Endpoint("tokenize", "/tokenize", ANY_TASK),
         "Turn a text into tokens",
         "Return the token ids of a prompt or of a conversation, as the model would see them.",
         schemas.request_schema(
@@ -136,7 +136,7 @@ PASSAGES = (
         schemas.answer_schema({"count": 3, "max_model_len": 2048, "tokens": [450, 27217, 8580]}),
     ),
     Passed(
-        Endpoint("detokenize", "/detokenize", "any"),
+        Endpoint("detokenize", "/detokenize", ANY_TASK),
         "Turn tokens into a text",
         "Return the text of token ids.",
         schemas.request_schema(

@@ -1,0 +1,71 @@
+"""The gateway alone, before one engine, as the server runs it: uvicorn, uvloop, httptools, one process."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import uvicorn
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from modelyard.errors import ModelNotFound
+from modelyard.gateway.metrics import Metrics
+from modelyard.gateway.relay import Gateway
+from modelyard.gateway.routes import api
+from modelyard.gateway.upstream import Engines
+
+
+@dataclass(frozen=True)
+class Only:
+    """The one model in service."""
+
+    name: str
+    url: str
+    task: str = "generate"
+    state: str = "READY"
+    root: str | None = None
+    created_at: datetime = datetime(2026, 1, 1, tzinfo=UTC)
+
+    @property
+    def model_id(self) -> str:
+        return self.name
+
+    @property
+    def served_name(self) -> str:
+        return self.name
+
+    async def resolve(self, name: str | None, task: str) -> Only:
+        if name != self.name:
+            raise ModelNotFound(name or "", where="in service", known=[self.name])
+        return self
+
+    async def listing(self) -> Sequence[Only]:
+        return [self]
+
+
+def main() -> None:
+    """Read the command line and serve."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--engine", required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--port", type=int, required=True)
+    given = parser.parse_args()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        engines = Engines()
+        app.state.gateway = Gateway(Only(given.model, given.engine), engines, Metrics(CollectorRegistry()), 32 << 20)
+        yield
+        await engines.close()
+
+    app = FastAPI(lifespan=lifespan)
+    app.include_router(api)
+    uvicorn.run(app, port=given.port, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=2)
+
+
+if __name__ == "__main__":
+    main()
