@@ -17,7 +17,7 @@ from modelyard.errors import Conflict, ModelInUse, ModelNotFound, Unprocessable
 from modelyard.jobs import actions as jobs
 from modelyard.models import actions
 
-# As a higher room does it: whatever refers to a model keeps it from being deleted. Not on `Base`: it is no table of ours.
+# As a higher room does it: whatever refers to a model keeps it. Not on `Base`, for it is no table of ours.
 USES = "CREATE TABLE uses (model_id VARCHAR(200) REFERENCES models (model_id) ON DELETE RESTRICT)"
 
 

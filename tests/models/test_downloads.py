@@ -22,7 +22,7 @@ from modelyard.models import actions, store
 from tests.eventually import eventually
 from tests.models.repositories import CONFIG, adapter, as_json, embedder, llama, noise, safetensors, sharded
 from tests.models.yard import Yard, make_settings, open_yard
-from tests.servers.hub import Fault, Hub
+from tests.servers.hub import Fault, Hub, XetStore
 
 TINY = "acme/tiny"
 WEIGHTS = "model.safetensors"
@@ -284,6 +284,49 @@ async def test_a_child_that_hangs_is_ended_by_the_watchdog_and_resumed_without_x
         warnings = [event for event in await yard.events(job.id) if event.level == "warning"]
         assert [event.data["code"] for event in warnings] == ["stalled"]
         assert yard.log(job_id).count("xet: off") == 1
+
+
+@pytest.fixture
+def xet(tmp_path: Path) -> XetStore:
+    pytest.importorskip("hf_xet")
+    return XetStore(tmp_path / "xet")
+
+
+async def test_files_in_xet_storage_come_from_there(hub: Hub, tmp_path: Path, xet: XetStore) -> None:
+    content = llama(SIZE)
+    xet.put(content[WEIGHTS])
+    hub.add(TINY, content, xet=xet)
+    async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:
+        job = await yard.bring(TINY)
+        assert job.status == JobStatus.FINISHED
+        assert (hub.starts(TINY, WEIGHTS), xet.requests) == ([], 1)
+        assert not (yard.runner.log_of(job.id).parent / "hub").exists()
+
+
+async def test_what_came_by_http_goes_on_in_xet_storage(hub: Hub, tmp_path: Path, xet: XetStore) -> None:
+    content = llama(SIZE)
+    xet.put(content[WEIGHTS])
+    hub.add(TINY, content)
+    hub.misbehave(TINY, WEIGHTS, Fault("stall", after=600_000))
+    async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:
+        job_id = await yard.add(TINY)
+        await fetched(yard, TINY, 600_000)
+        await yard.interrupt(job_id)
+        assert (await yard.ended(job_id)).status == JobStatus.KILLED
+        hub.add(TINY, content, xet=xet)
+        assert (await yard.bring(TINY)).status == JobStatus.FINISHED
+        assert (hub.starts(TINY, WEIGHTS), hub.sent(TINY, WEIGHTS), xet.requests) == ([0], 600_000, 1)
+
+
+async def test_xet_storage_that_fails_is_left_for_plain_http(hub: Hub, tmp_path: Path, xet: XetStore) -> None:
+    content = llama(SIZE)
+    hub.add(TINY, content, xet=xet)
+    xet.hashes[content[WEIGHTS]] = "ab" * 32  # the storage has never heard of it
+    async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:
+        job = await yard.bring(TINY)
+        assert job.status == JobStatus.FINISHED
+        assert (hub.starts(TINY, WEIGHTS), xet.requests) == ([0], 1)
+        assert "going on by plain HTTP" in yard.log(job.id)
 
 
 async def test_wrong_content_is_fetched_once_more(hub: Hub, tmp_path: Path) -> None:

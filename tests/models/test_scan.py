@@ -12,7 +12,7 @@ import pytest
 
 from modelyard.errors import JobFailure
 from modelyard.models import scan
-from modelyard.models.tables import Task
+from modelyard.models.kinds import Task
 from tests.models.repositories import CONFIG, as_json, noise, safetensors
 
 

@@ -13,8 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 import socket
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -48,6 +50,33 @@ class Fault:
         return self.times >= 0
 
 
+class XetStore:
+    """Large files in xet storage, for the real hf_xet client: a folder takes the place of the storage's servers."""
+
+    def __init__(self, folder: Path) -> None:
+        self.endpoint = f"local://{folder / 'cas'}"
+        self.hashes: dict[bytes, str] = {}
+        self.requests = 0
+        self._folder = folder
+
+    def put(self, content: bytes) -> None:
+        """Store the content, and remember what it is called there."""
+        path = self._folder / "upload"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        # In a process of its own: hf_xet leaves threads behind.
+        argv = [sys.executable, "-c", _XET_UPLOAD, self.endpoint, str(path)]
+        self.hashes[content] = subprocess.run(argv, check=True, capture_output=True, text=True, timeout=60).stdout
+
+
+_XET_UPLOAD = """
+import sys, hf_xet
+commit = hf_xet.XetSession().new_upload_commit(endpoint=sys.argv[1])
+commit.start_upload_file(sys.argv[2])
+sys.stdout.write(next(iter(commit.wait_to_finish().uploads.values())).xet_info.hash)
+"""
+
+
 @dataclass
 class Repository:
     """The files of one repository by revision; `commit` is worked out from their content."""
@@ -57,6 +86,7 @@ class Repository:
     approved: frozenset[str] = frozenset()
     private: bool = False
     sizes: bool = True
+    xet: XetStore | None = None
 
     def find(self, revision: str) -> tuple[str, dict[str, bytes]] | None:
         for name, files in self.revisions.items():
@@ -127,13 +157,13 @@ class Hub:
 
     def add(
         self, repo: str, files: Mapping[str, bytes], *, revision: str = "main", gated: bool = False,
-        approved: frozenset[str] = frozenset(), private: bool = False, sizes: bool = True,
+        approved: frozenset[str] = frozenset(), private: bool = False, sizes: bool = True, xet: XetStore | None = None,
     ) -> str:  # fmt: skip
         """Publish files as a revision of a repository; return the commit."""
         with self._lock:
             entry = self.repositories.setdefault(repo, Repository())
             entry.revisions[revision] = dict(files)
-            entry.gated, entry.approved, entry.private, entry.sizes = gated, approved, private, sizes
+            entry.gated, entry.approved, entry.private, entry.sizes, entry.xet = gated, approved, private, sizes, xet
         return commit_of(files)
 
     def misbehave(self, repo: str, file: str, fault: Fault) -> None:
@@ -205,6 +235,8 @@ class _Handler(BaseHTTPRequestHandler):
             found = hub.repositories[repo].find(commit)
             assert found is not None
             self._content(repo, unquote(file), found[1][unquote(file)], {}, token)
+        elif "/xet-read-token/" in url.path:
+            self._xet_token(url.path.removeprefix("/api/models/").partition("/xet-read-token/")[0])
         elif url.path.startswith("/api/models/"):
             self._listing(url.path.removeprefix("/api/models/"), parse_qs(url.query), token)
         elif "/resolve/" in url.path:
@@ -267,7 +299,18 @@ class _Handler(BaseHTTPRequestHandler):
         location = f"{self.server.hub.cdn}/cdn/{quote(repo, safe='')}/{commit}/{quote(file)}?Signature=abc"
         headers |= {"Location": location, "X-Linked-Size": str(len(content)),
                     "X-Linked-ETag": f'"{hashlib.sha256(content).hexdigest()}"'}  # fmt: skip
+        if entry.xet is not None and content in entry.xet.hashes:
+            headers["X-Xet-Hash"] = entry.xet.hashes[content]
+            headers["X-Xet-Refresh-Route"] = f"{self.server.hub.endpoint}/api/models/{repo}/xet-read-token/{commit}"
         return self._send(302, b"", headers)
+
+    def _xet_token(self, repo: str) -> None:
+        store = self.server.hub.repositories[repo].xet
+        assert store is not None
+        store.requests += 1
+        expires = str(int(time.time()) + 3600)
+        headers = {"X-Xet-Cas-Url": store.endpoint, "X-Xet-Access-Token": "xet", "X-Xet-Token-Expiration": expires}
+        self._send(200, b"{}", headers)
 
     def _content(self, repo: str, file: str, content: bytes, headers: dict[str, str], token: str) -> None:
         hub = self.server.hub

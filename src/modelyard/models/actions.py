@@ -17,7 +17,8 @@ from modelyard.jobs import actions as jobs
 from modelyard.jobs.tables import ACTIVE, Job
 from modelyard.models import store
 from modelyard.models.ids import check_model_id, check_revision, is_local
-from modelyard.models.tables import Model, Source
+from modelyard.models.kinds import Source
+from modelyard.models.tables import Model
 
 DOWNLOAD = "DOWNLOAD"
 DEFAULT_REVISION = "main"

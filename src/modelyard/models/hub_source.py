@@ -21,7 +21,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from huggingface_hub.utils._runtime import is_xet_available
 
 from modelyard.errors import JobFailure
-from modelyard.models.transfer import SourceFile, TryAgain
+from modelyard.models.transfer import NETWORK_HINT, SourceFile, TryAgain
 
 log = logging.getLogger(__name__)
 
@@ -92,13 +92,19 @@ class HubSource:
     def _xet_blocks(self, file: SourceFile, offset: int) -> Iterator[bytes]:
         from hf_xet import XetFileInfo  # type: ignore[import-untyped]
 
+        missing = file.size - offset
         try:
             stream = self._open_xet(file).download_stream(XetFileInfo(file.handle.file_hash, file.size), start=offset)
-            yield from stream
+            for block in stream:
+                missing -= len(block)
+                yield block
+            # Some of its failures are an end without an error.
+            if missing > 0:
+                raise EOFError(f"{missing} bytes are missing")
         except Exception as error:  # hf_xet raises what it likes, and there is another way
             log.warning("xet failed for %s (%s): going on by plain HTTP", file.path, error)
             self._xet = False
-            raise TryAgain("connection_lost", f"The xet storage broke off {file.path}.", _NETWORK_HINT) from error
+            raise TryAgain("connection_lost", f"The xet storage broke off {file.path}.", NETWORK_HINT) from error
 
     def _open_xet(self, file: SourceFile) -> Any:
         from huggingface_hub.utils._xet import get_xet_session, refresh_xet_connection_info, xet_headers_without_auth
@@ -127,9 +133,6 @@ class HubSource:
             raise explain(error, self._model_id, revision, has_token=self._token is not None) from error
 
 
-_NETWORK_HINT = "Check the network, the proxy and HF_ENDPOINT, then add the model again: it goes on where it stopped."
-
-
 def explain(error: Exception, model_id: str, revision: str, *, has_token: bool) -> JobFailure:
     """Return what a failed request means to the user."""
     if isinstance(error, hub_errors.GatedRepoError):
@@ -148,8 +151,8 @@ def explain(error: Exception, model_id: str, revision: str, *, has_token: bool) 
         return _status(error.response.status_code, model_id, has_token)
     name = type(error).__name__
     if "Connect" in name or "Proxy" in name:
-        return TryAgain("no_network", f"{constants.ENDPOINT} cannot be reached ({error}).", _NETWORK_HINT)
-    return TryAgain("connection_lost", f"The connection to the hub was lost ({name}).", _NETWORK_HINT)
+        return TryAgain("no_network", f"{constants.ENDPOINT} cannot be reached ({error}).", NETWORK_HINT)
+    return TryAgain("connection_lost", f"The connection to the hub was lost ({name}).", NETWORK_HINT)
 
 
 def _gated(model_id: str, has_token: bool) -> JobFailure:

@@ -18,7 +18,7 @@ from typing import Any
 
 from modelyard.errors import JobFailure
 from modelyard.models.ids import is_model_id
-from modelyard.models.tables import Task
+from modelyard.models.kinds import Task
 
 MAX_CONFIG_BYTES = 64 * 1024 * 1024
 MAX_HEADER_BYTES = 100 * 1024 * 1024

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_serializer
 
-from modelyard.models.tables import Task
+from modelyard.models.kinds import Task
 
 EXAMPLE: dict[str, JsonValue] = {
     "model_id": "Qwen/Qwen3-0.6B",

@@ -3,31 +3,12 @@
 from __future__ import annotations
 
 from datetime import datetime
-from enum import StrEnum
 from uuid import UUID, uuid4
 
 from sqlalchemy import BigInteger, String, Uuid
 from sqlalchemy.orm import Mapped, mapped_column
 
 from modelyard.db import Base, UtcDateTime, utcnow
-
-
-class Task(StrEnum):
-    """What a model is for."""
-
-    #: It continues text.
-    GENERATE = "generate"
-    #: It turns text into vectors.
-    EMBED = "embed"
-
-
-class Source(StrEnum):
-    """Where a model came from."""
-
-    #: Downloaded from the hub.
-    HUB = "hub"
-    #: Copied from the import directory.
-    IMPORT = "import"
 
 
 class Model(Base):

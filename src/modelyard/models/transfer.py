@@ -24,6 +24,7 @@ from modelyard.errors import JobFailure
 TRIES = 3
 BLOCK = 1024 * 1024
 REPORT_EVERY_S = 0.2
+NETWORK_HINT = "Check the network, the proxy and HF_ENDPOINT, then add the model again: it goes on where it stopped."
 
 T = TypeVar("T")
 
@@ -188,7 +189,9 @@ def _fill(source: Source, file: SourceFile, part: Path, progress: Progress) -> b
                 # An answer that ended early without an error counts as a failure: else this could go on for ever.
                 failures = failures + 1 if offset == before else 0
                 if failures > TRIES:
-                    raise TryAgain("connection_lost", f"{file.path} broke off at byte {offset} of {file.size}.")
+                    raise TryAgain(
+                        "connection_lost", f"{file.path} broke off at byte {offset} of {file.size}.", NETWORK_HINT
+                    )
         os.fsync(out.fileno())
     return file.digest is None or file.digest.partition(":")[2] == hasher.hexdigest()
 
