@@ -6,8 +6,6 @@ runner and, at the end, stops it, which ends every child in good order. Errors b
 
 from __future__ import annotations
 
-import logging
-import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -42,8 +40,6 @@ from modelyard.models.downloads import Downloads
 from modelyard.models.routes import api as models_api
 from modelyard.processes import Children
 
-log = logging.getLogger(__name__)
-
 MIB = 1024 * 1024
 DESCRIPTION = """Download models, put them into service with LoRA adapters on vLLM, and ask them, over REST.
 
@@ -77,7 +73,9 @@ def create_app(foundation: Foundation) -> FastAPI:
             await models.sweep(session, settings.models_dir)
         keep = await runner.folders_in_use()
         await children.end_strays(keep)
-        task = tasks.spawn("job runner", runner.run(), eternal=True, on_end=_stop_server)
+        task = tasks.spawn(
+            "job runner", runner.run(), eternal=True, on_end=lambda: foundation.fail("The job runner ended.")
+        )
         app.state.complaints = lambda: [
             *foundation.complaints(),
             *(["The job runner has stopped; the server is ending."] if task.done() else []),
@@ -120,12 +118,6 @@ def _registry() -> CollectorRegistry:
     PlatformCollector(registry=registry)
     GCCollector(registry=registry)
     return registry
-
-
-def _stop_server() -> None:
-    """End the server in good order: without its runner it would only pretend to work."""
-    log.critical("the job runner ended; stopping the server")
-    signal.raise_signal(signal.SIGTERM)
 
 
 async def _answer(_request: Request, error: Exception) -> Response:

@@ -1,12 +1,11 @@
 """The command line: `modelyard serve | migrate | doctor | demo`.
 
 Settings come from the environment and `.env`, so that a command says nothing that a service file could not say too.
-A refusal is one line on stderr and exit status 2.
+A refusal is one line on stderr and exit status 2; a server that breaks off ends with status 1.
 """
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,9 +22,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-#: How long open streams may go on when the server stops, in seconds.
-SHUTDOWN_S = 5
-
 
 @contextmanager
 def _refusals() -> Iterator[None]:
@@ -39,66 +35,14 @@ def _refusals() -> Iterator[None]:
 @app.command()
 def serve() -> None:
     """Run the server until Ctrl-C."""
-    # Imported here: `modelyard --help` need not wait for the whole application.
-    import uvicorn
-
-    from modelyard.app import create_app
-    from modelyard.foundation import Foundation
-    from modelyard.settings import load_settings
-
     with _refusals():
+        from modelyard.settings import load_settings
+
         settings = load_settings()
-        logging.basicConfig(
-            level=settings.log_level.upper(),
-            stream=sys.stderr,
-            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        )
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        foundation = Foundation(settings)
-        foundation.lay()
-        try:
-            config = uvicorn.Config(
-                create_app(foundation),
-                host=settings.host,
-                port=settings.port,
-                loop="uvloop",
-                http="httptools",
-                ws="none",
-                log_config=None,
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=SHUTDOWN_S,
-            )
-            _run(uvicorn.Server(config))
-        finally:
-            foundation.close()
+        # Imported here: neither `modelyard --help` nor a bad setting need wait for the whole application.
+        from modelyard.server import serve as run_server
 
-
-def _run(server: object) -> None:
-    import asyncio
-    import socket
-
-    import uvicorn
-    import uvloop
-
-    assert isinstance(server, uvicorn.Server)
-    config = server.config
-    try:
-        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((config.host, config.port))
-        listener.listen(2048)
-    except OSError as error:
-        raise StartRefused(
-            f"Cannot listen on {config.host}:{config.port}: {error.strerror}. Set MODELYARD_PORT to a free port."
-        ) from error
-    host, port = listener.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    print(f"Modelyard listens on http://{shown}:{port} (documentation: http://{shown}:{port}/api/docs)", flush=True)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(server.serve(sockets=[listener]))
+        raise SystemExit(run_server(settings))
 
 
 @app.command()

@@ -7,6 +7,7 @@ status instead of a traceback from a half-started application.
 from __future__ import annotations
 
 import logging
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -35,6 +36,7 @@ class Foundation:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.url = database_url(settings.database_url, settings.data_dir)
+        self.failure: str | None = None
         self._folder_lock: ServerLock | None = None
         self._database_lock: DatabaseLock | ServerLock | None = None
 
@@ -65,11 +67,22 @@ class Foundation:
             )
         self._folder_lock = folder_lock
         try:
-            self._database_lock = _lock_database(self.url)
+            self._database_lock = _lock_database(self.url, self._on_database_lost)
             migrate(self.url)
         except BaseException:
             self.close()
             raise
+
+    def fail(self, reason: str) -> None:
+        """End the server, in good order, for a reason that forbids it to go on. May be called from any thread."""
+        if self.failure is None:
+            self.failure = reason
+            log.critical("%s The server stops.", reason)
+            signal.raise_signal(signal.SIGTERM)
+
+    def _on_database_lost(self) -> None:
+        shown = self.url.render_as_string(hide_password=True)
+        self.fail(f"Another server has taken the database {shown} while this one had no connection to it.")
 
     def complaints(self) -> list[str]:
         """Return what is wrong with the locks, for readiness; empty if nothing is."""
@@ -94,8 +107,8 @@ class DatabaseLock:
     was quicker, `on_lost` is called once.
     """
 
-    def __init__(self, url: URL, on_lost: Callable[[], None] | None = None) -> None:
-        self.on_lost = on_lost
+    def __init__(self, url: URL, on_lost: Callable[[], None]) -> None:
+        self._on_lost = on_lost
         self.is_held = False
         self._engine = sync_engine(url)
         self._connection: Connection | None = None
@@ -145,14 +158,12 @@ class DatabaseLock:
                 self._engine.dispose()
                 if self.take():
                     return
-                log.error("another server has taken the database while this one had no connection to it")
-                if self.on_lost is not None:
-                    self.on_lost()
+                self._on_lost()
                 return
             self._closing.wait(1.0)
 
 
-def _lock_database(url: URL) -> DatabaseLock | ServerLock | None:
+def _lock_database(url: URL, on_lost: Callable[[], None]) -> DatabaseLock | ServerLock | None:
     """Take the lock of the database; a SQLite file in the data folder needs none of its own."""
     shown = url.render_as_string(hide_password=True)
     if url.get_backend_name() == "sqlite":
@@ -165,7 +176,7 @@ def _lock_database(url: URL) -> DatabaseLock | ServerLock | None:
         except OSError as error:
             raise StartRefused(f"The database {path} cannot be used: {error.strerror}.") from error
         raise StartRefused(f"Another server (process {file_lock.holder()}) uses the database {path}.")
-    lock = DatabaseLock(url)
+    lock = DatabaseLock(url, on_lost)
     try:
         if _patiently(lock.take):
             return lock

@@ -1,0 +1,93 @@
+"""The server process: a foundation, a listening socket and an event loop, from start to end.
+
+SIGTERM or Ctrl-C end it in good order, with its children, and with exit status 0. A server that must not go on (its
+job runner ended, another server took its database) ends the same way but with status 1, so that whatever watches
+over it starts it again. A second Ctrl-C ends it at once; its children then live on for their grace.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+from types import FrameType
+
+import uvicorn
+import uvloop
+
+from modelyard.app import create_app
+from modelyard.errors import StartRefused
+from modelyard.foundation import Foundation
+from modelyard.settings import Settings
+
+#: How long open streams may go on when the server stops, in seconds.
+SHUTDOWN_S = 5
+BACKLOG = 2048
+
+
+def serve(settings: Settings) -> int:
+    """Serve until told to end; return the exit status.
+
+    Raises:
+        StartRefused: with the one line that the user reads; nothing is left running or locked then.
+    """
+    logging.basicConfig(
+        level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    foundation = Foundation(settings)
+    foundation.lay()
+    try:
+        listener = _listen(settings.host, settings.port)
+        config = uvicorn.Config(
+            create_app(foundation),
+            http="httptools",
+            ws="none",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=SHUTDOWN_S,
+        )
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_Server(config).serve(sockets=[listener]))
+    finally:
+        foundation.close()
+    return 0 if foundation.failure is None else 1
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        # A port whose last connections still linger in the kernel is free.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise StartRefused(
+            f"Cannot listen on {_address(host, port)}: {error.strerror}. "
+            "Set MODELYARD_PORT to a free port and MODELYARD_HOST to an address of this machine."
+        ) from error
+    return listener
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which says where it listens once it answers and ends with a status of our own."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or ():
+            url = f"http://{_address(*listener.getsockname()[:2])}"
+            print(f"Modelyard listens on {url} (documentation: {url}/api/docs)", flush=True)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # uvicorn's own would raise the signal once more at the end, and the exit status would be that of a victim.
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
