@@ -609,7 +609,7 @@ async def test_a_keeper_killed_while_no_server_was_there_is_cleared_up_after_at_
     assert living(token_of(folder))
     child = await yard.children.adopt(folder)
     assert child is not None
-    assert child.outcome == Outcome(None, None)
+    assert await child.wait() == Outcome(None, None)
     assert living(token_of(folder)) == []
     assert not (folder / "scratch").exists()
 

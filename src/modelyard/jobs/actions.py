@@ -58,7 +58,10 @@ async def newest(
     """
     query = select(Job).order_by(Job.number.desc()).limit(limit)
     if before is not None:
-        query = query.where(Job.number < (await get(session, before)).number)
+        number = await session.scalar(select(Job.number).where(Job.id == before))
+        if number is None:
+            raise JobNotFound(before, param="before")
+        query = query.where(Job.number < number)
     if kind is not None:
         query = query.where(Job.kind == kind)
     if status is not None:
@@ -73,10 +76,10 @@ async def interrupt(session: AsyncSession, job_id: UUID) -> Job:
         JobNotFound: there is no such job.
         JobFinished: it has ended already.
     """
-    job = await get(session, job_id)
-    if job.status not in ACTIVE:
-        raise JobFinished(job_id, job.status)
-    job.interrupt_requested = True
+    wish = update(Job).where(Job.id == job_id, Job.status.in_(ACTIVE)).values(interrupt_requested=True).returning(Job)
+    job = (await session.scalars(wish)).first()
+    if job is None:
+        raise JobFinished(job_id, (await get(session, job_id)).status)
     return job
 
 
@@ -84,6 +87,8 @@ async def append_event(
     session: AsyncSession, job_id: UUID, message: str, *, level: str = "info", data: dict[str, Any] | None = None
 ) -> JobEvent:
     """Append to a job's event list."""
+    # One at a time for each job: on PostgreSQL a number that is committed after a higher one would never be followed.
+    await session.execute(select(Job.number).where(Job.id == job_id).with_for_update())
     event = JobEvent(job_id=job_id, level=level, message=message, data=data or {})
     session.add(event)
     await session.flush()

@@ -130,7 +130,8 @@ async def _stream(sessions: DatabaseSessions, runner: JobRunner, job_id: UUID, a
                 yield f"event: end\ndata: {job.model_dump_json()}\n\n"
                 return
             try:
-                await asyncio.wait_for(news.wait(), KEEP_ALIVE_S)
+                async with asyncio.timeout(KEEP_ALIVE_S):
+                    await news.wait()
             except TimeoutError:
                 yield ": still there\n\n"
     finally:
@@ -163,13 +164,20 @@ def read_tail(path: Path, lines: int | None, limit: int = LOG_LIMIT) -> str:
     """Return the last lines of a file, at most `limit` bytes; an absent file is empty. Blocks on the disk."""
     try:
         with path.open("rb") as file:
-            start = end = file.seek(0, os.SEEK_END)
-            data = b""
-            while start > 0 and end - start < limit and (lines is None or data.count(b"\n") <= lines):
-                start = max(start - LOG_BLOCK, 0, end - limit)
+            end = file.seek(0, os.SEEK_END)
+            wanted = LOG_BLOCK if lines is not None else limit
+            while True:
+                start = max(end - min(wanted, limit), 0)
                 file.seek(start)
                 data = file.read(end - start)
+                if start == 0 or wanted >= limit or (lines is not None and data.count(b"\n") > lines):
+                    break
+                wanted *= 4
     except FileNotFoundError:
         return ""
-    text = data.decode("utf-8", "replace")
-    return text if lines is None else "".join(text.splitlines(keepends=True)[-lines:])
+    if start > 0:
+        data = data.partition(b"\n")[2] or data  # what is left of the line that the limit cut tells nothing
+    if lines is not None:
+        # Only newlines end a line: a progress bar's carriage returns do not.
+        data = b"\n".join(data.split(b"\n")[-lines - data.endswith(b"\n") :])
+    return data.decode("utf-8", "replace")

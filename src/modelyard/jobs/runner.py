@@ -152,8 +152,10 @@ class JobRunner:
                     log.exception("the jobs could not be looked at; looking again in %s s", LOOK_AGAIN_S)
                     await asyncio.sleep(LOOK_AGAIN_S)
                     continue
+                # Not wait_for: until Python 3.12 it loses a cancellation that comes just after the wake-up.
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), LOOK_AGAIN_S)
+                    async with asyncio.timeout(LOOK_AGAIN_S):
+                        await self._wake.wait()
         finally:
             await tasks.end(*(task for _, task in self._running.values()))
 
