@@ -1,7 +1,7 @@
 """An engine that generates nothing: a real process with the HTTP surface of vLLM 0.32 on a Unix socket.
 
 Started through `engine_python` with vLLM's own arguments; it heeds --model, --served-model-name A B, --uds, --runner,
---max-model-len, --enable-lora and --max-lora-rank, and ignores the rest. Answers take max_tokens tokens (16 by
+--max-model-len, --enable-lora, --lora-modules and --max-lora-rank, and ignores the rest. Answers take max_tokens tokens (16 by
 default) of " tok0 tok1 ...", as Server-Sent Events where the request says `stream`.
 
 A file `misbehave.json` in the model's folder makes it misbehave. All keys are optional:
@@ -82,10 +82,12 @@ class Engine:
         self.names = options.get("--served-model-name") or [self.model]
         self.socket = options["--uds"][0]
         self.is_pooling = options.get("--runner") == ["pooling"]
-        self.max_model_len = int((options.get("--max-model-len") or ["2048"])[0])
+        asked = int((options.get("--max-model-len") or ["-1"])[0])
+        self.max_model_len = asked if asked > 0 else 2048  # -1 asks vLLM to find out what fits
         self.has_lora = "--enable-lora" in options and bool(os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"))
         self.max_lora_rank = int((options.get("--max-lora-rank") or ["16"])[0])
-        self.loras: dict[str, str] = {}
+        modules = [json.loads(module) for module in options.get("--lora-modules", [])]
+        self.loras: dict[str, str] = {module["name"]: module["path"] for module in modules}
         self.requests = 0
         self.generations = 0
         self.tokens = 0

@@ -7,7 +7,6 @@ from enum import StrEnum
 
 import aiohttp
 
-PROBE_TIMEOUT_S = 120.0
 HEALTH_TIMEOUT_S = 5.0
 
 
@@ -44,18 +43,18 @@ class EngineClient:
         except (aiohttp.ClientError, TimeoutError, OSError):
             return Health.SILENT
 
-    async def generates(self, name: str, task: str) -> str:
+    async def generates(self, name: str, task: str, timeout_s: float) -> str:
         """Have the engine do its work once, with a short input; return what is wrong, or '' if it works."""
         path, body = "/v1/completions", {"model": name, "prompt": "Hi", "max_tokens": 1}
         if task == "embed":
             path, body = "/v1/embeddings", {"model": name, "input": "Hi"}
         try:
-            timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)
+            timeout = aiohttp.ClientTimeout(total=timeout_s)
             async with self._http.post(path, json=body, timeout=timeout) as response:
                 text = await response.text()
                 return "" if response.status == 200 else f"HTTP {response.status}: {text[:500]}"
         except TimeoutError:
-            return f"no answer within {PROBE_TIMEOUT_S:.0f} s"
+            return f"no answer to a prompt of one word within {timeout_s:.0f} s"
         except (aiohttp.ClientError, OSError) as error:
             return f"{type(error).__name__}: {error}"
 

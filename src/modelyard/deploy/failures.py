@@ -134,7 +134,7 @@ def explain(log: str, outcome: Outcome | None) -> JobFailure:
     for row in TABLE:
         found = row.pattern.search(log)
         if found:
-            groups = {name: (value or "").strip() for name, value in found.groupdict().items()}
+            groups = {name: (value or "").strip().removesuffix(".0") for name, value in found.groupdict().items()}
             return JobFailure(row.code, row.message.format(**groups), row.hint.format(**groups))
     line = telling_line(log)
     if outcome is not None and outcome.signal == 9 and not line:

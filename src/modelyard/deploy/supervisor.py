@@ -254,16 +254,19 @@ class _Service:
     async def _probe(self) -> None:
         """Ask the engine to do its work once; READY if it does."""
         assert self.client is not None
-        waited_s = time.monotonic() - self.started_at
+        waited_s = self._waited_s()
         health = await self._unless_it_ends(self.client.health())
         if health == Health.GOOD:
             for name in [self.row.model_id, *self.row.adapter_ids]:
-                self.complaint = await self._unless_it_ends(self.client.generates(name, self.row.task))
+                # The first generation compiles and may take long; the time for the whole start bounds it too.
+                left_s = max(1.0, self.settings.engine_start_timeout_s - waited_s)
+                self.complaint = await self._unless_it_ends(self.client.generates(name, self.row.task, left_s))
                 if self.complaint != "":
                     break
             else:
                 await self._ready()
                 return
+        waited_s = self._waited_s()
         if waited_s > self.settings.engine_start_timeout_s:
             raise JobFailure(
                 "engine_never_ready",
@@ -278,8 +281,11 @@ class _Service:
             )
         await self._sleep(PROBE_EVERY_S)
 
+    def _waited_s(self) -> float:
+        return time.monotonic() - self.started_at
+
     async def _ready(self) -> None:
-        seconds = round(time.monotonic() - self.started_at, 2)
+        seconds = round(self._waited_s(), 2)
         self.was_ready = True
         self.unwell = 0
         self.stable_at = time.monotonic() + STABLE_S

@@ -18,7 +18,7 @@ class DeploymentState(StrEnum):
     """The life of a deployment:
 
     STARTING -> READY | BACKOFF | STOPPING | FAILED
-    READY -> STARTING | BACKOFF | STOPPING
+    READY -> STARTING | BACKOFF | STOPPING | FAILED
     BACKOFF -> STARTING | STOPPING | FAILED
     STOPPING -> STOPPED
     """
@@ -41,7 +41,9 @@ MOVES: Moves = {
     DeploymentState.STARTING: frozenset(
         {DeploymentState.READY, DeploymentState.BACKOFF, DeploymentState.STOPPING, DeploymentState.FAILED}
     ),
-    DeploymentState.READY: frozenset({DeploymentState.STARTING, DeploymentState.BACKOFF, DeploymentState.STOPPING}),
+    DeploymentState.READY: frozenset(
+        {DeploymentState.STARTING, DeploymentState.BACKOFF, DeploymentState.STOPPING, DeploymentState.FAILED}
+    ),
     DeploymentState.BACKOFF: frozenset({DeploymentState.STARTING, DeploymentState.STOPPING, DeploymentState.FAILED}),
     DeploymentState.STOPPING: frozenset({DeploymentState.STOPPED}),
     DeploymentState.STOPPED: frozenset(),

@@ -1,0 +1,381 @@
+"""Deployments against real engine processes that behave and misbehave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from modelyard.deploy import actions
+from modelyard.errors import EngineStarting, ModelNotFound, NothingDeployed, Unprocessable
+from modelyard.jobs.tables import JobStatus
+from modelyard.models import actions as models
+from tests.deploy.yard import DeployYard, deploy_yard, sockets_of, traces_of
+from tests.eventually import eventually
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def runs(pid: int) -> bool:
+    """Whether a process does anything: one that has ended and waits for its parent's word does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text("ascii").rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+async def nothing_is_left(yard: DeployYard, *job_ids: object) -> None:
+    await eventually(lambda: not traces_of(yard.settings), "no trace of an engine is left")
+    for job_id in job_ids:
+        assert sockets_of(yard.log(job_id)) == []  # type: ignore[arg-type]
+
+
+async def test_a_deployment_is_ready_once_its_engine_has_generated_a_token(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/tiny")
+        job_id = await yard.deploy("org/tiny")
+        with pytest.raises(EngineStarting):
+            await yard.routing.resolve("org/tiny", "generate")
+        deployment = await yard.becomes(job_id, "READY")
+        assert deployment.ready_at is not None
+        [request] = yard.record("org/tiny", "request")
+        assert (request["path"], json.loads(request["body"])["max_tokens"]) == ("/v1/completions", 1)
+        assert (await yard.job(job_id)).status == JobStatus.RUNNING
+        target = await yard.routing.resolve("default", "generate")
+        assert (target.model_id, target.url) == ("org/tiny", deployment.engine_url)
+        events = [event.message for event in await yard.events(job_id)]
+        assert events[0].startswith("Running")
+        assert events[-1].startswith("Ready: org/tiny")
+
+
+async def test_an_interrupt_ends_the_engine_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/tiny", misbehave={"grandchild": True, "ignore_sigterm": True})
+        job_id = await yard.deploy("org/tiny")
+        await yard.becomes(job_id, "READY")
+        assert await yard.take_down() == job_id
+        assert (await yard.ended(job_id)).status == JobStatus.KILLED
+        await nothing_is_left(yard, job_id)
+        async with yard.sessions.read() as session:
+            with pytest.raises(NothingDeployed):
+                await actions.current(session)
+        with pytest.raises(ModelNotFound):
+            await yard.routing.resolve("org/tiny", "generate")
+
+
+@pytest.mark.parametrize(
+    ("phase", "misbehave"),
+    [
+        ("before it binds", {"start_delay_s": 60}),
+        ("never healthy", {"never": "healthy"}),
+        ("in its first generation", {"never": "complete"}),
+    ],
+)
+async def test_an_interrupt_in_each_phase_of_a_start_leaves_nothing_behind(
+    tmp_path: Path, phase: str, misbehave: dict[str, object]
+) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/tiny", misbehave=misbehave)
+        job_id = await yard.deploy("org/tiny")
+        started = "request" if misbehave.get("never") == "complete" else "start"
+        await eventually(lambda: yard.record("org/tiny", started), f"the engine is {phase}")
+        await yard.interrupt(job_id)
+        assert (await yard.ended(job_id)).status == JobStatus.KILLED
+        assert (await yard.deployment(job_id)).state == "STOPPED"
+        await nothing_is_left(yard, job_id)
+
+
+async def test_an_interrupt_before_the_engine_starts_clears_the_deployment(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/tiny")
+        async with yard.sessions.begin() as session:  # both wishes are there before the runner looks
+            job, _ = await actions.deploy(session, "org/tiny", [], {})
+            await actions.take_down(session, await actions.current(session))
+        yard.runner.wake()
+        assert (await yard.ended(job.id)).status == JobStatus.KILLED
+        assert (await yard.deployment(job.id)).state == "STOPPED"
+        assert yard.record("org/tiny") == []
+        async with yard.sessions.begin() as session:
+            await models.delete(session, "org/tiny")  # nothing holds it any more
+
+
+async def test_an_interrupt_while_a_restart_is_waited_for_ends_it(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path, engine_restart_delay_s=60) as yard:
+        await yard.add_model("org/tiny", misbehave={"die_after_s": 0.3, "starts": [1]})
+        job_id = await yard.deploy("org/tiny")
+        await yard.becomes(job_id, "BACKOFF")
+        await yard.take_down()
+        assert (await yard.ended(job_id)).status == JobStatus.KILLED
+        await nothing_is_left(yard, job_id)
+
+
+async def test_an_engine_that_dies_at_start_fails_the_job_with_its_cause(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        stderr = "ValueError: Model architectures ['FrobnicatorForCausalLM'] are not supported for now.\n"
+        await yard.add_model("org/odd", misbehave={"die_at_start": {"stderr": stderr, "exit_code": 1}})
+        job_id = await yard.deploy("org/odd")
+        job = await yard.ended(job_id)
+        assert job.status == JobStatus.FAILED
+        assert job.failure is not None
+        assert job.failure.code == "unsupported_architecture"
+        assert "FrobnicatorForCausalLM" in job.failure.message
+        assert "FrobnicatorForCausalLM" in yard.log(job_id)
+        assert len(yard.record("org/odd", "start")) == 1
+        await nothing_is_left(yard, job_id)
+        async with yard.sessions.read() as session:
+            with pytest.raises(NothingDeployed, match="FrobnicatorForCausalLM"):
+                await actions.current(session)
+
+
+async def test_an_engine_that_dies_in_service_is_started_again(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/tiny")
+        job_id = await yard.deploy("org/tiny")
+        before = await yard.becomes(job_id, "READY")
+        [start] = yard.record("org/tiny", "start")
+        os.kill(start["pid"], signal.SIGKILL)
+        await eventually(lambda: len(yard.record("org/tiny", "request")) == 2, "the second engine was probed")
+        after = await yard.becomes(job_id, "READY")
+        assert after.restarts == 1
+        assert after.engine_url != before.engine_url
+        assert (await yard.job(job_id)).status == JobStatus.RUNNING
+        warnings = [event.message for event in await yard.events(job_id) if event.level == "warning"]
+        assert len(warnings) == 1
+        assert "SIGKILL" in warnings[0]
+
+
+async def test_an_engine_that_keeps_dying_is_given_up_with_its_cause(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path, engine_max_restarts=2) as yard:
+        await yard.add_model("org/tiny", misbehave={"die_after_s": 0.3, "exit_code": 3})
+        job_id = await yard.deploy("org/tiny")
+        job = await yard.ended(job_id)
+        assert job.status == JobStatus.FAILED
+        assert job.failure is not None
+        assert "exit code 3" in job.failure.message
+        assert len(yard.record("org/tiny", "start")) == 3
+        assert (await yard.deployment(job_id)).state == "FAILED"
+        await nothing_is_left(yard, job_id)
+
+
+async def test_restarts_wait_twice_as_long_each_time(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path, engine_max_restarts=3, engine_restart_delay_s=0.2) as yard:
+        await yard.add_model("org/tiny", misbehave={"die_after_s": 0.2})
+        job_id = await yard.deploy("org/tiny")
+        await yard.ended(job_id)
+        events = await yard.events(job_id)
+        died = [event.at for event in events if event.level == "warning"]
+        started = [event.at for event in events if event.message.startswith("Starting")][1:]
+        waits = [(start - death).total_seconds() for death, start in zip(died, started, strict=True)]
+        assert waits[0] >= 0.2
+        assert waits[1] >= 0.4
+        assert waits[2] >= 0.8
+
+
+@pytest.mark.parametrize("never", ["bind", "healthy"])
+async def test_an_engine_that_never_gets_ready_is_given_up(tmp_path: Path, never: str) -> None:
+    async with deploy_yard(tmp_path, engine_start_timeout_s=1.5) as yard:
+        await yard.add_model("org/tiny", misbehave={"never": never})
+        job_id = await yard.deploy("org/tiny")
+        job = await yard.ended(job_id)
+        assert job.failure is not None
+        assert job.failure.code == "engine_never_ready"
+        await nothing_is_left(yard, job_id)
+
+
+async def test_an_engine_that_answers_but_never_generates_is_given_up_in_time(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path, engine_start_timeout_s=1.5) as yard:
+        await yard.add_model("org/tiny", misbehave={"never": "complete"})
+        job_id = await yard.deploy("org/tiny")
+        job = await yard.ended(job_id)
+        assert job.failure is not None
+        assert job.failure.code == "engine_never_ready"
+
+
+async def test_the_first_error_of_an_engine_that_only_fails_stands_in_the_cause(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path, engine_start_timeout_s=1.5) as yard:
+        await yard.add_model("org/tiny", misbehave={"fail": {"status": 500, "message": "no kernel image"}})
+        job = await yard.ended(await yard.deploy("org/tiny"))
+        assert job.failure is not None
+        assert "no kernel image" in job.failure.message
+
+
+async def test_a_deploy_of_another_model_replaces_the_current_one(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/a")
+        await yard.add_model("org/b")
+        first = await yard.deploy("org/a")
+        await yard.becomes(first, "READY")
+        second = await yard.deploy("org/b")
+        await yard.becomes(second, "READY")
+        assert (await yard.ended(first)).status == JobStatus.KILLED
+        assert any("Replaced by DEPLOY_org/b" in event.message for event in await yard.events(first))
+        assert (await yard.routing.resolve("Compressa-LLM", "generate")).model_id == "org/b"
+        stop_of_a = yard.record("org/a", "stop")
+        assert stop_of_a, "the first engine was asked to end"
+
+
+async def test_deploying_what_is_deployed_returns_its_job(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/a")
+        first = await yard.deploy("org/a")
+        assert await yard.deploy("org/a") == first
+        await yard.becomes(first, "READY")
+        assert await yard.deploy("org/a") == first
+        other = await yard.deploy("org/a", options={"max_model_len": 512})
+        assert other != first
+        await yard.becomes(other, "READY")
+        [_, start] = yard.record("org/a", "start")
+        assert start["argv"][start["argv"].index("--max-model-len") + 1] == "512"
+
+
+async def test_deploying_again_right_after_an_interrupt_starts_a_new_one(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/a")
+        first = await yard.deploy("org/a")
+        await yard.becomes(first, "READY")
+        await yard.interrupt(first)
+        second = await yard.deploy("org/a")
+        assert second != first
+        await yard.becomes(second, "READY")
+        assert (await yard.ended(first)).status == JobStatus.KILLED
+
+
+async def test_of_two_deploys_at_the_same_moment_one_stays_and_one_is_replaced(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/a")
+        await yard.add_model("org/b")
+        first, second = await asyncio.gather(yard.deploy("org/a"), yard.deploy("org/b"))
+        states: set[str] = set()
+
+        async def settled() -> bool:
+            states.clear()
+            states.update([(await yard.deployment(first)).state, (await yard.deployment(second)).state])
+            return states == {"READY", "STOPPED"}
+
+        await eventually(settled, f"one is ready and one has stopped: {states}")
+        async with yard.sessions.read() as session:
+            assert len(await actions.live(session)) == 1
+
+
+async def test_generative_and_embedding_models_stand_side_by_side(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/a")
+        await yard.add_model("org/e", task="embed")
+        await yard.becomes(await yard.deploy("org/e"), "READY")
+        await yard.becomes(await yard.deploy("org/a"), "READY")
+        assert (await yard.routing.resolve("Compressa-Embedding", "embed")).model_id == "org/e"
+        assert (await yard.routing.resolve("Compressa-LLM", "generate")).model_id == "org/a"
+        assert (await yard.routing.resolve("default", "embed")).model_id == "org/e"
+        assert (await yard.routing.resolve("default", "generate")).model_id == "org/a"
+        async with yard.sessions.read() as session:
+            assert (await actions.current(session)).model_id == "org/a"
+            assert (await actions.current(session, "embed")).model_id == "org/e"
+
+
+async def test_adapters_are_served_under_their_own_names(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/a")
+        await yard.add_model("org/poems", adapter=True, base_model_id="org/a")
+        job_id = await yard.deploy("org/a", ["org/poems"])
+        await yard.becomes(job_id, "READY")
+        assert (await yard.job(job_id)).name == "DEPLOY_org/a_adapters_org/poems"
+        target = await yard.routing.resolve("org/poems", "generate")
+        assert (target.model_id, target.served_name) == ("org/a", "org/poems")
+
+
+async def test_what_cannot_be_deployed_is_refused_with_the_reason(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/a")
+        await yard.add_model("org/e", task="embed")
+        await yard.add_model("org/poems", adapter=True, base_model_id="org/other")
+        with pytest.raises(ModelNotFound, match="org/gone"):
+            await yard.deploy("org/gone")
+        with pytest.raises(ModelNotFound, match="org/gone"):
+            await yard.deploy("org/a", ["org/gone"])
+        with pytest.raises(Unprocessable, match="adapter of 'org/other'"):
+            await yard.deploy("org/poems")
+        with pytest.raises(Unprocessable, match="not of 'org/a'"):
+            await yard.deploy("org/a", ["org/poems"])
+        with pytest.raises(Unprocessable, match="not an adapter"):
+            await yard.deploy("org/a", ["org/e"])
+        with pytest.raises(Unprocessable, match="generative"):
+            await yard.deploy("org/e", ["org/poems"])
+        async with yard.sessions.read() as session:
+            assert await actions.live(session) == []
+
+
+async def test_a_model_too_long_or_too_large_fails_before_anything_starts(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/a")
+        job = await yard.ended(await yard.deploy("org/a", options={"max_model_len": 4096}))
+        assert job.failure is not None
+        assert job.failure.code == "model_too_long"
+        assert "4096" in job.failure.message
+        assert "2048" in job.failure.message
+        await yard.add_model("org/huge", size_bytes=10**15)
+        job = await yard.ended(await yard.deploy("org/huge"))
+        assert job.failure is not None
+        assert job.failure.code == "not_enough_memory"
+        assert "GiB" in job.failure.message
+        assert yard.record("org/a") == yard.record("org/huge") == []
+
+
+async def test_a_model_whose_configuration_is_gone_fails_with_a_reason(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        folder = await yard.add_model("org/a")
+        (folder / "config.json").unlink()
+        job = await yard.ended(await yard.deploy("org/a"))
+        assert job.failure is not None
+        assert job.failure.code == "broken_model"
+
+
+async def test_the_keeper_of_an_engine_in_service_is_killed_and_another_engine_comes(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/tiny", misbehave={"grandchild": True})
+        job_id = await yard.deploy("org/tiny")
+        await yard.becomes(job_id, "READY")
+        [start] = yard.record("org/tiny", "start")
+        parent = int(Path(f"/proc/{start['pid']}/stat").read_text().rpartition(")")[2].split()[1])
+        os.kill(parent, signal.SIGKILL)
+        await eventually(lambda: len(yard.record("org/tiny", "request")) == 2, "the second engine was probed")
+        await yard.becomes(job_id, "READY")
+        assert not runs(start["pid"])
+        assert not runs(start["grandchild"])
+
+
+async def test_the_server_stopping_in_good_order_ends_engines_and_a_new_one_brings_them_back(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/tiny")
+        job_id = await yard.deploy("org/tiny")
+        await yard.becomes(job_id, "READY")
+        record_dir = yard.record_dirs["org/tiny"]
+    assert traces_of(yard.settings) == []
+    assert sockets_of(yard.log(job_id)) == []
+    async with deploy_yard(tmp_path) as again:
+        again.record_dirs["org/tiny"] = record_dir
+        await eventually(lambda: len(again.record("org/tiny", "request")) == 2, "the second engine was probed")
+        deployment = await again.becomes(job_id, "READY")
+        assert deployment.restarts == 0
+        assert (await again.job(job_id)).status == JobStatus.RUNNING
+        await again.take_down()
+        assert (await again.ended(job_id)).status == JobStatus.KILLED
+
+
+async def test_an_engine_is_ended_when_its_health_stays_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modelyard.deploy.supervisor.HEALTH_EVERY_S", 0.05)
+    monkeypatch.setattr("modelyard.deploy.supervisor.UNWELL_LIMIT", 2)
+    monkeypatch.setattr("modelyard.deploy.engine_client.HEALTH_TIMEOUT_S", 0.3)
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/tiny")
+        job_id = await yard.deploy("org/tiny")
+        await yard.becomes(job_id, "READY")
+        [start] = yard.record("org/tiny", "start")
+        os.kill(start["pid"], signal.SIGSTOP)  # it is there, and says nothing
+        await eventually(lambda: len(yard.record("org/tiny", "request")) == 2, "the second engine was probed")
+        await yard.becomes(job_id, "READY")
+        warnings = [event.message for event in await yard.events(job_id) if event.level == "warning"]
+        assert "silent" in warnings[0]

@@ -1,0 +1,206 @@
+"""Deployments with everything real but vLLM: database, runner, keeper, sockets, the imitation engine as child."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pydantic_settings
+
+from modelyard import tasks
+from modelyard.db import Sessions
+from modelyard.deploy import actions
+from modelyard.deploy.routing import Routing
+from modelyard.deploy.supervisor import Supervisor
+from modelyard.deploy.tables import Deployment
+from modelyard.foundation import Foundation
+from modelyard.jobs import actions as jobs
+from modelyard.jobs.runner import JobRunner
+from modelyard.jobs.schemas import EventOut, JobOut
+from modelyard.jobs.tables import ACTIVE
+from modelyard.models.tables import Model
+from modelyard.processes import Children
+from modelyard.settings import Settings
+from tests.eventually import eventually
+from tests.servers.engine import read_record
+
+ENGINE = Path(__file__).parents[1] / "servers" / "engine_python"
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "dtype": "float32",
+}
+
+
+def make_settings(data_dir: Path, **values: Any) -> Settings:
+    """Return settings for the imitation engine that look neither at the environment nor at a file."""
+
+    class Only(Settings):
+        model_config = pydantic_settings.SettingsConfigDict(env_prefix="MODELYARD_TESTS_ONLY_", env_file=None)
+
+    defaults: dict[str, Any] = {
+        "engine_python": ENGINE,
+        "engine_restart_delay_s": 0.05,
+        "engine_stop_timeout_s": 1.0,
+        "engine_start_timeout_s": 20.0,
+    }
+    return Only(data_dir=data_dir, **{**defaults, **values})
+
+
+@dataclass
+class DeployYard:
+    """What the deploy room does, as its routes would ask it to."""
+
+    settings: Settings
+    sessions: Sessions
+    routing: Routing
+    runner: JobRunner
+    record_dirs: dict[str, Path] = field(default_factory=dict)
+
+    async def add_model(
+        self,
+        model_id: str,
+        *,
+        misbehave: dict[str, Any] | None = None,
+        config: dict[str, Any] | None = None,
+        **row: Any,
+    ) -> Path:
+        """Put a model into the store whose engine behaves as told; return the model's folder."""
+        name = model_id.replace("/", "--")
+        folder = self.settings.models_dir / name
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(CONFIG if config is None else config), "utf-8")
+        record_dir = self.settings.data_dir / "records" / name
+        record_dir.mkdir(parents=True)
+        self.record_dirs[model_id] = record_dir
+        self.misbehave(model_id, misbehave or {})
+        values = {
+            "adapter": False,
+            "base_model_id": None,
+            "task": "generate",
+            "revision": "main",
+            "commit": "0" * 40,
+            "size_bytes": 1_000_000,
+            "path": name,
+            "source": "hub",
+        }
+        async with self.sessions.begin() as session:
+            session.add(Model(model_id=model_id, **{**values, **row}))
+        return folder
+
+    def misbehave(self, model_id: str, how: dict[str, Any]) -> None:
+        """Tell the model's next engine how to behave."""
+        folder = self.settings.models_dir / model_id.replace("/", "--")
+        how = {"record_dir": str(self.record_dirs[model_id]), **how}
+        (folder / "misbehave.json").write_text(json.dumps(how), "utf-8")
+
+    def record(self, model_id: str, kind: str | None = None) -> list[dict[str, Any]]:
+        """Return what the model's engines have recorded."""
+        return read_record(self.record_dirs[model_id], kind)
+
+    async def deploy(
+        self, model_id: str, adapter_ids: Sequence[str] = (), options: dict[str, Any] | None = None
+    ) -> UUID:
+        async with self.sessions.begin() as session:
+            job, _ = await actions.deploy(session, model_id, adapter_ids, options or {})
+        self.routing.changed()
+        self.runner.wake()
+        return job.id
+
+    async def take_down(self) -> UUID:
+        async with self.sessions.begin() as session:
+            job_id = await actions.take_down(session, await actions.current(session))
+        self.routing.changed()
+        self.runner.wake()
+        return job_id
+
+    async def interrupt(self, job_id: UUID) -> None:
+        async with self.sessions.begin() as session:
+            await jobs.interrupt(session, job_id)
+        self.runner.wake()
+
+    async def job(self, job_id: UUID) -> JobOut:
+        async with self.sessions.read() as session:
+            return JobOut.of(await jobs.get(session, job_id))
+
+    async def deployment(self, job_id: UUID) -> Deployment:
+        async with self.sessions.read() as session:
+            return await actions.of_job(session, job_id)
+
+    async def becomes(self, job_id: UUID, *states: str) -> Deployment:
+        """Wait until the job's deployment is in one of the states."""
+
+        async def so() -> Deployment | None:
+            deployment = await self.deployment(job_id)
+            return deployment if deployment.state in states else None
+
+        found: Deployment = await eventually(so, f"the deployment is {' or '.join(states)}; {self.log(job_id)[-1500:]}")
+        return found
+
+    async def ended(self, job_id: UUID) -> JobOut:
+        """Wait until the job has ended."""
+
+        async def so() -> JobOut | None:
+            job = await self.job(job_id)
+            return job if job.status not in ACTIVE else None
+
+        found: JobOut = await eventually(so, f"the end of the job; {self.log(job_id)[-1500:]}")
+        return found
+
+    async def events(self, job_id: UUID) -> list[EventOut]:
+        async with self.sessions.read() as session:
+            return [EventOut.of(event) for event in await jobs.events_after(session, job_id, 0, 1000)]
+
+    def log(self, job_id: UUID) -> str:
+        path = self.runner.log_of(job_id)
+        return path.read_text("utf-8") if path.exists() else ""
+
+
+@asynccontextmanager
+async def deploy_yard(data_dir: Path, **values: Any) -> AsyncIterator[DeployYard]:
+    """Run the parts for as long as the block lasts, and end them in good order."""
+    settings = make_settings(data_dir, **values)
+    foundation = Foundation(settings)
+    foundation.lay()
+    sessions = Sessions(foundation.url)
+    routing = Routing(sessions)
+    supervisor = Supervisor(settings, sessions, Children(foundation.owner_lock, settings.grace_s), routing)
+    runner = JobRunner(sessions, {actions.KIND: supervisor.serve}, {}, settings.jobs_dir)
+    running = tasks.spawn("runner", runner.run(), eternal=True)
+    try:
+        yield DeployYard(settings, sessions, routing, runner)
+    finally:
+        await tasks.end(running)
+        await sessions.close()
+        foundation.close()
+
+
+def traces_of(settings: Settings) -> list[str]:
+    """Return what of a data folder's children still lives: processes, entries of live children, sockets."""
+    found = [f"entry {entry.name}" for entry in (settings.data_dir / "run").iterdir()]
+    for proc in Path("/proc").iterdir():
+        if not proc.name.isdigit():
+            continue
+        try:
+            command = (proc / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if str(settings.data_dir) in command:
+            found.append(f"process {proc.name}: {command[:120]}")
+    return found
+
+
+def sockets_of(job_log: str) -> list[Path]:
+    """Return the private folders that a job's engines were given, by its log."""
+    paths = [Path(line.split(" --uds ")[1].split()[0]).parent for line in job_log.splitlines() if " --uds " in line]
+    return [path for path in paths if path.exists()]
