@@ -143,11 +143,8 @@ def install(parts: list[str], missing: list[str], engine: str) -> None:
     STAMP.unlink(missing_ok=True)
     unreachable: list[str] = []
     pip = [str(PYTHON), "-m", "pip", "--no-input", "--disable-pip-version-check", "install", "--retries=1"]
-    run(
-        [*pip, "--no-deps", "--progress-bar=off", "-r", str(HERE / "build.txt")],
-        "uv and the build backend",
-        dict(os.environ),
-    )
+    pip += ["--no-deps", "--progress-bar=off", "-r", str(HERE / "build.txt")]
+    run(pip, "uv and the build backend", dict(os.environ), OTHER_SOURCES)
     env = package_sources(unreachable)
     try:
         install_packages(parts, engine, env, ["--reinstall"] if again else [])
