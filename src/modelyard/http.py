@@ -25,7 +25,9 @@ class EitherSlashRoute(APIRoute):
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **kwargs: Any) -> None:
         super().__init__(path, endpoint, **kwargs)
-        self.path_regex = re.compile(self.path_regex.pattern.removesuffix("$").removesuffix("/") + "/?$")
+        pattern = self.path_regex.pattern.removesuffix("$").removesuffix("/")
+        # A `{name:path}` takes all that it can get: it must leave the last slash, and a name is not empty.
+        self.path_regex = re.compile(pattern.replace(">.*)", ">.+?)") + "/?$")
 
 
 def router(prefix: str = "", tag: str = "") -> APIRouter:
