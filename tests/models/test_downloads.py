@@ -503,6 +503,7 @@ async def test_a_server_killed_mid_download_finds_its_child_alive_and_keeps_it(h
         assert (await yard.job(job_id)).status == JobStatus.RUNNING
         assert child_pid(settings.jobs_dir / str(job_id)) == before
         assert (await yard.ended(job_id)).status == JobStatus.FINISHED
+        assert [path.name for path in (settings.jobs_dir / str(job_id)).glob("attempt-*")] == ["attempt-1"]
         assert hub.starts(TINY, WEIGHTS) == [0]
         assert hub.sent(TINY, WEIGHTS) == len(content[WEIGHTS])
 
