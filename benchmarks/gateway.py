@@ -42,6 +42,7 @@ HERE = Path(__file__).resolve().parent
 LEVELS = (1, 16, 64)
 RATE = 100.0
 START_S = 30.0
+OFFLINE = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 LITELLM = HERE.parent / ".venv-litellm"
 
 
@@ -286,16 +287,14 @@ def on_vllm(folder: Path, model: str, rounds: int, seconds: float, server: Place
     """Measure on real vLLM; returns Markdown."""
     uds = folder / "vllm.sock"
     if model == "tiny":
-        from benchmarks.tiny_model import make
-
-        model = str(make(folder / "tiny"))
+        model = str(folder / "tiny")
+        subprocess.run([sys.executable, str(HERE / "tiny_model.py"), model], check=True, env={**os.environ, **OFFLINE})
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model,
             "--served-model-name", "bench", "--uds", str(uds), "--max-model-len", "2048",
             "--max-num-seqs", "64", "--enforce-eager", "--disable-log-stats"]  # fmt: skip
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     print("starting vLLM ...", flush=True)
     with ExitStack() as stack:
-        process = stack.enter_context(child(argv, folder / "vllm.log", **environment))
+        process = stack.enter_context(child(argv, folder / "vllm.log", **OFFLINE))
         try:
             wait_for(lambda: accepts(uds), process, "vLLM", 300)
         except RuntimeError:

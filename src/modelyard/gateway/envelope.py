@@ -58,7 +58,7 @@ _decoder = msgspec.json.Decoder(Envelope)
 _fields_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
-def check_headers(content_type: str | None, content_length: str | None, limit_bytes: int) -> None:
+def check_headers(content_type: bytes | None, content_length: bytes | None, limit_bytes: int) -> None:
     """Refuse by its headers what need not be read.
 
     Raises:
@@ -66,12 +66,12 @@ def check_headers(content_type: str | None, content_length: str | None, limit_by
             sites without asking them first, so they are refused even where their content would do.
         TooLarge: it announces more than `limit_bytes`.
     """
-    kind = (content_type or "application/json").partition(";")[0].strip().lower()
-    if kind != "application/json":
+    if content_type and content_type.partition(b";")[0].strip().lower() != b"application/json":
+        kind = content_type[:100].decode("latin-1")
         raise ContentTypeNotAllowed(
             f"The body has the type {kind}; send JSON with the header Content-Type: application/json."
         )
-    if content_length is not None and content_length.isdecimal() and int(content_length) > limit_bytes:
+    if content_length is not None and content_length.isdigit() and int(content_length) > limit_bytes:
         raise _too_large(limit_bytes)
 
 

@@ -40,19 +40,14 @@ class Passage:
     def __init__(self, metrics: Metrics, endpoint: str) -> None:
         self._metrics = metrics
         self._endpoint = endpoint
-        self._started = perf_counter()
-        self._ended = False
+        self._arrived_at = perf_counter()
         self.model = ""
         metrics.in_flight.inc()
 
-    def first_byte(self) -> None:
-        """Take the time of the first byte."""
-        self._metrics.first_byte.labels(self._endpoint).observe(perf_counter() - self._started)
-
-    def end(self, status: int) -> None:
-        """Count the request as ended; only the first call counts."""
-        if not self._ended:
-            self._ended = True
-            self._metrics.in_flight.dec()
-            # The model is a deployed one or empty: a label that any client could choose would grow without end.
-            self._metrics.requests.labels(self._endpoint, self.model, str(status)).inc()
+    def end(self, status: int, first_byte_at: float = 0.0) -> None:
+        """Count the request as ended. Call it once; `first_byte_at` is on `perf_counter`'s clock, 0 for none."""
+        self._metrics.in_flight.dec()
+        # The model is a deployed one or empty: a label that any client could choose would grow without end.
+        self._metrics.requests.labels(self._endpoint, self.model, str(status)).inc()
+        if first_byte_at:
+            self._metrics.first_byte.labels(self._endpoint).observe(first_byte_at - self._arrived_at)

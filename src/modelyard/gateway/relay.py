@@ -1,8 +1,8 @@
 """The passage of one request through the gateway, from its first byte in to its last byte out.
 
-`forward` reads, looks up, refuses and asks the engine; what it returns is an ASGI response that hands the engine's
-bytes on as they come, without a task, a queue or a parser of its own between the two sockets. From the end of the body
-on, a watch waits for the client to go away and then closes the engine's connection, which ends the generation.
+`Gateway.forward` is plain ASGI: it reads, looks up, refuses, asks the engine and hands the engine's bytes on as they
+come, without a task or a queue of its own between the two sockets. From the end of the request's body on, a watch waits
+for the client to go away and then closes the engine's connection, which ends the generation.
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Awaitable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 from uuid import uuid4
 
-from starlette.requests import Request
-from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from modelyard.errors import BadGateway, BadRequest, EngineStarting, ModelyardError
@@ -31,13 +29,13 @@ CLIENT_GONE = 499
 BROKEN_OFF = 599
 ANY_TASK = "any"
 #: Request headers that an engine has a use for. Keys and cookies are the server's own business.
-FORWARDED = ("accept", "traceparent", "tracestate")
+FORWARDED = (b"accept", b"traceparent", b"tracestate")
 #: Answer headers that belong to one connection only, and those that the server sets itself.
 DROPPED = frozenset(
     {b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-connection", b"te", b"trailer", b"transfer-encoding",
      b"upgrade", b"server", b"date", b"x-request-id", b"set-cookie"}
 )  # fmt: skip
-REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
 class Target(Protocol):
@@ -91,29 +89,46 @@ class Gateway:
         self.metrics = metrics
         self.max_body_bytes = max_body_bytes
 
-    async def forward(self, request: Request, endpoint: Endpoint) -> Response:
-        """Ask the engine that serves the request's model, and return its answer as it comes.
+    async def forward(self, endpoint: Endpoint, scope: Scope, receive: Receive, send: Send) -> None:
+        """Ask the engine that serves the request's model, and hand its answer on as it comes.
+
+        When the engine dies after the first byte the answer is left without its end: the server then closes the
+        connection, and the client sees a broken transfer instead of a short answer.
 
         Raises:
             ModelyardError: refused here, no such model, its engine starts, or it died before its first byte.
         """
         passage = Passage(self.metrics, endpoint.name)
+        status, call = 500, None
         try:
-            return await self._forward(request, endpoint, passage)
-        except ClientGone:
-            passage.end(CLIENT_GONE)
-            return Response(status_code=CLIENT_GONE)
+            headers: dict[bytes, bytes] = dict(scope["headers"])
+            request_id = _request_id(headers)
+            target, body = await self._read(endpoint, headers, receive, passage)
+            call = self.engines.call(target.url)
+            watch = asyncio.create_task(_give_up_with_the_client(receive, call), name="client watch")
+            try:
+                status = await self._relay(call, endpoint, target, headers, request_id, body, send)
+            finally:
+                watch.cancel()
+        except (ClientGone, EngineBrokeOff) as error:
+            if isinstance(error, ClientGone) or (call is not None and call.is_given_up):
+                status = CLIENT_GONE
+            else:
+                status = BROKEN_OFF
+                log.warning("the engine broke off its answer to request %s: %s", request_id, error)
         except ModelyardError as error:
-            passage.end(error.status)
+            status = error.status
             raise
-        except BaseException:
-            passage.end(500)
-            raise
+        finally:
+            passage.end(status, call.first_byte_at if call is not None else 0.0)
+            if call is not None:
+                call.close()
 
-    async def _forward(self, request: Request, endpoint: Endpoint, passage: Passage) -> Response:
-        given = request.headers
-        check_headers(given.get("content-type"), given.get("content-length"), self.max_body_bytes)
-        body = await read_body(request.receive, self.max_body_bytes)
+    async def _read(
+        self, endpoint: Endpoint, headers: dict[bytes, bytes], receive: Receive, passage: Passage
+    ) -> tuple[Target, bytes]:
+        check_headers(headers.get(b"content-type"), headers.get(b"content-length"), self.max_body_bytes)
+        body = await read_body(receive, self.max_body_bytes)
         envelope = parse(body)
         wanted = "generate" if endpoint.task == ANY_TASK else endpoint.task
         target = await self.routing.resolve(envelope.model or None, wanted)
@@ -121,30 +136,51 @@ class Gateway:
         _check_target(target, endpoint, envelope.model)
         if envelope.model != target.served_name:
             body = with_model(body, target.served_name)
-        request_id = given.get("x-request-id", "")
-        if REQUEST_ID.fullmatch(request_id) is None:
-            request_id = uuid4().hex
-        headers = [("Content-Type", "application/json"), ("X-Request-Id", request_id)]
-        headers += [(name, given[name]) for name in FORWARDED if name in given]
+        return target, body
 
-        call = self.engines.call(target.url)
-        watch = asyncio.create_task(_until_gone(request.receive), name="client watch")
-        watch.add_done_callback(lambda _: call.give_up())
+    async def _relay(
+        self, call: Call, endpoint: Endpoint, target: Target, headers: dict[bytes, bytes], request_id: bytes,
+        body: bytes, send: Send,
+    ) -> int:  # fmt: skip
+        forwarded = [(b"Content-Type", b"application/json"), (b"X-Request-Id", request_id)]
+        forwarded += [(name, headers[name]) for name in FORWARDED if name in headers]
         try:
-            await call.start(endpoint.engine_path, headers, body)
-        except BaseException as error:
-            is_gone = watch.done()
-            watch.cancel()
-            if isinstance(error, EngineBrokeOff) and is_gone:
-                raise ClientGone from error
-            if not isinstance(error, EngineUnreachable):
-                raise
+            await call.start(endpoint.engine_path, forwarded, body)
+        except EngineUnreachable as error:
             log.warning("engine of %s gave no answer to request %s: %s", target.model_id, request_id, error)
             raise BadGateway(
                 f"The engine of '{target.model_id}' ended before it answered. It is being started again: "
                 "GET /api/v1/deploy/status says how it is; then send the request again."
             ) from error
-        return Relay(call, watch, passage, request_id)
+        answer = _answer_headers(call.headers, request_id)
+        await send({"type": "http.response.start", "status": call.status, "headers": answer})
+        message: MutableMapping[str, Any] = {"type": "http.response.body", "body": b"", "more_body": True}
+
+        def write(chunk: bytes) -> Awaitable[None]:
+            message["body"] = chunk
+            return send(message)
+
+        await call.hand_on(write)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        return call.status
+
+
+def _request_id(headers: dict[bytes, bytes]) -> bytes:
+    given = headers.get(b"x-request-id", b"")
+    return given if REQUEST_ID.fullmatch(given) else uuid4().hex.encode()
+
+
+def _answer_headers(given: Sequence[tuple[bytes, bytes]], request_id: bytes) -> list[tuple[bytes, bytes]]:
+    headers = [(b"x-request-id", request_id)]
+    for name, value in given:
+        name = name.lower()
+        if name in DROPPED:
+            continue
+        headers.append((name, value))
+        if name == b"content-type" and value.startswith(b"text/event-stream"):
+            # A proxy between us and the client must not collect a stream before it hands it on.
+            headers.append((b"x-accel-buffering", b"no"))
+    return headers
 
 
 def _check_target(target: Target, endpoint: Endpoint, name: str | None) -> None:
@@ -155,55 +191,7 @@ def _check_target(target: Target, endpoint: Endpoint, name: str | None) -> None:
         raise EngineStarting(f"The engine of '{target.model_id}' is {target.state.lower()}. Try again in a moment.")
 
 
-async def _until_gone(receive: Receive) -> None:
+async def _give_up_with_the_client(receive: Receive, call: Call) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-class Relay(Response):
-    """An engine's answer on its way to the client.
-
-    The body's end is sent only when the engine sent one; else the server closes the connection, and the client sees a
-    broken transfer.
-    """
-
-    def __init__(self, call: Call, watch: asyncio.Task[None], passage: Passage, request_id: str) -> None:
-        self.background = None
-        self.status_code = call.status
-        headers = [(name.lower(), value) for name, value in call.headers if name.lower() not in DROPPED]
-        headers.append((b"x-request-id", request_id.encode()))
-        if any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in headers):
-            # A proxy between us and the client must not collect a stream before it hands it on.
-            headers.append((b"x-accel-buffering", b"no"))
-        self.raw_headers = headers
-        self._call = call
-        self._watch = watch
-        self._passage = passage
-        self._request_id = request_id
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the answer; ends early, without an error, when the client or the engine goes away."""
-        call, watch = self._call, self._watch
-        status = BROKEN_OFF
-        try:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            message: MutableMapping[str, Any] = {"type": "http.response.body", "body": b"", "more_body": True}
-            chunk = await call.read()
-            self._passage.first_byte()
-            while chunk:
-                message["body"] = chunk
-                await send(message)
-                chunk = await call.read()
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-            status = self.status_code
-        except EngineBrokeOff as error:
-            if watch.done():
-                status = CLIENT_GONE
-            else:
-                log.warning("the engine broke off its answer to request %s: %s", self._request_id, error)
-        finally:
-            if status == BROKEN_OFF and watch.done():
-                status = CLIENT_GONE
-            call.close()
-            watch.cancel()
-            self._passage.end(status)
+    call.give_up()

@@ -6,18 +6,19 @@ routes, since both answer GET /api/v1/models (see `listing`), and keep a `Gatewa
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from modelyard.gateway import schemas
 from modelyard.gateway.listing import OpenAIListRoute, openai_list, openai_model
 from modelyard.gateway.relay import ANY_TASK, Endpoint, Gateway
 from modelyard.gateway.schemas import Json, ServedModelOut, ServedModelsOut
-from modelyard.http import documented, router
+from modelyard.http import EitherSlashRoute, documented, router
 
 BASES = ("/v1", "/api/v1")
 PASSED_ERRORS = (400, 404, 413, 502, 503)
@@ -156,32 +157,51 @@ def _gateway(request: Request) -> Gateway:
     return found
 
 
-def _endpoint(passed: Passed) -> Callable[[Request], Awaitable[Response]]:
-    async def forward(request: Request) -> Response:
-        return await _gateway(request).forward(request, passed.endpoint)
+class Forward(Response):
+    """The answer to every request at a passed path: the request's passage to its engine, as plain ASGI."""
 
-    return forward
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.background = None
+        self._endpoint = endpoint
 
-
-def _add(api: APIRouter) -> None:
-    for base in BASES:
-        for passed in PASSAGES:
-            answers: dict[int | str, dict[str, Any]] = {200: passed.answer, **documented(*PASSED_ERRORS)}
-            api.add_api_route(
-                f"{base}/{passed.endpoint.name}",
-                _endpoint(passed),
-                methods=["POST"],
-                summary=passed.summary,
-                description=passed.description,
-                name=f"{base[1:]}/{passed.endpoint.name}".replace("/", "_"),
-                openapi_extra={"requestBody": passed.request},
-                responses=answers,
-                response_class=Response,
-                response_model=None,
-            )
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Forward the request."""
+        gateway: Gateway = scope["app"].state.gateway
+        await gateway.forward(self._endpoint, scope, receive, send)
 
 
-_add(api)
+class PassedRoute(EitherSlashRoute):
+    """A documented route whose endpoint takes nothing and always returns the same response: so it is asked once.
+
+    What FastAPI does for each request otherwise costs as much as passing on some twenty chunks.
+    """
+
+    def __init__(self, path: str, endpoint: Callable[[], Forward], **kwargs: Any) -> None:
+        super().__init__(path, endpoint, **kwargs)
+        self.app = endpoint()
+
+
+def _add(passed: Passed, base: str) -> None:
+    forward = Forward(passed.endpoint)
+    answers: dict[int | str, dict[str, Any]] = {200: passed.answer, **documented(*PASSED_ERRORS)}
+    api.add_api_route(
+        f"{base}/{passed.endpoint.name}",
+        lambda: forward,
+        methods=["POST"],
+        summary=passed.summary,
+        description=passed.description,
+        name=f"{base[1:]}/{passed.endpoint.name}".replace("/", "_"),
+        openapi_extra={"requestBody": passed.request},
+        responses=answers,
+        response_class=Response,
+        response_model=None,
+        route_class_override=PassedRoute,
+    )
+
+
+for _base in BASES:
+    for _passed in PASSAGES:
+        _add(_passed, _base)
 
 
 @api.get("/v1/models", summary="List models in service", responses=documented())

@@ -1,19 +1,21 @@
 """The way to engines: HTTP/1.1 on the engine's Unix socket or HTTP address, over connections that are kept for reuse.
 
 `Engines.call` gives a `Call`; `start` sends the request and returns when the engine's status and headers are there,
-`read` hands the body out in the pieces in which it arrived. There is no time limit: how long a generation may take is
-for the client and the supervisor to say. `give_up` closes the connection at once, by which the engine stops generating.
+`hand_on` passes the body on in the pieces in which it arrives. There is no time limit: how long a generation may take
+is for the client and the supervisor to say. `give_up` closes the connection at once, by which the engine stops.
 
-This is an `asyncio.Protocol` of our own on httptools' parser, because a chunk costs half of what it does through
-aiohttp's client (see benchmarks/RESULTS.md). It knows what a gateway to an engine needs and no more: requests with a
-body of known length; answers that are framed, by a length or in chunks; no redirects, compression, cookies or proxies.
+This is an `asyncio.Protocol` of our own on httptools' parser, because a chunk costs less than through a general client
+(see benchmarks/RESULTS.md). It knows what a gateway to an engine needs and no more: requests with a body of known
+length; answers that are framed, by a length or in chunks; no redirects, compression, cookies or proxies.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import cast
+import types
+from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
+from time import perf_counter
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -21,10 +23,9 @@ import httptools
 #: Engines drop a connection that idles for 5 s; one that is given up sooner is not dropped under a new request.
 KEEP_ALIVE_S = 3.0
 CONNECT_TIMEOUT_S = 10.0
-#: What may wait for a client that reads slowly; then the engine is no longer read from.
-HIGH_WATER_BYTES = 256 * 1024
 
-Headers = Sequence[tuple[str, str]]
+Headers = Sequence[tuple[bytes, bytes]]
+Write = Callable[[bytes], Awaitable[None]]
 
 
 class EngineUnreachable(Exception):
@@ -42,14 +43,15 @@ class _Connection(asyncio.Protocol):
         self.loop = asyncio.get_running_loop()
         self.status = 0
         self.headers: list[tuple[bytes, bytes]] = []
+        self.first_byte_at = 0.0
         self.is_complete = True
-        self.is_answered = False
         self.is_lost = False
         self.idle_since = 0.0
+        self._is_answered = False
         self._chunks: list[bytes] = []
-        self._size = 0
-        self._is_paused = False
-        self._error: str | None = None
+        self._write: Write | None = None
+        self._writing: asyncio.Task[None] | None = None
+        self._error: BaseException | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     # The transport's side.
@@ -61,7 +63,7 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.is_lost = True
         if not self.is_complete:
-            self._fail(f"the connection was closed: {exc}" if exc else "the connection was closed")
+            self.fail(EngineBrokeOff(f"the connection was closed: {exc}" if exc else "the connection was closed"))
 
     def data_received(self, data: bytes) -> None:
         if self.is_complete:
@@ -70,12 +72,11 @@ class _Connection(asyncio.Protocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError as error:
-            self._fail(f"its answer is not HTTP: {error}")
+            self.fail(EngineBrokeOff(f"its answer is not HTTP: {error}"))
             self.transport.abort()
-        if self._size > HIGH_WATER_BYTES and not self._is_paused and not self.is_complete:
-            self._is_paused = True
-            self.transport.pause_reading()
-        if self._waiter is not None and (self._chunks or self.is_complete or self._error or self.is_answered):
+        if self._write is not None:
+            self._advance()
+        elif self._is_answered:
             self._wake()
 
     # The parser's side.
@@ -88,64 +89,97 @@ class _Connection(asyncio.Protocol):
         if self.status < 200:
             self.headers.clear()
         else:
-            self.is_answered = True
+            self._is_answered = True
 
     def on_body(self, body: bytes) -> None:
         self._chunks.append(body)
-        self._size += len(body)
 
     def on_message_complete(self) -> None:
-        if self.is_answered:
+        if self._is_answered:
             self.is_complete = True
 
     # The call's side.
 
-    def ask(self, request: bytes) -> None:
+    async def ask(self, request: bytes) -> None:
         self.headers.clear()
-        self.is_complete = self.is_answered = False
+        self.is_complete = self._is_answered = False
+        self.first_byte_at = 0.0
         self.transport.write(request)
+        await self._until(lambda: self._is_answered)
 
-    async def answered(self) -> None:
-        while not self.is_answered:
-            await self._wait()
-
-    async def read(self) -> bytes:
-        while not self._chunks:
-            if self.is_complete:
-                return b""
-            await self._wait()
-        chunks = self._chunks
-        data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        chunks.clear()
-        self._size = 0
-        if self._is_paused:
-            self._is_paused = False
-            self.transport.resume_reading()
-        return data
-
-    async def _wait(self) -> None:
-        if self._error is not None:
-            raise EngineBrokeOff(self._error)
-        self._waiter = self.loop.create_future()
+    async def hand_on(self, write: Write) -> None:
+        self._write = write
         try:
-            await self._waiter
+            self._advance()
+            await self._until(lambda: self.is_complete and not self._chunks and self._writing is None)
         finally:
-            self._waiter = None
-        if self._error is not None and not self._chunks:
-            raise EngineBrokeOff(self._error)
+            self._write = None
+            if self._writing is not None:
+                self._writing.cancel()
 
-    def _fail(self, error: str) -> None:
-        self._error = self._error or error
-        if self._waiter is not None:
+    async def _until(self, claim: Callable[[], bool]) -> None:
+        while not claim():
+            if self._error is not None:
+                raise self._error
+            self._waiter = self.loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+
+    def _advance(self) -> None:
+        """Write what has come. No task is woken for it: most writes end at once, and a stream is thousands of them."""
+        chunks = self._chunks
+        if chunks and self._writing is None:
+            assert self._write is not None
+            if not self.first_byte_at:
+                self.first_byte_at = perf_counter()
+            data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+            chunks.clear()
+            steps = self._write(data).__await__()
+            try:
+                waits_for = next(steps)
+            except StopIteration:
+                pass
+            except Exception as error:  # noqa: BLE001  # raised again in `hand_on`, where the caller waits
+                self.fail(error)
+            else:
+                # The client reads slower than the engine writes: so nothing is read until it has caught up.
+                self.transport.pause_reading()
+                self._writing = self.loop.create_task(_rest(waits_for, steps))
+                self._writing.add_done_callback(self._written)
+        if self.is_complete and not chunks and self._writing is None:
             self._wake()
 
+    def _written(self, task: asyncio.Task[None]) -> None:
+        self._writing = None
+        if task.cancelled():
+            return
+        if (error := task.exception()) is not None:
+            self.fail(error)
+        if not self.is_lost:
+            self.transport.resume_reading()
+        if self._write is not None:
+            self._advance()
+
+    def fail(self, error: BaseException) -> None:
+        """End whatever waits with an error. The first one counts."""
+        self._error = self._error or error
+        self._wake()
+
     def _wake(self) -> None:
-        assert self._waiter is not None
-        if not self._waiter.done():
+        if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     def is_reusable(self) -> bool:
         return self.is_complete and not self.is_lost and self._error is None and not self.transport.is_closing()
+
+
+@types.coroutine
+def _rest(waits_for: Any, steps: Iterator[Any]) -> Generator[Any, Any, None]:
+    """Go on, in a task, with an awaitable that was driven to its first wait outside of one."""
+    yield waits_for
+    yield from steps
 
 
 class Call:
@@ -155,7 +189,7 @@ class Call:
         self._engines = engines
         self._url = url
         self._connection: _Connection | None = None
-        self._is_given_up = False
+        self.is_given_up = False
 
     @property
     def status(self) -> int:
@@ -164,10 +198,15 @@ class Call:
         return self._connection.status
 
     @property
-    def headers(self) -> Sequence[tuple[bytes, bytes]]:
+    def headers(self) -> Headers:
         """The answer's headers, after `start`, as the engine wrote them."""
         assert self._connection is not None
         return self._connection.headers
+
+    @property
+    def first_byte_at(self) -> float:
+        """When the first byte of the body was handed on, on `perf_counter`'s clock; 0 before."""
+        return self._connection.first_byte_at if self._connection is not None else 0.0
 
     async def start(self, path: str, headers: Headers, body: bytes) -> None:
         """POST the request; returns when the answer's headers are there.
@@ -176,21 +215,20 @@ class Call:
             EngineUnreachable: no answer came.
             EngineBrokeOff: the call was given up meanwhile.
         """
-        lines = [f"POST {path} HTTP/1.1", "Host: engine", f"Content-Length: {len(body)}"]
-        lines += [f"{name}: {value}" for name, value in headers]
-        request = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
+        request = b"".join(
+            (b"POST ", path.encode(), b" HTTP/1.1\r\nHost: engine\r\nContent-Length: ", str(len(body)).encode(),
+             *(part for name, value in headers for part in (b"\r\n", name, b": ", value)), b"\r\n\r\n", body)
+        )  # fmt: skip
         connection = self._engines.kept(self._url)
         if connection is not None:
-            # The engine may close a kept connection just as we write to it. Nothing was answered then, so the
-            # request goes out once more, on a new one; an engine that is really gone refuses that.
             try:
                 return await self._ask(connection, request)
-            except EngineBrokeOff as error:
+            except EngineBrokeOff:
+                # The engine may close a kept connection just as we write to it. Nothing was answered then, so the
+                # request goes out once more, on a new one; an engine that is really gone refuses that.
                 connection.transport.abort()
-                if self._is_given_up:
+                if self.is_given_up:
                     raise
-                self._connection = None
-                del error
         try:
             connection = await _connect(self._url)
         except (OSError, TimeoutError) as error:
@@ -199,31 +237,32 @@ class Call:
             await self._ask(connection, request)
         except EngineBrokeOff as error:
             connection.transport.abort()
-            if self._is_given_up:
+            if self.is_given_up:
                 raise
             raise EngineUnreachable(str(error)) from error
 
     async def _ask(self, connection: _Connection, request: bytes) -> None:
         self._connection = connection
-        if self._is_given_up:
+        if self.is_given_up:
             raise EngineBrokeOff("given up")
-        connection.ask(request)
-        await connection.answered()
+        await connection.ask(request)
 
-    async def read(self) -> bytes:
-        """Return what has come since the last call, waiting for something; empty at the end.
+    async def hand_on(self, write: Write) -> None:
+        """Give the answer's body to `write`, in the pieces in which it comes, to its end.
+
+        While `write` waits for its reader, no more than a bounded part of the answer is read from the engine.
 
         Raises:
             EngineBrokeOff: the answer stopped before its end, or the call was given up.
         """
         assert self._connection is not None
-        return await self._connection.read()
+        await self._connection.hand_on(write)
 
     def give_up(self) -> None:
         """Close the connection now. What waits in `start` or `read` raises EngineBrokeOff. Safe to repeat."""
-        self._is_given_up = True
+        self.is_given_up = True
         if (connection := self._connection) is not None and not connection.is_complete:
-            connection._fail("given up")
+            connection.fail(EngineBrokeOff("given up"))
             connection.transport.abort()
 
     def close(self) -> None:
