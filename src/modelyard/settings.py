@@ -119,6 +119,15 @@ class Settings(BaseSettings):
             return tuple(part.strip().rstrip("/") for part in value.split(",") if part.strip())
         return value
 
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if not re.fullmatch(r"https?://[A-Za-z0-9.\-]+(:\d+)?|https?://\[[0-9A-Fa-f:]+\](:\d+)?", origin):
+                raise ValueError(f"'{origin}' is not the origin of a page; write it like https://chat.example.org:8443")
+        # Browsers send it in lower case.
+        return tuple(origin.lower() for origin in value)
+
     @field_validator(
         "s3_endpoint_url", "import_dir", "admin_key", "store_quota_gib", "engine_python", "engine_max_model_len",
         "engine_max_num_seqs", "engine_cpu_kv_cache_gib", "hf_token", mode="before",

@@ -11,13 +11,13 @@ Written as plain ASGI: it costs some microseconds and never touches a body.
 from __future__ import annotations
 
 import hmac
-from collections.abc import Awaitable, Callable, MutableMapping
+import re
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
-from urllib.parse import urlsplit
 
-from modelyard.errors import Forbidden, HostNotAllowed, ModelyardError, OriginNotAllowed, Unauthorized
+from modelyard.errors import BadRequest, Forbidden, HostNotAllowed, ModelyardError, OriginNotAllowed, Unauthorized
 from modelyard.http import error_response
-from modelyard.settings import LOOPBACK, Settings
+from modelyard.settings import Settings
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -26,12 +26,15 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN_PATHS = frozenset({"/health", "/health/"})
+#: The names under which this machine alone is known, with any port.
+OWN_HOST = re.compile(rb"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]{1,5})?", re.IGNORECASE)
+DECISIVE = (b"host", b"origin", b"authorization", b"x-api-key", b"sec-fetch-site", b"sec-fetch-mode")
 CORS_METHODS = b"GET, POST, PUT, PATCH, DELETE"
 CORS_MAX_AGE_S = b"600"
 
 
 class Access:
-    """ASGI middleware that lets a request through or answers 401 or 403 itself."""
+    """ASGI middleware that lets a request through or answers 400, 401 or 403 itself."""
 
     def __init__(self, app: App, settings: Settings) -> None:
         self._app = app
@@ -59,24 +62,23 @@ class Access:
         await self._app(scope, receive, send)
 
     def _check(self, scope: Scope, headers: dict[bytes, bytes], origin: bytes | None) -> None:
+        if len(headers) != len(scope["headers"]):
+            _refuse_doubles(scope["headers"])
         if self._key is not None:
             if scope["path"] not in OPEN_PATHS and not self._has_key(headers):
                 raise Unauthorized(
                     "This server wants its admin key: send 'Authorization: Bearer KEY' or 'X-API-KEY: KEY'."
                 )
             return
-        host = headers.get(b"host", b"").decode("latin-1")
-        if _hostname(host) not in LOOPBACK:
+        host = headers.get(b"host", b"")
+        if not OWN_HOST.fullmatch(host):
             raise HostNotAllowed(
-                f"The host name '{host}' is not this machine's own. Ask for 127.0.0.1 or localhost, or set "
+                f"The host name '{_shown(host)}' is not this machine's own. Ask for 127.0.0.1 or localhost, or set "
                 "MODELYARD_ADMIN_KEY to serve other names."
             )
-        if origin is not None and origin not in self._origins:
-            if urlsplit(origin.decode("latin-1")).netloc == host:
-                return
+        if origin is not None and origin not in self._origins and origin != scope["scheme"].encode() + b"://" + host:
             raise OriginNotAllowed(
-                f"Pages from {origin.decode('latin-1')} may not call this server. "
-                "MODELYARD_CORS_ORIGINS names those that may."
+                f"Pages from {_shown(origin)} may not call this server. MODELYARD_CORS_ORIGINS names those that may."
             )
         if origin is None and headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site"):
             mode = headers.get(b"sec-fetch-mode")
@@ -95,10 +97,16 @@ class Access:
         return hmac.compare_digest(headers.get(b"x-api-key", b""), self._key) or found
 
 
-def _hostname(host: str) -> str:
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0].lower()
+def _refuse_doubles(headers: Iterable[tuple[bytes, bytes]]) -> None:
+    """Refuse a header that decides about access and is there twice: who else reads it may take the other one."""
+    names = [name for name, _ in headers]
+    for name in DECISIVE:
+        if names.count(name) > 1:
+            raise BadRequest(f"The header {name.decode()} was sent more than once.", code="header_sent_twice")
+
+
+def _shown(value: bytes) -> str:
+    return value.decode("latin-1")[:200]
 
 
 async def _answer_preflight(origin: bytes, headers: dict[bytes, bytes], send: Send) -> None:
@@ -120,6 +128,7 @@ def _with_origin(origin: bytes, send: Send) -> Send:
             message["headers"] = [
                 *message.get("headers", ()),
                 (b"access-control-allow-origin", origin),
+                (b"access-control-expose-headers", b"*"),
                 (b"vary", b"Origin"),
             ]
         await send(message)
