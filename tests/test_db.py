@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
+from random import Random
 
 import pytest
 from sqlalchemy import ForeignKey, MetaData, func, insert, select, text
@@ -199,6 +200,27 @@ async def test_writing_in_a_read_is_an_error_and_not_lost_in_silence(database_ur
 async def test_more_tasks_than_connections_wait_their_turn(database_url: str) -> None:
     async with opened(database_url) as sessions:
         assert await asyncio.gather(*(value(sessions) for _ in range(60))) == [0] * 60
+
+
+async def test_tasks_cancelled_at_any_point_of_a_transaction_leave_no_lock_behind(database_url: str) -> None:
+    async with opened(database_url) as sessions:
+
+        async def work() -> None:
+            while True:
+                async with sessions.begin() as session:
+                    await session.execute(insert(Step).values(counter_id=1))
+                    await session.scalar(select(func.count()).select_from(Step))
+
+        random = Random(20)
+        for _ in range(60):
+            tasks = [asyncio.create_task(work()) for _ in range(3)]
+            await asyncio.sleep(random.random() * 0.01)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            async with asyncio.timeout(10):
+                async with sessions.begin() as session:
+                    await session.execute(insert(Step).values(counter_id=1))
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)

@@ -132,13 +132,28 @@ def _engines(url: URL) -> tuple[AsyncEngine, AsyncEngine]:
             url, pool_size=8, max_overflow=8, pool_pre_ping=True, connect_args={"prepare_threshold": None}
         )
         return engine, engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
-    writer = create_async_engine(url, pool_size=1, max_overflow=0, pool_timeout=60)
-    reader = create_async_engine(url, pool_size=READERS, max_overflow=0, pool_timeout=60)
+    how = {"pool_timeout": 60, "max_overflow": 0, "connect_args": {"factory": RollingBack}}
+    writer = create_async_engine(url, pool_size=1, **how)
+    reader = create_async_engine(url, pool_size=READERS, **how)
     for engine, begin in ((writer, "BEGIN IMMEDIATE"), (reader, "BEGIN")):
         event.listen(engine.sync_engine, "connect", _prepare_sqlite)
         event.listen(engine.sync_engine, "begin", _beginner(begin))
     event.listen(reader.sync_engine, "connect", _forbid_writing)
     return writer, reader
+
+
+class RollingBack(sqlite3.Connection):
+    """A connection that gives its locks back when it is closed.
+
+    A task that is cancelled in a transaction has its connection closed. SQLite keeps a closed connection alive, with
+    its transaction, for as long as some cursor is not collected, and every later write would wait for that.
+    """
+
+    def close(self) -> None:
+        """Roll back what is open, then close."""
+        if self.in_transaction:
+            self.rollback()
+        super().close()
 
 
 def sync_engine(url: URL) -> Engine:
