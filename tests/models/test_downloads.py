@@ -364,6 +364,15 @@ async def test_a_hub_that_is_down_or_busy_is_tried_again(hub: Hub, tmp_path: Pat
         assert (await yard.ended(job_id)).status == JobStatus.FINISHED
 
 
+async def test_a_portal_in_the_place_of_the_hub_is_told_from_one(hub: Hub, tmp_path: Path) -> None:
+    hub.add(TINY, llama())
+    hub.misbehave(TINY, "", Fault("html"))
+    async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:
+        failure = failure_of(await yard.bring(TINY))
+        assert failure.code == "bad_hub"
+        assert hub.endpoint in failure.message
+
+
 async def test_a_quota_too_small_is_refused_before_anything_arrives(hub: Hub, tmp_path: Path) -> None:
     hub.add(TINY, llama(SIZE))
     async with open_yard(make_settings(tmp_path, hub.endpoint, store_quota_gib=MIB_IN_GIB)) as yard:

@@ -33,10 +33,10 @@ class Fault:
     """What goes wrong with a file, `times` times (None: always).
 
     cut, stall: after so many bytes of an answer. corrupt: other content of the same size. status: an error answer.
-    slow: `bytes_per_s`. ignore_range: the whole file whatever was asked.
+    slow: `bytes_per_s`. ignore_range: the whole file whatever was asked. html: a login page instead of the listing.
     """
 
-    kind: Literal["cut", "stall", "corrupt", "status", "slow", "ignore_range"]
+    kind: Literal["cut", "stall", "corrupt", "status", "slow", "ignore_range", "html"]
     after: int = 0
     times: int | None = 1
     status: int = 500
@@ -264,6 +264,8 @@ class _Handler(BaseHTTPRequestHandler):
         fault = hub.fault(repo, "")
         if fault is not None and fault.kind == "status":
             return self._error(fault.status, "", "planted")
+        if fault is not None and fault.kind == "html":
+            return self._send(200, b"<html>Welcome to the airport</html>", {"Content-Type": "text/html"})
         if fault is not None and fault.kind == "stall":
             hub.closing.wait()
         entry = self._repository(repo, token)

@@ -45,9 +45,12 @@ class HubSource:
     def resolve(self, revision: str) -> tuple[str, list[str]]:
         """Return the commit and the names of its files, from one request."""
         with self._explained(revision):
-            info = self._api.model_info(self._model_id, revision=revision, files_metadata=True, timeout=TIMEOUT_S)
+            try:
+                info = self._api.model_info(self._model_id, revision=revision, files_metadata=True, timeout=TIMEOUT_S)
+            except (ValueError, TypeError, KeyError) as error:
+                raise _no_hub() from error
         if not info.sha or info.siblings is None:
-            raise JobFailure("bad_hub", f"{constants.ENDPOINT} does not answer like a hub.", "Check HF_ENDPOINT.")
+            raise _no_hub()
         self._commit = str(info.sha)
         self._listed = {entry.rfilename: entry for entry in info.siblings}
         return self._commit, list(self._listed)
@@ -153,6 +156,14 @@ def explain(error: Exception, model_id: str, revision: str, *, has_token: bool) 
     if "Connect" in name or "Proxy" in name:
         return TryAgain("no_network", f"{constants.ENDPOINT} cannot be reached ({error}).", NETWORK_HINT)
     return TryAgain("connection_lost", f"The connection to the hub was lost ({name}).", NETWORK_HINT)
+
+
+def _no_hub() -> JobFailure:
+    return JobFailure(
+        "bad_hub",
+        f"{constants.ENDPOINT} does not answer like a Hugging Face hub.",
+        "Check HF_ENDPOINT; a captive portal or a proxy may be answering in the hub's place.",
+    )
 
 
 def _gated(model_id: str, has_token: bool) -> JobFailure:

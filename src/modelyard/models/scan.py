@@ -24,7 +24,9 @@ MAX_CONFIG_BYTES = 64 * 1024 * 1024
 MAX_HEADER_BYTES = 100 * 1024 * 1024
 MAX_DEPTH = 64
 # Files whose every string is data, not settings: looking for keys in a vocabulary would refuse honest models.
-VOCABULARIES = frozenset({"tokenizer.json", "vocab.json", "tekken.json", "model.safetensors.index.json"})
+VOCABULARIES = frozenset(
+    {"tokenizer.json", "vocab.json", "tekken.json", "added_tokens.json", "model.safetensors.index.json"}
+)
 
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -32,8 +34,8 @@ _BITS = {
     "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
 _CODE_KEYS = frozenset(
-    {"auto_map", "custom_pipelines", "custom_pipeline", "custom_generate", "custom_code", "model_file",
-     "code_revision", "trust_remote_code", "tokenizer_file_module", "kernel_config", "use_kernels"}
+    {"auto_map", "custom_pipelines", "custom_pipeline", "custom_generate", "model_file", "code_revision",
+     "trust_remote_code", "kernel_config", "use_kernels"}
 )  # fmt: skip
 _IMPORTABLE = ("transformers", "peft", "torch", "sentence_transformers", "megatron")
 _EMBEDDING_FILES = ("modules.json", "1_Pooling/config.json", "config_sentence_transformers.json")
@@ -212,8 +214,10 @@ def _scan_key(name: str, key: str, value: Any, path: str) -> None:
 def _names_repository(value: Any) -> bool:
     if isinstance(value, dict):
         return any(_names_repository(item) for item in value.values())
+    if isinstance(value, list):
+        return any(_names_repository(item) for item in value)
     # A repository is named org/name, perhaps behind 'paged|' and before '@revision' and ':function'.
-    return not isinstance(value, str) or "/" in value or ":" in value or "\\" in value
+    return isinstance(value, str) and any(mark in value for mark in "/\\:")
 
 
 def _is_importable(value: Any) -> bool:
