@@ -40,6 +40,7 @@ def upgrade() -> None:
     )
     with op.batch_alter_table("jobs", schema=None) as batch_op:
         batch_op.create_index("ix_jobs_kind_number", ["kind", "number"], unique=False)
+        batch_op.create_index("ix_jobs_kind_status_number", ["kind", "status", "number"], unique=False)
         batch_op.create_index("ix_jobs_kind_subject", ["kind", "subject"], unique=False)
         batch_op.create_index("ix_jobs_status_number", ["status", "number"], unique=False)
 
@@ -156,6 +157,7 @@ def downgrade() -> None:
     with op.batch_alter_table("jobs", schema=None) as batch_op:
         batch_op.drop_index("ix_jobs_status_number")
         batch_op.drop_index("ix_jobs_kind_subject")
+        batch_op.drop_index("ix_jobs_kind_status_number")
         batch_op.drop_index("ix_jobs_kind_number")
 
     op.drop_table("jobs")

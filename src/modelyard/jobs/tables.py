@@ -50,6 +50,7 @@ class Job(Base):
     __table_args__ = (
         Index("ix_jobs_status_number", "status", "number"),
         Index("ix_jobs_kind_number", "kind", "number"),
+        Index("ix_jobs_kind_status_number", "kind", "status", "number"),
         Index("ix_jobs_kind_subject", "kind", "subject"),
     )
 
