@@ -62,6 +62,13 @@ TABLE = (
         "End what else uses the GPU, or lower gpu_memory_utilization (now {part}).",
     ),
     _row(
+        r"Available memory on node \d+ \((?P<free>[\d.]+)/(?P<total>[\d.]+) GiB\) on kv cache allocation is less than "
+        r"requested memory for kv \((?P<asked>[\d.]+) GiB\)",
+        "not_enough_memory",
+        "The KV cache was to take {asked} GiB, but {free} of {total} GiB is free.",
+        "Lower cpu_kv_cache_gib, max_num_seqs or max_model_len, or free memory.",
+    ),
+    _row(
         r"No available memory for the cache blocks",
         "not_enough_memory",
         "The weights leave no memory for the KV cache.",
