@@ -239,8 +239,8 @@ def check_engine(settings: Settings) -> Iterator[Finding]:
 def check_hub(settings: Settings) -> Iterator[Finding]:
     """The Hugging Face hub."""
     token = "with a token" if settings.hf_token is not None else "no token: public models only"
-    request = urllib.request.Request(settings.hf_endpoint, method="HEAD")
     try:
+        request = urllib.request.Request(settings.hf_endpoint, method="HEAD")
         urllib.request.urlopen(request, timeout=HUB_TIMEOUT_S).close()
     except urllib.error.HTTPError as error:
         if error.code >= 500:

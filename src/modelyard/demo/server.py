@@ -124,8 +124,7 @@ class ServerChild:
         return self._ended_well()
 
     def _ended_well(self) -> bool:
-        # The event loop's server, once it has put everything away, ends by the very signal that asked it to.
-        return self._process.returncode in {0, -signal.SIGTERM, 128 + signal.SIGTERM}
+        return self._process.returncode == 0
 
     def _log_of_this_start(self) -> bytes:
         with self.log.open("rb") as log:

@@ -1,0 +1,132 @@
+"""`modelyard doctor`: a line for each thing, right about what is broken, and nothing changed by looking."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from modelyard.doctor import Finding, Verdict, check_engine, check_hub
+from modelyard.settings import Settings
+from tests.server import run_modelyard, serving
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    """An address that answers."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def python_with_vllm(folder: Path, answer: str) -> Path:
+    """Return what stands for a Python that has vLLM: a program that answers the doctor's question."""
+    program = folder / "python-with-vllm"
+    program.write_text(f"#!/bin/sh\n{answer}\n")
+    program.chmod(0o755)
+    return program
+
+
+HEALTHY = f"echo a warning on the way; echo '{json.dumps(['0.32.0', '2.13.0+cpu', None, 0])}'"
+
+
+def lines(text: str) -> dict[str, str]:
+    """Return the verdict of each thing that was checked."""
+    found = {}
+    for line in text.splitlines():
+        verdict, _, rest = line.partition(" ")
+        if verdict in set(Verdict):
+            found[rest.strip().partition(":")[0]] = verdict
+    return found
+
+
+def test_a_machine_without_faults_is_ok_and_nothing_is_made_by_looking(tmp_path: Path, hub: str) -> None:
+    python = python_with_vllm(tmp_path, HEALTHY)
+    done = run_modelyard(
+        "doctor",
+        cwd=tmp_path,
+        MODELYARD_DATA_DIR=str(tmp_path / "data"),
+        MODELYARD_ENGINE_PYTHON=str(python),
+        HF_ENDPOINT=hub,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    verdicts = lines(done.stdout)
+    assert set(verdicts) >= {
+        "Python",
+        "settings",
+        "data folder",
+        "disk",
+        "memory",
+        "GPU",
+        "database",
+        "storage",
+        "engine",
+    }
+    assert {name for name, verdict in verdicts.items() if verdict == "FAIL"} == set()
+    assert "vLLM 0.32.0, torch 2.13.0+cpu" in done.stdout
+    assert list(tmp_path.iterdir()) == [python]
+
+
+def test_everything_broken_is_named_with_what_to_do_and_the_status_is_1(tmp_path: Path) -> None:
+    done = run_modelyard(
+        "doctor",
+        cwd=tmp_path,
+        MODELYARD_DATA_DIR=str(Path("/proc/nowhere")),
+        MODELYARD_DATABASE_URL="postgresql://someone:hidden@127.0.0.1:1/x",
+        MODELYARD_STORAGE_URL="s3://bucket",
+        MODELYARD_S3_ENDPOINT_URL="http://127.0.0.1:1",
+        MODELYARD_ENGINE_PYTHON=str(python_with_vllm(tmp_path, "echo 'ModuleNotFoundError: no vllm' >&2; exit 1")),
+        HF_ENDPOINT="http://127.0.0.1:1",
+    )
+    assert done.returncode == 1
+    verdicts = lines(done.stdout)
+    assert [verdicts[name] for name in ("data folder", "database", "storage", "engine")] == ["FAIL"] * 4
+    assert verdicts["hub"] == "WARN"
+    assert "ModuleNotFoundError: no vllm" in done.stdout
+    assert "requirements/install.py engine" in done.stdout
+    assert "hidden" not in done.stdout
+
+
+def test_beside_a_running_server_it_says_which_process_it_is_and_disturbs_nothing(tmp_path: Path, hub: str) -> None:
+    python = python_with_vllm(tmp_path, HEALTHY)
+    with serving(tmp_path / "data") as server:
+        done = run_modelyard(
+            "doctor",
+            cwd=tmp_path,
+            MODELYARD_DATA_DIR=str(tmp_path / "data"),
+            MODELYARD_ENGINE_PYTHON=str(python),
+            HF_ENDPOINT=hub,
+        )
+        assert done.returncode == 0, done.stdout
+        assert f"process {server.pid} runs on this data folder" in done.stdout
+        assert server.get("/ready").status == 200
+
+
+def test_a_wrong_setting_is_a_finding_and_no_traceback(tmp_path: Path) -> None:
+    done = run_modelyard("doctor", cwd=tmp_path, MODELYARD_PORTT="1")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert lines(done.stdout)["settings"] == "FAIL"
+    assert "Did you mean MODELYARD_PORT?" in done.stdout
+
+
+def test_a_hub_that_answers_at_all_is_reachable_and_a_wrong_address_is_a_warning(hub: str) -> None:
+    def look(endpoint: str) -> Finding:
+        return next(check_hub(Settings(HF_ENDPOINT=endpoint, _env_file=None)))
+
+    assert look(hub).verdict is Verdict.OK
+    assert look(f"{hub}/no/such/path").verdict is Verdict.OK
+    assert look("no address at all").verdict is Verdict.WARN
+
+
+@pytest.mark.engine
+def test_the_engine_of_this_environment_is_found() -> None:
+    settings = Settings(engine_python=Path(sys.executable), _env_file=None)
+    (finding,) = check_engine(settings)
+    assert finding.found.startswith("vLLM 0.32.0, torch 2.13.0")
