@@ -6,6 +6,7 @@ runner and, at the end, stops it, which ends every child in good order. Errors b
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,20 +14,31 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+from sqlalchemy.exc import DataError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Match, Route
 
 import modelyard
 from modelyard import tasks
-from modelyard.auth.access import Access
+from modelyard.auth.access import OPEN_PATHS, Access
 from modelyard.db import Sessions
 from modelyard.deploy import actions as deployments
 from modelyard.deploy.routes import api as deploy_api
 from modelyard.deploy.routing import Routing
 from modelyard.deploy.supervisor import Supervisor
 from modelyard.docs import add_docs
-from modelyard.errors import InvalidJson, ModelyardError, NotFound, Unprocessable
-from modelyard.foundation import Foundation
+from modelyard.errors import (
+    DatabaseUnavailable,
+    InvalidJson,
+    MethodNotAllowed,
+    ModelyardError,
+    NotFound,
+    TooLarge,
+    Unprocessable,
+)
+from modelyard.foundation import Foundation, first_line
 from modelyard.gateway.metrics import Metrics
 from modelyard.gateway.relay import Gateway
 from modelyard.gateway.routes import api as gateway_api
@@ -39,6 +51,8 @@ from modelyard.models import actions as models
 from modelyard.models.downloads import Downloads
 from modelyard.models.routes import api as models_api
 from modelyard.processes import Children
+
+log = logging.getLogger(__name__)
 
 MIB = 1024 * 1024
 DESCRIPTION = """Download models, put them into service with LoRA adapters on vLLM, and ask them, over REST.
@@ -91,7 +105,7 @@ def create_app(foundation: Foundation) -> FastAPI:
         title="Modelyard",
         version=modelyard.__version__,
         description=DESCRIPTION,
-        openapi_url="/api/openapi.json",
+        openapi_url=None,
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
@@ -103,11 +117,12 @@ def create_app(foundation: Foundation) -> FastAPI:
     # The gateway comes first: it answers OpenAI's clients at an address that the models room has too.
     for api in (gateway_api, models_api, deploy_api, jobs_api, health_api):
         app.include_router(api)
-    add_docs(app)
+    add_docs(app, OPEN_PATHS)
     app.add_middleware(Access, settings=settings)
     app.add_exception_handler(ModelyardError, _answer)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http)
+    app.add_exception_handler(SQLAlchemyError, _answer_database)
     app.add_exception_handler(Exception, _answer_unexpected)
     return app
 
@@ -137,6 +152,8 @@ def describe_invalid(faults: Any) -> ModelyardError:
         reason = first.get("ctx", {}).get("error", "it cannot be parsed")
         return InvalidJson(f"The body is not JSON: {reason} (at character {first['loc'][-1]}).")
     source, *path = first["loc"]
+    if isinstance(first.get("input"), bytes) and not path:
+        return Unprocessable("The body is not JSON by its type: send the header 'Content-Type: application/json'.")
     where = ".".join(map(str, path)) or source
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     reason = first["msg"].removeprefix("Value error, ")
@@ -150,11 +167,37 @@ async def _answer_http(request: Request, error: Exception) -> Response:
         return error_response(
             NotFound(f"There is nothing at {path}. GET /api/docs shows all paths.", code="no_such_path")
         )
-    wrong = ModelyardError(f"{request.method} is not possible at {path}: {error.detail}.", code="method_not_allowed")
-    wrong.status = error.status_code
-    answer = error_response(wrong)
-    answer.headers.update(error.headers or {})
-    return answer
+    if error.status_code == 405:
+        allowed = _methods_at(request)
+        answer = error_response(
+            MethodNotAllowed(f"{request.method} is not possible at {path}, but {' and '.join(allowed)}.")
+        )
+        answer.headers["Allow"] = ", ".join(allowed)
+        return answer
+    if error.status_code == TooLarge.status:
+        return error_response(TooLarge(error.detail))
+    # FastAPI could not read the body, for another reason than its grammar.
+    return error_response(InvalidJson(f"The body is not JSON: {error.__cause__ or error.detail}."))
+
+
+def _methods_at(request: Request) -> list[str]:
+    """Return what all routes of a path take together; starlette knows only those of the first one."""
+    found: set[str] = set()
+    for route in request.app.routes:
+        match, _ = route.matches(request.scope)
+        if match is not Match.NONE:
+            found |= (route.methods or set()) if isinstance(route, Route) else {"GET", "HEAD"}
+    return sorted(found)
+
+
+async def _answer_database(request: Request, error: Exception) -> Response:
+    """Tell a database that is away (it may come back) from a value that it cannot hold (which the client sent)."""
+    if isinstance(error, DataError):
+        return error_response(Unprocessable(f"A value is not one that can be kept: {first_line(error)}."))
+    if isinstance(error, OperationalError | InterfaceError | PoolTimeout):
+        log.error("the database did not answer %s %s: %s", request.method, request.url.path, first_line(error))
+        return error_response(DatabaseUnavailable())
+    raise error
 
 
 async def _answer_unexpected(request: Request, _error: Exception) -> Response:

@@ -1,13 +1,22 @@
-"""Swagger UI at /api/docs, from files that are installed with the server: it works with no internet."""
+"""The interface's own description: the OpenAPI schema at /api/openapi.json and Swagger UI at /api/docs.
+
+Swagger UI's files are installed with the server, so that it works with no internet.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
+import msgspec
 from fastapi import FastAPI
-from starlette.responses import HTMLResponse
+from pydantic.json_schema import models_json_schema
+from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
+
+from modelyard.http import ErrorOut, router
 
 # The page runs no script of its own inline, so the policy need not allow any.
 POLICY = "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
@@ -30,19 +39,59 @@ PAGE = """<!doctype html>
 START = """SwaggerUIBundle({url: "/api/openapi.json", dom_id: "#swagger-ui", deepLinking: true,
   tryItOutEnabled: true, displayRequestDuration: true, persistAuthorization: true});
 """
+SECURITY_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "The admin key, if the server has one."},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-KEY", "description": "The same key, another way."},
+}
 
 
-def add_docs(app: FastAPI) -> None:
-    """Serve the documentation page and its files."""
+def add_docs(app: FastAPI, open_paths: frozenset[str]) -> None:
+    """Serve the schema, the documentation page and its files; `open_paths` are those that never want a key."""
+    api = router()
+    made: list[bytes] = []
+
+    async def schema() -> Response:
+        if not made:
+            made.append(msgspec.json.encode(complete(app.openapi(), open_paths)))
+        return Response(made[0], media_type="application/json")
+
+    headers = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"}
+    for path, endpoint in (
+        ("/api/openapi.json", schema),
+        ("/api/docs", _answering(PAGE, "text/html", headers)),
+        ("/api/docs/start.js", _answering(START, "text/javascript", headers)),
+    ):
+        api.add_api_route(path, endpoint, include_in_schema=False)
+    app.include_router(api)
     folder = Path(str(files("fastapi_offline"))) / "static"
-
-    async def page() -> HTMLResponse:
-        return HTMLResponse(PAGE, headers={"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"})
-
-    async def start() -> HTMLResponse:
-        return HTMLResponse(START, media_type="text/javascript")
-
-    app.add_api_route("/api/docs/start.js", start, include_in_schema=False)
     app.mount("/api/docs/files", StaticFiles(directory=folder), name="docs-files")
-    for path in ("/api/docs", "/api/docs/"):
-        app.add_api_route(path, page, include_in_schema=False)
+
+
+def _answering(content: str, media_type: str, headers: dict[str, str]) -> Callable[[], Awaitable[Response]]:
+    async def answer() -> Response:
+        return Response(content, media_type=media_type, headers=headers)
+
+    return answer
+
+
+def complete(schema: dict[str, Any], open_paths: frozenset[str]) -> dict[str, Any]:
+    """Return FastAPI's schema with what it does not know: the form of errors, and the key."""
+    _, shared = models_json_schema([(ErrorOut, "serialization")], ref_template="#/components/schemas/{model}")
+    known = schema.get("components", {})
+    paths = {
+        path: {method: {**operation, "security": []} for method, operation in methods.items()}
+        if path in open_paths
+        else methods
+        for path, methods in schema["paths"].items()
+    }
+    return {
+        **schema,
+        "paths": paths,
+        # Any one of them will do. The empty one: without a key the server listens to its own machine alone.
+        "security": [{}, *({name: []} for name in SECURITY_SCHEMES)],
+        "components": {
+            **known,
+            "schemas": dict(sorted({**known.get("schemas", {}), **shared["$defs"]}.items())),
+            "securitySchemes": SECURITY_SCHEMES,
+        },
+    }

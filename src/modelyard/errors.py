@@ -14,6 +14,7 @@
     │   ├── JobNotFound             404 job_not_found
     │   ├── ObjectNotFound          404 object_not_found
     │   └── NothingDeployed         404 nothing_deployed
+    ├── MethodNotAllowed            405 method_not_allowed
     ├── Conflict                    409 conflict
     │   ├── IllegalMove             409 illegal_move
     │   ├── JobFinished             409 job_finished
@@ -22,6 +23,7 @@
     ├── Unprocessable               422 invalid_value
     ├── BadGateway                  502 engine_failed
     └── Unavailable                 503 unavailable         (with Retry-After)
+        ├── DatabaseUnavailable     503 database_unavailable
         ├── EngineStarting          503 engine_starting
         └── StorageUnavailable      503 storage_unavailable
 
@@ -140,6 +142,11 @@ class NothingDeployed(NotFound):
         super().__init__(f"No model is deployed. POST /api/v1/deploy/ deploys one. {last_failure}".strip())
 
 
+class MethodNotAllowed(ModelyardError):
+    status = 405
+    code = "method_not_allowed"
+
+
 class Conflict(ModelyardError):
     status = 409
     code = "conflict"
@@ -186,6 +193,13 @@ class Unavailable(ModelyardError):
     def __init__(self, message: str, *, retry_after_s: int = 5, code: str | None = None) -> None:
         super().__init__(message, code=code)
         self.retry_after_s = retry_after_s
+
+
+class DatabaseUnavailable(Unavailable):
+    code = "database_unavailable"
+
+    def __init__(self) -> None:
+        super().__init__("The database does not answer. The server's log has the cause; GET /ready tells when it does.")
 
 
 class EngineStarting(Unavailable):

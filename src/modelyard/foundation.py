@@ -182,7 +182,7 @@ def _lock_database(url: URL, on_lost: Callable[[], None]) -> DatabaseLock | Serv
             return lock
     except SQLAlchemyError as error:
         lock.release()
-        raise StartRefused(f"The database {shown} cannot be reached: {_cause(error)}.") from error
+        raise StartRefused(f"The database {shown} cannot be reached: {first_line(error)}.") from error
     lock.release()
     raise StartRefused(f"Another server uses the database {shown}. Stop it, or give this one its own database.")
 
@@ -196,7 +196,8 @@ def _patiently(take: Callable[[], bool]) -> bool:
     return True
 
 
-def _cause(error: SQLAlchemyError) -> str:
+def first_line(error: SQLAlchemyError) -> str:
+    """Return what the database itself said, without the statement and its values."""
     cause = getattr(error, "orig", None) or error
     lines = str(cause).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(cause).__name__
@@ -243,7 +244,7 @@ def migrate(url: URL) -> bool:
         command.upgrade(config, "head")
     except SQLAlchemyError as error:
         shown = url.render_as_string(hide_password=True)
-        raise StartRefused(f"The database {shown} could not be migrated: {_cause(error)}.") from error
+        raise StartRefused(f"The database {shown} could not be migrated: {first_line(error)}.") from error
     finally:
         engine.dispose()
     return True

@@ -1,4 +1,4 @@
-"""What all routes share: paths with either ending, documented errors, one mapping from errors to answers.
+"""What all routes share: paths with either ending, a limit on bodies, documented errors, one mapping to answers.
 
 Only `routes` modules and the application import this.
 """
@@ -6,28 +6,67 @@ Only `routes` modules and the application import this.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Depends, Request
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import Message, Receive
 
 from modelyard import errors
 from modelyard.db import Sessions as DatabaseSessions
 from modelyard.settings import Settings as ServerSettings
 
+BODY_TOO_LARGE = "The body is larger than the 1 MiB that this path takes."
+#: The most that a management request may say. FastAPI holds it in memory whole before it looks at it.
+BODY_LIMIT = 1024 * 1024
+
 
 class EitherSlashRoute(APIRoute):
-    """A route that answers with and without the trailing slash. A redirect would lose the body of a POST."""
+    """A route that answers with and without the trailing slash. A redirect would lose the body of a POST.
+
+    A body that FastAPI reads for the route may have `BODY_LIMIT` bytes. One that the route reads itself, as a stream,
+    is for the route to limit.
+    """
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **kwargs: Any) -> None:
         super().__init__(path, endpoint, **kwargs)
         pattern = self.path_regex.pattern.removesuffix("$").removesuffix("/")
         # A `{name:path}` takes all that it can get: it must leave the last slash, and a name is not empty.
         self.path_regex = re.compile(pattern.replace(">.*)", ">.+?)") + "/?$")
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return what answers a request, as FastAPI wants it."""
+        handle = super().get_route_handler()
+        if self.body_field is None:
+            return handle
+
+        async def limited(request: Request) -> Response:
+            announced = request.headers.get("content-length", "")
+            if announced.isdecimal() and int(announced) > BODY_LIMIT:
+                raise errors.TooLarge(BODY_TOO_LARGE)
+            return await handle(Request(request.scope, _limited(request.receive)))
+
+        return limited
+
+
+def _limited(receive: Receive) -> Receive:
+    size = 0
+
+    async def receive_limited() -> Message:
+        nonlocal size
+        message = await receive()
+        size += len(message.get("body", b""))
+        if size > BODY_LIMIT:
+            # FastAPI makes a 400 of everything else that is raised while it reads a body.
+            raise HTTPException(errors.TooLarge.status, BODY_TOO_LARGE)
+        return message
+
+    return receive_limited
 
 
 def router(prefix: str = "", tag: str = "") -> APIRouter:
@@ -55,17 +94,40 @@ FAMILIES = {
     401: "The admin key is missing or wrong.",
     403: "Not from this host name or web page.",
     404: "There is no such thing.",
+    405: "Not with this method; `Allow` names those that are possible.",
     409: "Not in the present state.",
-    413: "The body is larger than the settings allow.",
+    413: "The body is larger than this path takes.",
     422: "A parameter or a field has a value that it cannot have.",
     502: "The engine failed.",
     503: "Not now; `Retry-After` says when to try again.",
 }
 
 
+EXAMPLES: dict[int, errors.ModelyardError] = {
+    400: errors.InvalidJson("The body is not JSON: Expecting value (at character 12)."),
+    401: errors.Unauthorized("This server wants its admin key: send 'Authorization: Bearer KEY' or 'X-API-KEY: KEY'."),
+    403: errors.OriginNotAllowed("Pages from https://example.org may not call this server."),
+    404: errors.ModelNotFound("Qwen/Qwen3-0.6B", known=["openchat/openchat-3.5-0106"]),
+    405: errors.MethodNotAllowed("PUT is not possible at /api/v1/jobs/.", code="method_not_allowed"),
+    409: errors.JobFinished("3f2b8a94-5c1d-4e6f-9a70-b1c2d3e4f506", "FINISHED"),
+    413: errors.TooLarge(BODY_TOO_LARGE),
+    422: errors.Unprocessable("query limit: Input should be greater than or equal to 1.", param="limit"),
+    502: errors.BadGateway("The engine of 'Qwen/Qwen3-0.6B' broke off before it answered."),
+    503: errors.EngineStarting("The engine of 'Qwen/Qwen3-0.6B' is starting."),
+}
+ERROR_SCHEMA = {"$ref": "#/components/schemas/ErrorOut"}
+
+
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the `responses=` of a route that can answer with these errors, and with those that every route can."""
-    return {status: {"model": ErrorOut, "description": FAMILIES[status]} for status in sorted({401, 403, *statuses})}
+    # Written out, since FastAPI would give an error the media type of the route's good answer.
+    return {
+        status: {
+            "description": FAMILIES[status],
+            "content": {"application/json": {"schema": ERROR_SCHEMA, "example": EXAMPLES[status].envelope()}},
+        }
+        for status in sorted({401, 403, *statuses})
+    }
 
 
 def error_response(error: errors.ModelyardError) -> Response:
