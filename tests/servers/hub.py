@@ -10,6 +10,7 @@ with models in FOLDER/org/name.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import socket
@@ -112,10 +113,16 @@ class Request:
 def commit_of(files: Mapping[str, bytes]) -> str:
     digest = hashlib.sha1()
     for name in sorted(files):
-        digest.update(name.encode() + b"\0" + hashlib.sha256(files[name]).digest())
+        digest.update(f"{name}\0{sha256_of(files[name])}".encode())
     return digest.hexdigest()
 
 
+@functools.lru_cache(maxsize=256)
+def sha256_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+@functools.lru_cache(maxsize=256)
 def blob_id(content: bytes) -> str:
     """Return git's name for the content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
@@ -300,7 +307,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._content(repo, file, content, {**headers, "ETag": f'"{blob_id(content)}"'}, token)
         location = f"{self.server.hub.cdn}/cdn/{quote(repo, safe='')}/{commit}/{quote(file)}?Signature=abc"
         headers |= {"Location": location, "X-Linked-Size": str(len(content)),
-                    "X-Linked-ETag": f'"{hashlib.sha256(content).hexdigest()}"'}  # fmt: skip
+                    "X-Linked-ETag": f'"{sha256_of(content)}"'}  # fmt: skip
         if entry.xet is not None and content in entry.xet.hashes:
             headers["X-Xet-Hash"] = entry.xet.hashes[content]
             headers["X-Xet-Refresh-Route"] = f"{self.server.hub.endpoint}/api/models/{repo}/xet-read-token/{commit}"
@@ -397,14 +404,14 @@ def _sibling(name: str, content: bytes, with_sizes: bool) -> dict[str, Any]:
         return {"rfilename": name}
     entry: dict[str, Any] = {"rfilename": name, "size": len(content), "blobId": blob_id(content)}
     if is_lfs(name):
-        entry["lfs"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "pointerSize": 134}
+        entry["lfs"] = {"size": len(content), "sha256": sha256_of(content), "pointerSize": 134}
     return entry
 
 
 def _tree_entry(name: str, content: bytes) -> dict[str, Any]:
     entry: dict[str, Any] = {"type": "file", "path": name, "size": len(content), "oid": blob_id(content)}
     if is_lfs(name):
-        entry["lfs"] = {"size": len(content), "oid": hashlib.sha256(content).hexdigest(), "pointerSize": 134}
+        entry["lfs"] = {"size": len(content), "oid": sha256_of(content), "pointerSize": 134}
     return entry
 
 
