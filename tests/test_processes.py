@@ -623,6 +623,7 @@ async def test_strays_are_ended_and_what_is_to_be_kept_is_not(yard: Yard) -> Non
     assert await yard.children.end_strays(keep={wanted.folder}) == [stray.folder]
     assert living(token) == []
     assert not stray.is_alive or (await stray.wait()).stopped
+    assert await yard.children.end_strays(keep={wanted.folder.parent}) == [], "what lies below is kept as well"
     assert wanted.is_alive
     await wanted.stop()
     assert await yard.children.end_strays(keep=set()) == []

@@ -280,14 +280,18 @@ class Children:
         return child
 
     async def end_strays(self, keep: set[Path]) -> list[Path]:
-        """End every live child whose folder is not in `keep`; return their folders. For the start of a server."""
+        """End every live child whose folder is not in or below one of `keep`. For the start of a server.
+
+        Returns:
+            The folders of those that were ended.
+        """
         entries = sorted(self._run.iterdir()) if self._run.is_dir() else []
         ended = await asyncio.gather(*(self._end_stray(entry, keep) for entry in entries))
         return [folder for folder in ended if folder is not None]
 
     async def _end_stray(self, entry: Path, keep: set[Path]) -> Path | None:
         folder = Path(await asyncio.to_thread(entry.read_text, "utf-8"))
-        if folder in keep:
+        if folder in keep or not keep.isdisjoint(folder.parents):
             return None
         child = await self.adopt(folder)
         if child is None:  # its folder is gone; its processes need not be
@@ -337,7 +341,10 @@ def _read_outcome(folder: Path, token: str) -> Outcome:
 
 
 def _remove_scratch(folder: Path) -> None:
-    scratch = json.loads((folder / "spec.json").read_text("utf-8"))["scratch"]
+    try:
+        scratch = json.loads((folder / "spec.json").read_text("utf-8"))["scratch"]
+    except FileNotFoundError:  # somebody removed the folder of the run while it lasted
+        return
     if scratch is not None:
         shutil.rmtree(scratch, ignore_errors=True)
 
