@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,6 @@ from tests.servers.hub import Fault, Hub
 TINY = "acme/tiny"
 WEIGHTS = "model.safetensors"
 SIZE = 1_000_000
-
-
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    with Hub() as running:
-        yield running
 
 
 def start(hub: Hub, folder: Path, number: int = 1, **changes: Any) -> subprocess.Popen[bytes]:

@@ -8,8 +8,7 @@ import pytest
 
 from modelyard.jobs.tables import JobStatus
 from tests.models.repositories import adapter, llama
-from tests.models.test_downloads import failure_of, files_below
-from tests.models.yard import make_settings, open_yard
+from tests.models.yard import failure_of, files_below, make_settings, open_yard
 
 NOWHERE = "http://127.0.0.1:1"
 

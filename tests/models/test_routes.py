@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,6 @@ from modelyard.models.routes import api
 from tests.models.repositories import adapter, llama
 from tests.models.yard import Yard, make_settings, open_yard
 from tests.servers.hub import Fault, Hub
-
-
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    with Hub() as running:
-        yield running
 
 
 @asynccontextmanager

@@ -22,8 +22,8 @@ from modelyard import tasks
 from modelyard.db import Base, Sessions
 from modelyard.jobs import actions as jobs
 from modelyard.jobs.runner import JobRunner
-from modelyard.jobs.schemas import EventOut, JobOut
-from modelyard.jobs.tables import ACTIVE
+from modelyard.jobs.schemas import EventOut, FailureOut, JobOut
+from modelyard.jobs.tables import ACTIVE, JobStatus
 from modelyard.models import actions, store
 from modelyard.models.downloads import Downloads
 from modelyard.models.tables import Model
@@ -122,6 +122,38 @@ async def open_yard(settings: Settings) -> AsyncIterator[Yard]:
         await tasks.end(running)
         await sessions.close()
         lock.release()
+
+
+def failure_of(job: JobOut) -> FailureOut:
+    """Return why a job failed."""
+    assert job.status == JobStatus.FAILED, job
+    assert isinstance(job.failure, FailureOut)
+    assert job.failure.hint
+    return job.failure
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    """Return the files below a folder by their path in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+async def fetched(yard: Yard, model_id: str, at_least: int) -> None:
+    """Wait until so many bytes of a download are on disk."""
+    await eventually(
+        lambda: store.bytes_below(yard.partial(model_id)) >= at_least, f"{at_least} bytes of {model_id} on disk"
+    )
+
+
+def child_pid(job_folder: Path) -> int:
+    """Return the pid of the download process itself, below its keeper."""
+    for folder in Path("/proc").iterdir():
+        try:
+            argv = (folder / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"modelyard.models.download_child" in argv and any(str(job_folder).encode() in part for part in argv):
+            return int(folder.name)
+    return 0
 
 
 async def serve(data_dir: Path, endpoint: str) -> None:
