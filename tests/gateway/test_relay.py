@@ -312,7 +312,7 @@ def test_nothing_else_of_an_engine_can_be_reached(gateway: Running, method: str,
 
 
 def test_connections_are_kept_for_the_next_request_on_both_sides(gateway: Running) -> None:
-    gateway.engine()
+    engine = gateway.engine()
     connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=30)
     for body in (CHAT, STREAM, {**CHAT, "model": "nope"}, STREAM, CHAT):
         connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
@@ -322,6 +322,7 @@ def test_connections_are_kept_for_the_next_request_on_both_sides(gateway: Runnin
         assert connection.sock is first
         assert response.status == (404 if body["model"] == "nope" else 200)
     connection.close()
+    assert len({request["connection"] for request in engine.record("request")}) == 1
 
 
 def test_metrics_count_requests_and_time_the_first_byte(gateway: Running) -> None:

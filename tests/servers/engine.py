@@ -1,8 +1,8 @@
 """An engine that generates nothing: a real process with the HTTP surface of vLLM 0.32 on a Unix socket.
 
 Started through `engine_python` with vLLM's own arguments; it heeds --model, --served-model-name A B, --uds, --runner,
---max-model-len, --enable-lora, --lora-modules and --max-lora-rank, and ignores the rest. Answers take max_tokens tokens (16 by
-default) of " tok0 tok1 ...", as Server-Sent Events where the request says `stream`.
+--max-model-len, --enable-lora, --lora-modules and --max-lora-rank, and ignores the rest. Answers take max_tokens tokens
+(16 by default) of " tok0 tok1 ...", as Server-Sent Events where the request says `stream`.
 
 A file `misbehave.json` in the model's folder makes it misbehave. All keys are optional:
   starts            list of start numbers (1 is the first) at which the rest holds; absent: at every start
@@ -21,7 +21,7 @@ A file `misbehave.json` in the model's folder makes it misbehave. All keys are o
   allocate_mib      memory that it takes and touches
 
 Numbers of generation requests count the readiness probe too. It appends JSON lines to `engine-record.jsonl` (read them
-with `read_record`): start {number, pid, argv, env, grandchild}, request {number, path, headers, body},
+with `read_record`): start {number, pid, argv, env, grandchild}, request {number, connection, path, headers, body},
 finished {number, status, tokens}, cancelled {number, tokens}, lora {action, name}, stop {signal}.
 Nothing here is imported by the server; only the standard library is used.
 """
@@ -88,6 +88,7 @@ class Engine:
         self.max_lora_rank = int((options.get("--max-lora-rank") or ["16"])[0])
         modules = [json.loads(module) for module in options.get("--lora-modules", [])]
         self.loras: dict[str, str] = {module["name"]: module["path"] for module in modules}
+        self.connections = 0
         self.requests = 0
         self.generations = 0
         self.tokens = 0
@@ -139,6 +140,8 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        engine.connections += 1
+        self.number = engine.connections
         self.buffer = b""
         self.task: asyncio.Task[None] | None = None
 
@@ -201,7 +204,8 @@ async def answer(
         return link.reply(status, text, kind)
     engine.requests += 1
     number = engine.requests
-    engine.record("request", number=number, path=path, headers=headers, body=body.decode("utf-8", "replace"))
+    said = body.decode("utf-8", "replace")
+    engine.record("request", number=number, connection=link.number, path=path, headers=headers, body=said)
     sent = [0]
     try:
         status = await _post(link, engine, path, headers, body, sent)

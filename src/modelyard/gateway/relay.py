@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
 from collections.abc import Awaitable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
-from uuid import uuid4
 
 from starlette.types import Receive, Scope, Send
 
@@ -167,7 +167,7 @@ class Gateway:
 
 def _request_id(headers: dict[bytes, bytes]) -> bytes:
     given = headers.get(b"x-request-id", b"")
-    return given if REQUEST_ID.fullmatch(given) else uuid4().hex.encode()
+    return given if REQUEST_ID.fullmatch(given) else os.urandom(16).hex().encode()
 
 
 def _answer_headers(given: Sequence[tuple[bytes, bytes]], request_id: bytes) -> list[tuple[bytes, bytes]]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import Request
+from fastapi import Path, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -214,8 +214,10 @@ async def list_served_models(request: Request) -> ServedModelsOut:
     return ServedModelsOut.model_validate(openai_list(listing))
 
 
-@api.get("/v1/models/{name:path}", summary="Get a model in service", responses=documented(404))
-async def get_served_model(name: str, request: Request) -> ServedModelOut:
+@api.get("/v1/models/{name:path}", summary="Get a model in service", responses=documented(404, 422))
+async def get_served_model(
+    name: Annotated[str, Path(description="An id or an alias.", examples=["default"])], request: Request
+) -> ServedModelOut:
     """Return one name that requests may ask for."""
     listing = await _gateway(request).routing.listing()
     return ServedModelOut.model_validate(openai_model(listing, name.removesuffix("/")))

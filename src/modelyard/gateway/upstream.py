@@ -48,6 +48,8 @@ class _Connection(asyncio.Protocol):
         self.is_lost = False
         self.idle_since = 0.0
         self._is_answered = False
+        self._is_kept_alive = False
+        self._is_surplus = False
         self._chunks: list[bytes] = []
         self._write: Write | None = None
         self._writing: asyncio.Task[None] | None = None
@@ -81,10 +83,17 @@ class _Connection(asyncio.Protocol):
 
     # The parser's side.
 
+    def on_message_begin(self) -> None:
+        # A second answer behind the one that was asked for: nobody gets it, and the connection is not used again.
+        self._is_surplus = self.is_complete
+
     def on_header(self, name: bytes, value: bytes) -> None:
-        self.headers.append((name, value))
+        if not self._is_surplus:
+            self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
+        if self._is_surplus:
+            return
         self.status = self.parser.get_status_code()
         if self.status < 200:
             self.headers.clear()
@@ -92,11 +101,13 @@ class _Connection(asyncio.Protocol):
             self._is_answered = True
 
     def on_body(self, body: bytes) -> None:
-        self._chunks.append(body)
+        if not self._is_surplus:
+            self._chunks.append(body)
 
     def on_message_complete(self) -> None:
-        if self._is_answered:
+        if self._is_answered and not self._is_surplus:
             self.is_complete = True
+            self._is_kept_alive = self.parser.should_keep_alive()  # afterwards the parser has forgotten it
 
     # The call's side.
 
@@ -172,7 +183,8 @@ class _Connection(asyncio.Protocol):
             self._waiter.set_result(None)
 
     def is_reusable(self) -> bool:
-        return self.is_complete and not self.is_lost and self._error is None and not self.transport.is_closing()
+        is_clean = self.is_complete and self._is_kept_alive and not self._is_surplus
+        return is_clean and not self.is_lost and self._error is None
 
 
 @types.coroutine
@@ -270,7 +282,7 @@ class Call:
         connection, self._connection = self._connection, None
         if connection is None:
             return
-        if connection.is_reusable() and connection.parser.should_keep_alive():
+        if connection.is_reusable():
             self._engines.keep(self._url, connection)
         else:
             connection.transport.abort()
