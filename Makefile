@@ -45,7 +45,8 @@ check:  ## What needs no running: ruff, mypy (strict), import-linter
 
 bench:  ## Measure; writes benchmarks/RESULTS.md
 	$(INSTALL) server engine dev
-	@$(BIN)/python -m benchmarks $(ARGS)
+	@$(BIN)/python benchmarks/gateway.py --vllm tiny --write $(ARGS)
+	@$(BIN)/python benchmarks/jobs.py
 
 lock:  ## Pin the requirements again after a change to requirements/*.in; ARGS=--upgrade for newer versions
 	$(INSTALL) server

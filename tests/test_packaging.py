@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -107,6 +108,45 @@ def test_no_requirement_file_names_an_address() -> None:
             content = file.read_text("utf-8")
             assert "://" not in content, file
             assert not re.search(r"^\s*-(?!r )", content, re.MULTILINE), f"{file}: an option"
+
+
+#: Makes every package that is not among the pins named in PINS look as if it were not installed.
+ONLY_PINS = """
+import importlib.abc, importlib.metadata, os, re, sys
+
+allowed = set(os.environ["PINS"].split())
+packages = {name: {re.sub(r"[-_.]+", "-", owner).lower() for owner in owners}
+            for name, owners in importlib.metadata.packages_distributions().items()}
+
+class OnlyPins(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        owners = packages.get(name.partition(".")[0])
+        if owners and not owners & allowed:
+            raise ModuleNotFoundError(f"{name} is not pinned for the server", name=name)
+
+sys.meta_path.insert(0, OnlyPins())
+"""
+
+
+def test_the_server_runs_with_nothing_but_its_own_pins(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(ONLY_PINS)
+    allowed = " ".join({*pins("server"), "modelyard"})
+    with serving(tmp_path / "data", PYTHONPATH=str(tmp_path), PINS=allowed) as server:
+        assert server.get("/ready").json() == {"ready": True, "reasons": []}
+        assert server.get("/api/docs").status == 200
+        assert server.get("/metrics").status == 200
+
+
+@pytest.mark.parametrize("name", ["server", "dev", "train"])
+def test_the_pins_are_complete_so_that_they_install_without_resolving(name: str) -> None:
+    pinned = pins(name)
+    for package in pinned:
+        for text in importlib.metadata.requires(package) or []:
+            requirement = Requirement(text)
+            needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+            # train.txt lies beside an engine's file, which brings torch.
+            if needed and not (name == "train" and requirement.name == "torch"):
+                assert normalised(requirement.name) in pinned, f"{package} needs {requirement}"
 
 
 # The installer.

@@ -111,9 +111,9 @@ class ServerChild:
         return "\n".join([*(f"  | {line}" for line in text[-lines:]), f"Its log: {self.log}"])
 
     def stop(self, terminal: Terminal) -> bool:
-        """End the server and all that it started; return whether it ended in good order. Safe to repeat."""
+        """End the server and all that it started; return whether it ended in good order, if it still ran."""
         if not self.is_alive:
-            return self._ended_well()
+            return True
         with Waiting(terminal, "Stopping the server and its engine"):
             self._process.send_signal(signal.SIGTERM)
             try:
@@ -121,9 +121,6 @@ class ServerChild:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-        return self._ended_well()
-
-    def _ended_well(self) -> bool:
         return self._process.returncode == 0
 
     def _log_of_this_start(self) -> bytes:
