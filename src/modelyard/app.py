@@ -59,6 +59,13 @@ DESCRIPTION = """Download models, put them into service with LoRA adapters on vL
 
 Every path answers with and without its trailing slash. All errors have one form:
 `{"error": {"message", "type", "param", "code"}}`."""
+TAGS = {
+    "Models in service": "OpenAI's and Anthropic's interfaces: each request reaches the engine that serves its model.",
+    "Models": "The store: what was downloaded or imported, and is verified and scanned.",
+    "Deploy": "Put a model into service, and take it out again.",
+    "Jobs": "Everything that takes time is a job: follow it, read its log, interrupt it.",
+    "Health": "For whatever watches over the server.",
+}
 
 
 def create_app(foundation: Foundation) -> FastAPI:
@@ -105,6 +112,7 @@ def create_app(foundation: Foundation) -> FastAPI:
         title="Modelyard",
         version=modelyard.__version__,
         description=DESCRIPTION,
+        openapi_tags=[{"name": name, "description": text} for name, text in TAGS.items()],
         openapi_url=None,
         docs_url=None,
         redoc_url=None,

@@ -75,13 +75,15 @@ def _answering(content: str, media_type: str, headers: dict[str, str]) -> Callab
 
 
 def complete(schema: dict[str, Any], open_paths: frozenset[str]) -> dict[str, Any]:
-    """Return FastAPI's schema with what it does not know: the form of errors, and the key."""
+    """Return FastAPI's schema with what it does not know: the form of errors, the key, and null in examples."""
     _, shared = models_json_schema([(ErrorOut, "serialization")], ref_template="#/components/schemas/{model}")
     known = schema.get("components", {})
+    schemas = dict(sorted({**known.get("schemas", {}), **shared["$defs"]}.items()))
     paths = {
-        path: {method: {**operation, "security": []} for method, operation in methods.items()}
-        if path in open_paths
-        else methods
+        path: {
+            method: {**_with_nulls(operation, schemas), **({"security": []} if path in open_paths else {})}
+            for method, operation in methods.items()
+        }
         for path, methods in schema["paths"].items()
     }
     return {
@@ -91,7 +93,32 @@ def complete(schema: dict[str, Any], open_paths: frozenset[str]) -> dict[str, An
         "security": [{}, *({name: []} for name in SECURITY_SCHEMES)],
         "components": {
             **known,
-            "schemas": dict(sorted({**known.get("schemas", {}), **shared["$defs"]}.items())),
+            "schemas": _with_nulls(schemas, schemas),
             "securitySchemes": SECURITY_SCHEMES,
         },
     }
+
+
+def _with_nulls(part: Any, schemas: dict[str, Any]) -> Any:
+    """Return a part of the schema whose examples have again the nulls that FastAPI drops."""
+    if isinstance(part, list):
+        return [_with_nulls(item, schemas) for item in part]
+    if not isinstance(part, dict):
+        return part
+    found = {name: _with_nulls(value, schemas) for name, value in part.items()}
+    if isinstance(found.get("schema"), dict) and "example" in found:
+        found["example"] = _filled(found["example"], found["schema"], schemas)
+    if isinstance(found.get("examples"), list):
+        found["examples"] = [_filled(example, found, schemas) for example in found["examples"]]
+    return found
+
+
+def _filled(example: Any, schema: dict[str, Any], schemas: dict[str, Any]) -> Any:
+    schema = schemas[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+    if isinstance(example, list) and "items" in schema:
+        return [_filled(item, schema["items"], schemas) for item in example]
+    if not isinstance(example, dict) or "properties" not in schema:
+        return example
+    fields = schema["properties"]
+    missing = {name: None for name in schema.get("required", ()) if name not in example}
+    return {name: _filled(value, fields.get(name, {}), schemas) for name, value in example.items()} | missing

@@ -95,7 +95,7 @@ class DeployOut(BaseModel):
     id: UUID
     task: str = Field(description="generate or embed", examples=["generate"])
     state: DeploymentState = Field(description="READY once the engine has generated a token.")
-    restarts: int = Field(description="Restarts since the engine last stood for a while.")
+    restarts: int = Field(description="Restarts since the engine last stood for a while.", examples=[0])
     created_at: Time
     ready_at: Time | None
 

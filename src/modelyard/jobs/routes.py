@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pathlib
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Annotated
 from uuid import UUID
 
-from fastapi import Depends, Header, Query, Request
+from fastapi import Depends, Header, Path, Query, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
 from modelyard.db import Sessions as DatabaseSessions
@@ -34,6 +34,7 @@ def _runner(request: Request) -> JobRunner:
 
 
 Runner = Annotated[JobRunner, Depends(_runner)]
+JobId = Annotated[UUID, Path(description="The job's id.", examples=["3f2b8a94-5c1d-4e6f-9a70-b1c2d3e4f506"])]
 
 
 @api.get("/", summary="List jobs, newest first", responses=documented(404, 422))
@@ -51,14 +52,14 @@ async def list_jobs(
 
 
 @api.get("/{job_id}/status/", summary="Get a job's status", responses=documented(404, 422))
-async def get_job_status(job_id: UUID, sessions: Sessions) -> JobOut:
+async def get_job_status(job_id: JobId, sessions: Sessions) -> JobOut:
     """Return a job as it is now."""
     async with sessions.read() as session:
         return JobOut.of(await actions.get(session, job_id))
 
 
 @api.post("/{job_id}/interrupt/", summary="Interrupt a job", responses=documented(404, 409, 422))
-async def interrupt_job(job_id: UUID, sessions: Sessions, runner: Runner) -> JobOut:
+async def interrupt_job(job_id: JobId, sessions: Sessions, runner: Runner) -> JobOut:
     """Ask a job to stop. Safe to repeat; one that has ended answers 409 `job_finished`.
 
     The answer may still say RUNNING: the job becomes KILLED when nothing of it runs any more.
@@ -87,11 +88,11 @@ async def interrupt_job(job_id: UUID, sessions: Sessions, runner: Runner) -> Job
     },
 )
 async def get_job_events(
-    job_id: UUID,
+    job_id: JobId,
     sessions: Sessions,
     runner: Runner,
     follow: Annotated[bool, Query(description="false: what there is so far, as JSON.")] = True,
-    last_event_id: Annotated[int, Header(ge=0, description="Only events after this number.")] = 0,
+    last_event_id: Annotated[int, Header(ge=0, le=2**63 - 1, description="Only events after this number.")] = 0,
 ) -> Response:
     """Stream everything so far, then what comes, until the job has ended.
 
@@ -148,7 +149,7 @@ async def _stream(sessions: DatabaseSessions, runner: JobRunner, job_id: UUID, a
     },
 )
 async def get_job_log(
-    job_id: UUID,
+    job_id: JobId,
     sessions: Sessions,
     runner: Runner,
     tail: Annotated[int | None, Query(ge=1, description="Only the last lines, so many of them.")] = None,
@@ -160,7 +161,7 @@ async def get_job_log(
     return PlainTextResponse(text, headers={"X-Content-Type-Options": "nosniff"})
 
 
-def read_tail(path: Path, lines: int | None, limit: int = LOG_LIMIT) -> str:
+def read_tail(path: pathlib.Path, lines: int | None, limit: int = LOG_LIMIT) -> str:
     """Return the last lines of a file, at most `limit` bytes; an absent file is empty. Blocks on the disk."""
     try:
         with path.open("rb") as file:

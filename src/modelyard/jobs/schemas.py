@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Annotated, Any
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSchema
 
 from modelyard.jobs.tables import Job, JobEvent, JobStatus
 
@@ -20,9 +20,15 @@ def _zoned(moment: datetime) -> str:
 
 
 #: UTC without a zone, as the source API writes `started_at`.
-NaiveTime = Annotated[datetime, PlainSerializer(_naive, return_type=str)]
+NaiveTime = Annotated[
+    datetime,
+    PlainSerializer(_naive, return_type=str),
+    WithJsonSchema({"type": "string", "description": "UTC, without a zone."}),
+]
 #: UTC, marked as such.
-Time = Annotated[datetime, PlainSerializer(_zoned, return_type=str)]
+Time = Annotated[
+    datetime, PlainSerializer(_zoned, return_type=str), WithJsonSchema({"type": "string", "format": "date-time"})
+]
 
 
 class ProgressOut(BaseModel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated
 
-from fastapi import Query
+from fastapi import Path, Query
 
 from modelyard.http import Sessions, Settings, documented, router
 from modelyard.jobs.routes import Runner
@@ -14,6 +14,8 @@ from modelyard.models import actions, store
 from modelyard.models.schemas import ModelOut
 
 api = router("/api/v1/models", "Models")
+
+ModelId = Annotated[str, Path(description="The id, which may hold slashes.", examples=["Qwen/Qwen3-0.6B"])]
 
 
 @api.get("/", summary="List models and adapters", responses=documented())
@@ -49,15 +51,15 @@ async def add_model(
     return JobOut.of(job)
 
 
-@api.get("/{model_id:path}", summary="Get a model", responses=documented(404))
-async def get_model(model_id: str, sessions: Sessions) -> ModelOut:
+@api.get("/{model_id:path}", summary="Get a model", responses=documented(404, 422))
+async def get_model(model_id: ModelId, sessions: Sessions) -> ModelOut:
     """Return one model or adapter in the store."""
     async with sessions.read() as session:
         return ModelOut.model_validate(await actions.get(session, model_id.rstrip("/")))
 
 
-@api.delete("/{model_id:path}", summary="Delete a model", responses=documented(404, 409))
-async def delete_model(model_id: str, sessions: Sessions, settings: Settings) -> ModelOut:
+@api.delete("/{model_id:path}", summary="Delete a model", responses=documented(404, 409, 422))
+async def delete_model(model_id: ModelId, sessions: Sessions, settings: Settings) -> ModelOut:
     """Delete a model or an adapter and return what it was. 409 while it is deployed or an adapter's base."""
     async with sessions.begin() as session:
         model = await actions.delete(session, model_id.rstrip("/"))
