@@ -94,6 +94,7 @@ def create_app(foundation: Foundation) -> FastAPI:
             await models.sweep(session, settings.models_dir)
         keep = await runner.folders_in_use()
         await children.end_strays(keep)
+        await supervisor.check_before_serving()
         task = tasks.spawn(
             "job runner", runner.run(), eternal=True, on_end=lambda: foundation.fail("The job runner ended.")
         )
@@ -191,8 +192,10 @@ async def _answer_http(request: Request, error: Exception) -> Response:
 def _methods_at(request: Request) -> list[str]:
     """Return what all routes of a path take together; starlette knows only those of the first one."""
     found: set[str] = set()
+    # A mounted application has taken its part off the path.
+    scope = {**request.scope, "root_path": request.scope.get("app_root_path", "")}
     for route in request.app.routes:
-        match, _ = route.matches(request.scope)
+        match, _ = route.matches(scope)
         if match is not Match.NONE:
             found |= (route.methods or set()) if isinstance(route, Route) else {"GET", "HEAD"}
     return sorted(found)

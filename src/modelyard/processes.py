@@ -279,6 +279,10 @@ class Children:
             entry.unlink(missing_ok=True)
         return child
 
+    async def is_running(self, folder: Path) -> bool:
+        """Whether a child that was started in this folder is alive. Takes no part in it."""
+        return await asyncio.to_thread(_is_running, folder)
+
     async def end_strays(self, keep: set[Path]) -> list[Path]:
         """End every live child whose folder is not in or below one of `keep`. For the start of a server.
 
@@ -307,6 +311,14 @@ class Children:
 def _reap(pid: int) -> None:
     with contextlib.suppress(ChildProcessError):  # an adopted keeper is not ours to reap
         os.waitpid(pid, os.WNOHANG)
+
+
+def _is_running(folder: Path) -> bool:
+    _, pidfd = _open_keeper(folder)
+    if pidfd is None:
+        return False
+    os.close(pidfd)
+    return True
 
 
 def _open_keeper(folder: Path) -> tuple[int, int | None]:

@@ -70,19 +70,3 @@ async def test_a_change_during_a_read_is_not_missed(tmp_path: Path) -> None:
             yard.routing.changed()
             await asking
             assert not yard.routing._is_fresh()
-
-
-async def test_questions_at_the_same_moment_read_the_database_once(tmp_path: Path) -> None:
-    async with deploy_yard(tmp_path) as yard:
-        reads = 0
-        read = yard.sessions.read
-
-        def counted():  # type: ignore[no-untyped-def]
-            nonlocal reads
-            reads += 1
-            return read()
-
-        yard.sessions.read = counted  # type: ignore[method-assign]
-        yard.routing.changed()
-        await asyncio.gather(*(yard.routing.listing() for _ in range(50)))
-        assert reads == 1

@@ -50,6 +50,7 @@ LONGEST_DELAY_S = 60.0
 LOG_TAIL_BYTES = 256 * 1024
 STILL_STARTING_EVERY_S = 5.0
 ATTEMPT_HEAD = "=== attempt "
+ENGINE_GONE = "the server was restarted, and the engine is gone"
 
 
 class Supervisor:
@@ -78,10 +79,28 @@ class Supervisor:
         finally:
             await service.close()
 
+    async def check_before_serving(self) -> None:
+        """Correct what the table says of engines that ended while no server looked. For the start of a server.
+
+        Until then a request could be sent to an engine that is not there.
+        """
+        async with self.sessions.read() as session:
+            live = await actions.live(session)
+        for row in live:
+            attempt = _newest_attempt(self.settings.jobs_dir / str(row.job_id))
+            if row.state == DeploymentState.READY and (attempt is None or not await self.children.is_running(attempt)):
+                async with self.sessions.begin() as session:
+                    await move(session, Deployment, row.id, "state", MOVES, DeploymentState.STARTING, ENGINE_GONE)
+
     def tell_room(self) -> None:
         """Wake the deployments that wait for memory."""
         self.room_made.set()
         self.room_made = asyncio.Event()
+
+
+def _newest_attempt(job_folder: Path) -> Path | None:
+    attempts = sorted(job_folder.glob("attempt-*"), key=lambda path: int(path.name.split("-")[1]))
+    return attempts[-1] if attempts else None
 
 
 class _Service:
@@ -182,7 +201,7 @@ class _Service:
 
     async def _take_up(self) -> None:
         """Find what an earlier server left of this deployment."""
-        folder = self._newest_attempt()
+        folder = _newest_attempt(self.context.folder)
         if folder is None:
             return
         child = await self.yard.children.adopt(folder)
@@ -192,14 +211,10 @@ class _Service:
             await self.context.event("Adopted the running engine after a restart of the server.")
             return
         if self.row.state == DeploymentState.READY:
-            await self._move(DeploymentState.STARTING, "the server was restarted, and the engine is gone")
-
-    def _newest_attempt(self) -> Path | None:
-        attempts = sorted(self.context.folder.glob("attempt-*"), key=lambda path: int(path.name.split("-")[1]))
-        return attempts[-1] if attempts else None
+            await self._move(DeploymentState.STARTING, ENGINE_GONE)
 
     async def _start(self) -> None:
-        newest = self._newest_attempt()
+        newest = _newest_attempt(self.context.folder)
         number = 1 + (int(newest.name.split("-")[1]) if newest else 0)
         # A short path: a socket's may have no more than 107 bytes.
         scratch = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="modelyard-engine-"))
