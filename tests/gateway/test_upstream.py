@@ -158,6 +158,16 @@ async def test_a_new_connection_that_is_closed_unanswered_is_not_tried_again() -
         assert len(server.requests) == 1
 
 
+async def test_nothing_is_left_of_an_engine_that_is_gone() -> None:
+    answer = OK + b"Content-Length: 2\r\n\r\nhi"
+    engines = Engines()
+    for _ in range(3):
+        async with serving(saying(answer)) as (server, _):
+            assert await whole(engines, server.url) == (200, b"hi")
+        assert list(engines._kept) == [server.url]
+    await engines.close()
+
+
 async def test_a_connection_that_idled_too_long_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upstream, "KEEP_ALIVE_S", 0.0)
     good = saying(OK + b"Content-Length: 2\r\n\r\nhi")

@@ -50,7 +50,10 @@ class _Connection(asyncio.Protocol):
         self._is_answered = False
         self._is_kept_alive = False
         self._is_surplus = False
+        self._asked_for = 0
         self._chunks: list[bytes] = []
+        # The parser calls this for every chunk: without a frame of Python in between.
+        self.on_body = self._chunks.append
         self._write: Write | None = None
         self._writing: asyncio.Task[None] | None = None
         self._error: BaseException | None = None
@@ -76,6 +79,8 @@ class _Connection(asyncio.Protocol):
         except httptools.HttpParserError as error:
             self.fail(EngineBrokeOff(f"its answer is not HTTP: {error}"))
             self.transport.abort()
+        if self._is_surplus:
+            del self._chunks[self._asked_for :]
         if self._write is not None:
             self._advance()
         elif self._is_answered:
@@ -85,7 +90,9 @@ class _Connection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         # A second answer behind the one that was asked for: nobody gets it, and the connection is not used again.
-        self._is_surplus = self.is_complete
+        if self.is_complete:
+            self._is_surplus = True
+            self._asked_for = len(self._chunks)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._is_surplus:
@@ -99,10 +106,6 @@ class _Connection(asyncio.Protocol):
             self.headers.clear()
         else:
             self._is_answered = True
-
-    def on_body(self, body: bytes) -> None:
-        if not self._is_surplus:
-            self._chunks.append(body)
 
     def on_message_complete(self) -> None:
         if self._is_answered and not self._is_surplus:
@@ -324,6 +327,10 @@ class Engines:
     def keep(self, url: str, connection: _Connection) -> None:
         """Keep a connection whose answer was read to its end."""
         connection.idle_since = connection.loop.time()
+        if url not in self._kept:
+            # An engine that was started again has another address: what is left of the old one is forgotten here.
+            for other in [other for other, kept in self._kept.items() if not any(one.is_reusable() for one in kept)]:
+                del self._kept[other]
         connections = self._kept.setdefault(url, [])
         # Those that were used least lie at the front; the engine has closed them, or will.
         while connections and not (
