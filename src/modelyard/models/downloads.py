@@ -91,7 +91,8 @@ class Downloads:
             await job.event(f"{failure['message']} Trying again.", level="warning", data={"code": failure["code"]})
             pause_s = min(0.25 * 2**fruitless, MAX_PAUSE_S)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(job.interrupted.wait(), pause_s)
+                async with asyncio.timeout(pause_s):
+                    await job.interrupted.wait()
             _leave_if_interrupted(job)
 
     async def _start(self, job: JobContext, folder: Path, partial: Path, *, xet: bool) -> Child:
