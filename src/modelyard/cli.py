@@ -48,16 +48,15 @@ def serve() -> None:
 @app.command()
 def migrate() -> None:
     """Bring the database's tables up to date; `serve` does so by itself."""
-    from modelyard.db import database_url
+    from modelyard.foundation import configured_database, shown
     from modelyard.foundation import migrate as bring_up_to_date
     from modelyard.settings import load_settings
 
     with _refusals():
         settings = load_settings()
-        url = database_url(settings.database_url, settings.data_dir)
+        url = configured_database(settings)
         changed = bring_up_to_date(url)
-        shown = url.render_as_string(hide_password=True)
-        print(f"{shown}: {'brought up to date' if changed else 'up to date already'}.")
+        print(f"{shown(url)}: {'brought up to date' if changed else 'up to date already'}.")
 
 
 @app.command()

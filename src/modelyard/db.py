@@ -163,7 +163,9 @@ def sync_engine(url: URL) -> Engine:
     Alembic changes a table by making another in its place.
     """
     if url.get_backend_name() != "sqlite":
-        return create_engine(url.set(drivername="postgresql+psycopg"), connect_args={"connect_timeout": 5})
+        # A machine that vanished must show as a lost connection within seconds: one of them holds the server's lock.
+        alive = {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3, "tcp_user_timeout": 10_000}
+        return create_engine(url.set(drivername="postgresql+psycopg"), connect_args={"connect_timeout": 5, **alive})
     engine = create_engine(url.set(drivername="sqlite"))
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "connect", _ignore_foreign_keys)

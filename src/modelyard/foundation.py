@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from sqlalchemy import URL, Connection, Engine, text
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from modelyard.db import database_url, sync_engine
 from modelyard.errors import StartRefused
@@ -35,7 +35,7 @@ class Foundation:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.url = database_url(settings.database_url, settings.data_dir)
+        self.url = configured_database(settings)
         self.failure: str | None = None
         self._folder_lock: ServerLock | None = None
         self._database_lock: DatabaseLock | ServerLock | None = None
@@ -81,8 +81,7 @@ class Foundation:
             signal.raise_signal(signal.SIGTERM)
 
     def _on_database_lost(self) -> None:
-        shown = self.url.render_as_string(hide_password=True)
-        self.fail(f"Another server has taken the database {shown} while this one had no connection to it.")
+        self.fail(f"Another server has taken the database {shown(self.url)} while this one had no connection to it.")
 
     def complaints(self) -> list[str]:
         """Return what is wrong with the locks, for readiness; empty if nothing is."""
@@ -122,7 +121,11 @@ class DatabaseLock:
             SQLAlchemyError: the database does not answer.
         """
         connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-        held = bool(connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": DATABASE_LOCK}))
+        try:
+            held = bool(connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": DATABASE_LOCK}))
+        except SQLAlchemyError:
+            connection.close()
+            raise
         if not held:
             connection.close()
             return False
@@ -144,11 +147,12 @@ class DatabaseLock:
 
     def _look_after(self) -> None:
         while not self._closing.wait(LOCK_CHECK_S):
+            assert self._connection is not None
             try:
-                assert self._connection is not None
                 self._connection.scalar(text("SELECT 1"))
             except SQLAlchemyError:
                 self.is_held = False
+                self._connection.close()
                 log.warning("the connection that holds the lock on the database broke; taking it again")
                 self._take_again()
 
@@ -163,28 +167,33 @@ class DatabaseLock:
             self._closing.wait(1.0)
 
 
-def _lock_database(url: URL, on_lost: Callable[[], None]) -> DatabaseLock | ServerLock | None:
-    """Take the lock of the database; a SQLite file in the data folder needs none of its own."""
-    shown = url.render_as_string(hide_password=True)
+def _lock_database(url: URL, on_lost: Callable[[], None]) -> DatabaseLock | ServerLock:
+    """Take the lock of the database: for SQLite a file beside it, since it may lie outside of the data folder."""
     if url.get_backend_name() == "sqlite":
         path = Path(url.database or "")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             file_lock = ServerLock(path.with_name(path.name + ".lock"))
             if _patiently(file_lock.take):
                 return file_lock
         except OSError as error:
             raise StartRefused(f"The database {path} cannot be used: {error.strerror}.") from error
-        raise StartRefused(f"Another server (process {file_lock.holder()}) uses the database {path}.")
+        raise StartRefused(
+            f"Another server (process {file_lock.holder()}) uses the database {path}. "
+            "Stop it, or give this one a database of its own with MODELYARD_DATABASE_URL."
+        )
     lock = DatabaseLock(url, on_lost)
     try:
         if _patiently(lock.take):
             return lock
     except SQLAlchemyError as error:
         lock.release()
-        raise StartRefused(f"The database {shown} cannot be reached: {first_line(error)}.") from error
+        raise StartRefused(f"The database {shown(url)} cannot be reached: {first_line(error)}.") from error
     lock.release()
-    raise StartRefused(f"Another server uses the database {shown}. Stop it, or give this one its own database.")
+    raise StartRefused(
+        f"Another server uses the database {shown(url)}. "
+        "Stop it, or give this one a database of its own with MODELYARD_DATABASE_URL."
+    )
 
 
 def _patiently(take: Callable[[], bool]) -> bool:
@@ -194,6 +203,28 @@ def _patiently(take: Callable[[], bool]) -> bool:
             return False
         time.sleep(0.1)
     return True
+
+
+def configured_database(settings: Settings) -> URL:
+    """Return the address of the database.
+
+    Raises:
+        StartRefused: the setting is not an address.
+    """
+    try:
+        return database_url(settings.database_url, settings.data_dir)
+    except (ValueError, ArgumentError):
+        # Neither the setting nor what SQLAlchemy says of it: both may hold the password.
+        raise StartRefused(
+            "MODELYARD_DATABASE_URL is not an address: write postgresql://USER:PASSWORD@HOST:PORT/NAME, "
+            "with %-escapes for special characters in the password."
+        ) from None
+
+
+def shown(url: URL) -> str:
+    """Return the address as a user would write it, without the password."""
+    plain = url.difference_update_query(("password", "sslpassword")).set(drivername=url.get_backend_name())
+    return plain.render_as_string(hide_password=True)
 
 
 def first_line(error: SQLAlchemyError) -> str:
@@ -214,39 +245,45 @@ def newest_revision(folder: Path) -> str:
     return max(path.name for path in (folder / "versions").glob("[0-9]*_*.py")).split("_")[0]
 
 
-def migrate(url: URL) -> bool:
+def migrate(url: URL, folder: Path | None = None) -> bool:
     """Bring the database's tables up to date; return whether there was anything to do. May be repeated.
 
-    Two that migrate at the same moment (`modelyard migrate` beside a starting server) take turns.
+    Two that migrate at the same moment (`modelyard migrate` beside a starting server) take turns. `folder` has the
+    migrations, by default those of this program.
 
     Raises:
-        StartRefused: the database is newer than this program, or a migration failed (it was rolled back).
+        StartRefused: the database cannot be opened or is newer than this program, or a migration failed (all of this
+            call were rolled back).
     """
-    folder = migrations_dir()
+    folder = folder or migrations_dir()
     newest = newest_revision(folder)
     engine = sync_engine(url)
     try:
         if url.get_backend_name() == "sqlite":
-            Path(url.database or "").parent.mkdir(parents=True, exist_ok=True)
+            Path(url.database or "").parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         found = _revision(engine)
-        if found == newest:
-            return False
-        if found is not None and found > newest:
-            raise StartRefused(
-                f"The database is at revision {found}, newer than this program's {newest}. Update Modelyard."
-            )
-        # Alembic takes some 150 ms to load: only a start that has something to migrate pays for it.
-        from alembic import command
-        from alembic.config import Config
-
-        config = Config(attributes={"url": url})
-        config.set_main_option("script_location", str(folder))
-        command.upgrade(config, "head")
+    except OSError as error:
+        raise StartRefused(f"The database {shown(url)} cannot be used: {error.strerror}.") from error
     except SQLAlchemyError as error:
-        shown = url.render_as_string(hide_password=True)
-        raise StartRefused(f"The database {shown} could not be migrated: {first_line(error)}.") from error
+        raise StartRefused(f"The database {shown(url)} cannot be used: {first_line(error)}.") from error
     finally:
         engine.dispose()
+    if found == newest:
+        return False
+    if found is not None and found > newest:
+        raise StartRefused(
+            f"The database {shown(url)} is at revision {found}, newer than this program's {newest}. Update Modelyard."
+        )
+    # Alembic takes some 150 ms to load: only a start that has something to migrate pays for it.
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config(attributes={"url": url})
+    config.set_main_option("script_location", str(folder).replace("%", "%%"))
+    try:
+        command.upgrade(config, "head")
+    except SQLAlchemyError as error:
+        raise StartRefused(f"The database {shown(url)} could not be migrated: {first_line(error)}.") from error
     return True
 
 
