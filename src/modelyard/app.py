@@ -51,6 +51,7 @@ from modelyard.models import actions as models
 from modelyard.models.downloads import Downloads
 from modelyard.models.routes import api as models_api
 from modelyard.processes import Children
+from modelyard.storage import open_storage
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,9 @@ def create_app(foundation: Foundation) -> FastAPI:
             {"DOWNLOAD": settings.max_downloads},
             settings.jobs_dir,
         )
+        storage = open_storage(settings)
         app.state.sessions = sessions
+        app.state.storage = storage
         app.state.runner = runner
         app.state.routing = routing
         app.state.gateway = Gateway(routing, engines, Metrics(app.state.registry), settings.max_body_mib * MIB)
@@ -107,6 +110,7 @@ def create_app(foundation: Foundation) -> FastAPI:
         finally:
             await tasks.end(task)
             await engines.close()
+            await storage.close()
             await sessions.close()
 
     app = FastAPI(

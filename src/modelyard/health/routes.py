@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Literal
 
 from fastapi import Depends, Request
@@ -15,11 +16,14 @@ import modelyard
 from modelyard.db import Sessions as DatabaseSessions
 from modelyard.deploy.engine_client import metrics_of
 from modelyard.deploy.routes import CurrentRouting
+from modelyard.errors import StorageUnavailable
 from modelyard.health.exposition import merge
 from modelyard.http import Sessions, documented, router
+from modelyard.storage import Storage
 
 api = router(tag="Health")
 
+STORAGE_PATIENCE_S = 5.0
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -56,7 +60,8 @@ async def get_health() -> HealthOut:
 )
 async def get_readiness(request: Request, sessions: Sessions) -> Response:
     """Answer 200, or 503 with the reasons. A deployment that starts is none: its requests get a 503 of their own."""
-    reasons = [*await _database_reasons(sessions), *request.app.state.complaints()]
+    storage: Storage = request.app.state.storage
+    reasons = [*await _database_reasons(sessions), *await _storage_reasons(storage), *request.app.state.complaints()]
     body = ReadyOut(ready=not reasons, reasons=reasons)
     return JSONResponse(body.model_dump(), status_code=200 if body.ready else 503)
 
@@ -67,6 +72,17 @@ async def _database_reasons(sessions: DatabaseSessions) -> list[str]:
             await session.execute(text("SELECT 1"))
     except (SQLAlchemyError, OSError) as error:
         return [f"The database does not answer: {type(error).__name__}."]
+    return []
+
+
+async def _storage_reasons(storage: Storage) -> list[str]:
+    try:
+        async with asyncio.timeout(STORAGE_PATIENCE_S):
+            await storage.check()
+    except StorageUnavailable as error:
+        return [error.message]
+    except TimeoutError:
+        return ["The storage does not answer."]
     return []
 
 
