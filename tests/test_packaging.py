@@ -376,3 +376,15 @@ def test_what_compose_mounts_waits_for_and_configures_is_there() -> None:
     assert store["s3_api"]["s3_region"] == services["server"]["environment"]["AWS_DEFAULT_REGION"]
     assert store["s3_api"]["api_bind_addr"].rpartition(":")[2] == "3900"
     assert services["server"]["environment"]["MODELYARD_S3_ENDPOINT_URL"] == "http://store:3900"
+
+
+def test_the_readme_has_every_setting_with_its_docstring() -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    rows = dict(re.findall(r"^\| `([A-Z_]+)` \| (.+) \|$", readme, re.MULTILINE))
+    expected = {
+        field.validation_alias
+        if isinstance(field.validation_alias, str)
+        else f"MODELYARD_{name.upper()}": field.description
+        for name, field in Settings.model_fields.items()
+    }
+    assert rows == expected
