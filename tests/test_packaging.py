@@ -380,7 +380,7 @@ def test_what_compose_mounts_waits_for_and_configures_is_there() -> None:
 
 def test_the_readme_has_every_setting_with_its_docstring() -> None:
     readme = (ROOT / "README.md").read_text("utf-8")
-    rows = dict(re.findall(r"^\| `([A-Z_]+)` \| (.+) \|$", readme, re.MULTILINE))
+    rows = dict(re.findall(r"^\| `([A-Z0-9_]+)` \| (.+) \|$", readme, re.MULTILINE))
     expected = {
         field.validation_alias
         if isinstance(field.validation_alias, str)
