@@ -288,12 +288,10 @@ def environment(**settings: str) -> dict[str, str]:
     return passed_on | settings
 
 
-def run_modelyard(
-    *arguments: str, cwd: Path, timeout_s: float = PATIENCE_S, **settings: str
-) -> subprocess.CompletedProcess[str]:
+def run_modelyard(*arguments: str, cwd: Path, **settings: str) -> subprocess.CompletedProcess[str]:
     """Run a command of the command line to its end, in a folder of its own."""
     return subprocess.run(
         [sys.executable, "-m", "modelyard", *arguments],
         cwd=cwd, env=environment(**settings), stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        timeout=timeout_s, check=False,
+        timeout=2 * PATIENCE_S, check=False,
     )  # fmt: skip

@@ -147,9 +147,7 @@ def test_a_database_of_a_newer_program_is_not_touched(url: URL) -> None:
 def test_two_that_migrate_at_the_same_moment_take_turns(database_url: str, url: URL, tmp_path: Path) -> None:
     def one(number: int) -> subprocess.CompletedProcess[str]:
         data_dir = str(tmp_path / f"data-{number}")
-        return run_modelyard(
-            "migrate", cwd=tmp_path, timeout_s=60, MODELYARD_DATA_DIR=data_dir, MODELYARD_DATABASE_URL=database_url
-        )
+        return run_modelyard("migrate", cwd=tmp_path, MODELYARD_DATA_DIR=data_dir, MODELYARD_DATABASE_URL=database_url)
 
     with ThreadPoolExecutor(3) as threads:
         ended = list(threads.map(one, range(3)))
