@@ -4,7 +4,7 @@
 
 All places are measured interleaved in one run, a short window each, several rounds, medians of them; so that what the
 machine does besides weighs on all. Three questions, on a replayed stream and (with --vllm) on real vLLM: how many
-chunks a second at 1, 16 and 64 streaming clients; how long to the first token at one client; how much processor time of
+tokens a second at 1, 16 and 64 streaming clients; how long to the first token at one client; how much processor time of
 the proxy's process a chunk costs, at a fixed rate per stream, where nobody can save by handing on several at once.
 
 nginx comes from the system's packages, LiteLLM from a virtual environment of its own (.venv-litellm, made on demand);
@@ -15,8 +15,8 @@ Modelyard beside them. --write puts the tables into benchmarks/RESULTS.md.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -42,7 +42,13 @@ HERE = Path(__file__).resolve().parent
 LEVELS = (1, 16, 64)
 RATE = 100.0
 START_S = 30.0
-OFFLINE = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+ENGINE = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    # Threads that wait for one another, on cores that they share with proxy and client, would stand still in turn.
+    "VLLM_CPU_OMP_THREADS_BIND": "0",
+}
 LITELLM = HERE.parent / ".venv-litellm"
 
 
@@ -192,10 +198,13 @@ def litellm(folder: Path, engine_port: int) -> Iterator[Place]:
     )
     argv = [str(LITELLM / "bin" / "litellm"), "--config", str(config), "--port", str(port), "--host", "127.0.0.1",
             "--num_workers", "1"]  # fmt: skip
-    with child(argv, folder / "litellm.log", LITELLM_LOG="ERROR", LITELLM_LOCAL_MODEL_COST_MAP="True") as process:
+    key = f"sk-{secrets.token_hex(16)}"  # it starts with none only when told that this is dangerous
+    environment = {"LITELLM_LOG": "ERROR", "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_MASTER_KEY": key}
+    with child(argv, folder / "litellm.log", **environment) as process:
         wait_for(lambda: listens(port), process, "LiteLLM", 120)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        yield Place("LiteLLM", Address("/v1/chat/completions", "replay", port=port), (process.pid, *map(int, children)))
+        address = Address("/v1/chat/completions", "replay", port=port, headers=(("Authorization", f"Bearer {key}"),))
+        yield Place("LiteLLM", address, (process.pid, *map(int, children)))
 
 
 @dataclass(frozen=True)
@@ -207,7 +216,7 @@ class Cell:
 
     @property
     def per_second(self) -> float:
-        return self.result.chunks / self.result.seconds
+        return self.result.tokens / self.result.seconds
 
     @property
     def cpu_us(self) -> float:
@@ -221,30 +230,22 @@ class Cell:
 Cells = dict[tuple[int, str], list[Cell]]
 
 
-def measure(
-    places: Sequence[Place], levels: Sequence[int], tokens: int, seconds: float, rounds: int, warm_up_s: float = 0.3
-) -> Cells:
+def measure(places: Sequence[Place], levels: Sequence[int], tokens: int, seconds: float, rounds: int) -> Cells:
     """Measure places in turn, level by level, round by round."""
     cells: Cells = {}
     for number in range(rounds):
         for level in levels:
             for place in places:
-                spent: list[float] = []
-
-                async def window(place: Place = place, level: int = level, spent: list[float] = spent) -> Result:
-                    loop = asyncio.get_running_loop()
-                    loop.call_later(warm_up_s, lambda: spent.append(cpu_s(place.pids)))
-                    loop.call_later(warm_up_s + seconds, lambda: spent.append(cpu_s(place.pids)))
-                    return await run(place.address, level, tokens, seconds, warm_up_s)
-
-                result = uvloop.run(window())
+                before = cpu_s(place.pids)
+                result = uvloop.run(run(place.address, level, tokens, seconds))
+                cell = Cell(result, cpu_s(place.pids) - before)
                 if result.failures or not result.chunks:
                     raise RuntimeError(f"{place.name} at {level} clients: {result.failures[:2] or 'nothing came'}")
-                cell = Cell(result, spent[1] - spent[0])
                 cells.setdefault((level, place.name), []).append(cell)
                 print(
-                    f"  round {number + 1}: {level:3} clients, {place.name:10} {cell.per_second:9.0f} chunks/s, "
-                    f"first token {cell.first_ms:6.2f} ms, {cell.cpu_us:6.1f} us a chunk",
+                    f"  round {number + 1}: {level:3} clients, {place.name:10} {cell.per_second:9.0f} tokens/s in "
+                    f"{result.tokens / result.chunks:.1f} to an event, first after {cell.first_ms:6.2f} ms, "
+                    f"{cell.cpu_us:6.1f} us an event",
                     flush=True,
                 )
     return cells
@@ -269,17 +270,20 @@ def on_replay(folder: Path, rounds: int, seconds: float) -> list[str]:
         places.append(stack.enter_context(gateway(folder, fast, "replay")))
         slow.append(stack.enter_context(gateway(folder, paced, "replay")))
         if litellm_python() is not None:
-            places.append(stack.enter_context(litellm(folder, fast_port)))
+            try:
+                places.append(stack.enter_context(litellm(folder, fast_port)))
+            except RuntimeError as error:
+                print(f"left out: {error}; its log ends so:\n{(folder / 'litellm.log').read_text()[-1500:]}")
         print("Replayed stream, as fast as it is taken:")
         ceiling = measure(places, LEVELS, 256, seconds, rounds)
         print(f"Replayed stream, {RATE:.0f} chunks a second for each client:")
-        cost = measure(slow, LEVELS, 10_000, seconds, rounds)
+        cost = measure(slow, LEVELS, int(RATE * seconds), 0, rounds)
         print("Replayed stream, time to the first token:")
         first = measure(places, (1,), 4, seconds, rounds)
     return [
-        *report.throughput("Replayed stream, as fast as it is taken: chunks per second", ceiling, LEVELS),
-        *report.cost(f"Replayed stream, {RATE:.0f} chunks a second for each client: processor time", cost, LEVELS),
-        *report.first_token("Replayed stream: time to the first token, one client", first),
+        *report.throughput("As fast as it is taken: tokens per second", ceiling, LEVELS),
+        *report.cost(f"{RATE:.0f} chunks a second for each client: processor time of the proxy", cost, LEVELS),
+        *report.first_token("Time to the first token, one client", first),
     ]
 
 
@@ -288,13 +292,13 @@ def on_vllm(folder: Path, model: str, rounds: int, seconds: float, server: Place
     uds = folder / "vllm.sock"
     if model == "tiny":
         model = str(folder / "tiny")
-        subprocess.run([sys.executable, str(HERE / "tiny_model.py"), model], check=True, env={**os.environ, **OFFLINE})
+        subprocess.run([sys.executable, "-m", "modelyard.demo.tiny_llama", model], check=True)
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model,
             "--served-model-name", "bench", "--uds", str(uds), "--max-model-len", "2048",
             "--max-num-seqs", "64", "--enforce-eager", "--disable-log-stats"]  # fmt: skip
     print("starting vLLM ...", flush=True)
     with ExitStack() as stack:
-        process = stack.enter_context(child(argv, folder / "vllm.log", **OFFLINE))
+        process = stack.enter_context(child(argv, folder / "vllm.log", **ENGINE))
         try:
             wait_for(lambda: accepts(uds), process, "vLLM", 300)
         except RuntimeError:
@@ -308,13 +312,13 @@ def on_vllm(folder: Path, model: str, rounds: int, seconds: float, server: Place
             places.append(server)
         print("Real vLLM:")
         measure(places[:1], (1, 16, 64), 64, 2.0, 1)  # warm
-        cells = measure(places, LEVELS, 128, seconds, rounds, 0.7)
+        cells = measure(places, LEVELS, 128, seconds, rounds)
         print("Real vLLM, time to the first token:")
         first = measure(places, (1,), 4, seconds, rounds)
     return [
-        *report.throughput("Real vLLM, a tiny Llama: tokens per second", cells, LEVELS),
-        *report.cost("Real vLLM, a tiny Llama: processor time", cells, LEVELS),
-        *report.first_token("Real vLLM, a tiny Llama: time to the first token, one client", first),
+        *report.throughput("Tokens per second", cells, LEVELS),
+        *report.cost("Processor time of the proxy", cells, LEVELS),
+        *report.first_token("Time to the first token, one client", first),
     ]
 
 
@@ -330,22 +334,25 @@ def main() -> None:
     parser.add_argument("--server-model")
     parser.add_argument("--write", action="store_true", help="put the tables into benchmarks/RESULTS.md")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # through every `finally`, so that no child is left
     folder = Path(tempfile.mkdtemp(prefix="my-bench-"))
     server = None
     if given.server:
         address = Address("/v1/chat/completions", given.server_model, port=given.server)
         server = Place("Modelyard, whole", address, (given.server_pid,) if given.server_pid else ())
-    lines: list[str] = []
+    sections: dict[str, list[str]] = {}
     try:
         if not given.no_replay:
-            lines += on_replay(folder, given.rounds, given.seconds)
+            sections["Gateway, replayed stream"] = on_replay(folder, given.rounds, given.seconds)
         if given.vllm:
-            lines += on_vllm(folder, given.vllm, given.rounds, max(given.seconds, 3.0), server)
+            model, seconds = given.vllm, max(given.seconds, 3.0)
+            sections["Gateway, real vLLM"] = on_vllm(folder, model, given.rounds, seconds, server)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print("\n" + "\n".join(lines))
-    if given.write:
-        report.write(HERE / "RESULTS.md", "Gateway", lines)
+    for subject, lines in sections.items():
+        print("\n" + "\n".join(lines))
+        if given.write:
+            report.write(HERE / "RESULTS.md", subject, lines)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ Cells = Mapping[tuple[int, str], Sequence[Any]]
 
 
 def machine() -> str:
-    """Return the machine in a line: processor, cores, kernel, Python, date."""
+    """Return the machine in a line: processor, cores, Python, date."""
     cpu = next(
         (
             line.split(":", 1)[1].strip()
@@ -53,7 +53,7 @@ def throughput(title: str, cells: Cells, levels: Sequence[int]) -> list[str]:
                 if (level, other) in cells and other != place:
                     pairs = zip(here, cells[level, other], strict=True)
                     ratio = statistics.median(mine.per_second / theirs.per_second for mine, theirs in pairs)
-                    text += f", {ratio:.2f} of {other}"
+                    text += f", {ratio:.2f} of {other}" if ratio >= 0.1 else f", {ratio:.4f} of {other}"
             row.append(text)
         rows.append(row)
     return _table(title, ["", *(f"{level} client{'s' * (level > 1)}" for level in levels)], rows)
@@ -82,7 +82,7 @@ def first_token(title: str, cells: Cells) -> list[str]:
     rows = []
     for place in _places(cells):
         mine = _median(cells[1, place], lambda cell: cell.first_ms)
-        rows.append([place, f"{mine:.2f} ms", "" if place == "direct" else f"+{mine - direct:.2f} ms"])
+        rows.append([place, f"{mine:.2f} ms", "" if place == "direct" else f"{mine - direct:+.2f} ms"])
     return _table(title, ["", "median", "above direct"], rows)
 
 
