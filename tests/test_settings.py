@@ -98,6 +98,22 @@ def test_a_misspelt_name_in_the_file_is_refused_and_the_file_is_named(bare: Path
     assert refused() == "There is no setting MODELYARD_PROT (in .env). Did you mean MODELYARD_PORT?"
 
 
+@pytest.mark.parametrize("line", ["MODELYARD_PORT 81", "MODELYARD_ADMIN_KEY: hunter22", "MODELYARD_DATA_DIR='/data"])
+def test_a_line_of_the_file_that_sets_nothing_is_refused_by_its_number_alone(bare: Path, line: str) -> None:
+    (bare / ".env").write_text(f"# first\nMODELYARD_GRACE_S=7\n{line}\n")
+    assert refused() == f"{bare / '.env'}, line 3: write NAME=VALUE."
+
+
+def test_a_file_that_is_not_text_is_refused(bare: Path) -> None:
+    (bare / ".env").write_bytes("MODELYARD_PORT=1\n".encode("utf-16"))
+    assert refused() == f"{bare / '.env'} is not text in UTF-8. Save it as such."
+
+
+def test_a_byte_order_mark_at_the_start_of_the_file_is_no_part_of_the_first_name(bare: Path) -> None:
+    (bare / ".env").write_bytes(b"\xef\xbb\xbfMODELYARD_PORT=81\n")
+    assert load_settings().port == 81
+
+
 @pytest.mark.parametrize(("name", "value", "message"), [
     ("PORT", "web", "MODELYARD_PORT=web: input should be a valid integer"),
     ("PORT", "65536", "MODELYARD_PORT=65536: input should be less than or equal to 65535."),

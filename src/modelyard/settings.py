@@ -30,6 +30,8 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
         env_file=".env",
+        # Some editors begin a file with a mark that would become a part of the first name.
+        env_file_encoding="utf-8-sig",
         env_ignore_empty=True,
         extra="ignore",
         frozen=True,
@@ -214,8 +216,21 @@ def _refuse_unknown(names: Iterable[str], where: str) -> None:
 def _names_in_env_file(path: Path) -> set[str]:
     if not path.is_file():
         return set()
-    lines = (line.strip().removeprefix("export ").lstrip() for line in path.read_text("utf-8").splitlines())
-    return {line.split("=", 1)[0].strip().upper() for line in lines if "=" in line and not line.startswith("#")}
+    # Imported here: only a start with such a file pays for it.
+    from dotenv.parser import parse_stream
+
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            entries = list(parse_stream(file))
+    except UnicodeDecodeError:
+        raise StartRefused(f"{path.absolute()} is not text in UTF-8. Save it as such.") from None
+    except OSError as error:
+        raise StartRefused(f"{path.absolute()} cannot be read: {error.strerror}.") from None
+    for entry in entries:
+        if entry.error:
+            # The line itself may hold a secret.
+            raise StartRefused(f"{path.absolute()}, line {entry.original.line}: write NAME=VALUE.")
+    return {entry.key.upper() for entry in entries if entry.key is not None}
 
 
 def _one_line(error: ValidationError) -> str:
