@@ -74,6 +74,12 @@ class Yard:
         return [command for command in self.server.processes().values() if "engine.py" in command]
 
 
+@pytest.fixture
+def on_each_database(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the test's server on a fresh database, once of each kind."""
+    monkeypatch.setitem(SETTINGS, "MODELYARD_DATABASE_URL", database_url)
+
+
 @contextmanager
 def yard(tmp_path: Path, **settings: str) -> Iterator[Yard]:
     imports = tmp_path / "imports"
@@ -98,6 +104,7 @@ def interrupted_leaves_nothing(yard: Yard, job_id: str) -> None:
     until(lambda: not yard.server.processes(), "no process is left", yard.server)
 
 
+@pytest.mark.usefixtures("on_each_database")
 def test_killed_while_it_serves_the_same_engine_goes_on_serving(tmp_path: Path) -> None:
     with yard(tmp_path) as it:
         job_id = it.deploy()
@@ -167,6 +174,7 @@ def test_killed_while_an_engine_stops_it_still_ends(tmp_path: Path) -> None:
         assert it.state() == "nothing_deployed"
 
 
+@pytest.mark.usefixtures("on_each_database")
 def test_killed_right_after_the_wish_the_deployment_is_made_or_taken_up_once(tmp_path: Path) -> None:
     with yard(tmp_path) as it:
         job_id = it.deploy()
@@ -216,6 +224,7 @@ def test_killed_again_and_again_there_is_always_one_engine(tmp_path: Path) -> No
         interrupted_leaves_nothing(it, job_id)
 
 
+@pytest.mark.usefixtures("on_each_database")
 def test_stopped_in_good_order_the_deployment_comes_back_with_the_next_start(tmp_path: Path) -> None:
     with yard(tmp_path) as it:
         job_id = it.deploy()

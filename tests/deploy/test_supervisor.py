@@ -17,7 +17,7 @@ from modelyard.models import actions as models
 from tests.deploy.yard import DeployYard, deploy_yard, sockets_of, traces_of
 from tests.eventually import eventually
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("on_each_database")]
 
 
 def runs(pid: int) -> bool:

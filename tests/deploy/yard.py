@@ -29,6 +29,8 @@ from modelyard.settings import Settings
 from tests.eventually import eventually
 from tests.servers.engine import read_record
 
+#: The database of the yards that are opened next; empty: SQLite in the data folder. See `conftest`.
+DATABASE_URL = ""
 ENGINE = Path(__file__).parents[1] / "servers" / "engine_python"
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -49,6 +51,7 @@ def make_settings(data_dir: Path, **values: Any) -> Settings:
         model_config = pydantic_settings.SettingsConfigDict(env_prefix="MODELYARD_TESTS_ONLY_", env_file=None)
 
     defaults: dict[str, Any] = {
+        "database_url": DATABASE_URL,
         "engine_python": ENGINE,
         "engine_restart_delay_s": 0.05,
         "engine_stop_timeout_s": 1.0,
