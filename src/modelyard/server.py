@@ -8,6 +8,7 @@ over it starts it again. A second Ctrl-C ends it at once; its children then live
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -83,6 +84,8 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        gc.freeze()
+        gc.enable()
         for listener in sockets or ():
             url = f"http://{_address(*listener.getsockname()[:2])}"
             print(f"Modelyard listens on {url} (documentation: {url}/api/docs)", flush=True)
