@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from modelyard.doctor import Finding, Verdict, check_engine, check_hub
+from modelyard.doctor import Finding, Verdict, check_database, check_engine, check_hub, check_imports
 from modelyard.settings import Settings
 from tests.server import run_modelyard, serving
 
@@ -123,6 +123,23 @@ def test_a_hub_that_answers_at_all_is_reachable_and_a_wrong_address_is_a_warning
     assert look(hub).verdict is Verdict.OK
     assert look(f"{hub}/no/such/path").verdict is Verdict.OK
     assert look("no address at all").verdict is Verdict.WARN
+
+
+def test_an_import_folder_that_is_not_there_is_a_warning_and_none_is_nothing_to_say(tmp_path: Path) -> None:
+    def look(folder: Path | None) -> list[Verdict]:
+        return [finding.verdict for finding in check_imports(Settings(import_dir=folder, _env_file=None))]
+
+    assert look(tmp_path) == [Verdict.OK]
+    assert look(tmp_path / "missing") == [Verdict.WARN]
+    assert look(None) == []
+
+
+def test_the_database_is_named_as_the_setting_would_name_it(tmp_path: Path) -> None:
+    (finding,) = check_database(Settings(data_dir=tmp_path, _env_file=None))
+    assert finding.found == f"sqlite:///{tmp_path}/modelyard.db (made at the first start)"
+    (finding,) = check_database(Settings(database_url="postgresql://someone:hidden@host:port/name", _env_file=None))
+    assert finding.verdict is Verdict.FAIL
+    assert finding.found.startswith("MODELYARD_DATABASE_URL is not an address")
 
 
 @pytest.mark.engine

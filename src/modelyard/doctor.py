@@ -27,9 +27,9 @@ from rich.text import Text
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from modelyard.db import database_url
 from modelyard.deploy.machine import GIB, this_machine
 from modelyard.errors import ModelyardError, StartRefused
+from modelyard.foundation import configured_database, shown
 from modelyard.processes import ServerLock
 from modelyard.settings import Settings, load_settings
 from modelyard.storage import open_storage
@@ -257,11 +257,15 @@ def check_hub(settings: Settings) -> Iterator[Finding]:
 
 def check_database(settings: Settings) -> Iterator[Finding]:
     """The database."""
-    url = database_url(settings.database_url, settings.data_dir)
-    shown = url.render_as_string(hide_password=True)
+    try:
+        url = configured_database(settings)
+    except StartRefused as refusal:
+        yield Finding(Verdict.FAIL, "database", str(refusal))
+        return
+    address = shown(url)
     is_sqlite = url.get_backend_name() == "sqlite"
     if is_sqlite and not Path(url.database or "").exists():
-        yield Finding(Verdict.OK, "database", f"{url.database} (made at the first start)")
+        yield Finding(Verdict.OK, "database", f"{address} (made at the first start)")
         return
     options: dict[str, object] = {} if is_sqlite else {"connect_timeout": 5}
     engine = create_engine(url.set(drivername="sqlite" if is_sqlite else "postgresql+psycopg"), connect_args=options)
@@ -271,32 +275,44 @@ def check_database(settings: Settings) -> Iterator[Finding]:
     except SQLAlchemyError as error:
         reason = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
         yield Finding(
-            Verdict.FAIL, "database", f"{shown}: {reason}", "Check MODELYARD_DATABASE_URL and the server it names."
+            Verdict.FAIL, "database", f"{address}: {reason}", "Check MODELYARD_DATABASE_URL and the server it names."
         )
     else:
-        yield Finding(Verdict.OK, "database", shown)
+        yield Finding(Verdict.OK, "database", address)
     finally:
         engine.dispose()
 
 
 def check_storage(settings: Settings) -> Iterator[Finding]:
     """Where objects are kept."""
-    shown = settings.storage_url or str(settings.data_dir / "objects")
+    place = settings.storage_url or str(settings.data_dir / "objects")
     if not settings.storage_url.startswith("s3:") and not settings.data_dir.exists():
-        yield Finding(Verdict.OK, "storage", f"{shown} (made at the first start)")
+        yield Finding(Verdict.OK, "storage", f"{place} (made at the first start)")
         return
     try:
         asyncio.run(open_storage(settings).check())
     except (ModelyardError, StartRefused) as error:
         todo = "Check MODELYARD_STORAGE_URL, MODELYARD_S3_ENDPOINT_URL and AWS_*."
-        yield Finding(Verdict.FAIL, "storage", f"{shown}: {error}", todo)
+        yield Finding(Verdict.FAIL, "storage", f"{place}: {error}", todo)
     else:
-        yield Finding(Verdict.OK, "storage", shown)
+        yield Finding(Verdict.OK, "storage", place)
+
+
+def check_imports(settings: Settings) -> Iterator[Finding]:
+    """The folder that local models come from, where one is set."""
+    folder = settings.import_dir
+    if folder is None:
+        return
+    if folder.is_dir():
+        yield Finding(Verdict.OK, "imports", str(folder))
+    else:
+        todo = "Make it, or correct MODELYARD_IMPORT_DIR."
+        yield Finding(Verdict.WARN, "imports", f"there is no folder {folder}", todo)
 
 
 CHECKS: tuple[Callable[[Settings], Iterator[Finding]], ...] = (
-    check_python, check_settings, check_data_folder, check_memory, check_gpu, check_database, check_storage, check_hub,
-    check_engine,
+    check_python, check_settings, check_data_folder, check_memory, check_gpu, check_database, check_storage,
+    check_imports, check_hub, check_engine,
 )  # fmt: skip
 
 
