@@ -8,10 +8,8 @@ at any point finds the live engine again (`attempt-N`, the newest) or starts ano
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
-import os
 import shutil
 import sys
 import tempfile
@@ -21,7 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from modelyard.db import Sessions, utcnow
-from modelyard.deploy import actions
+from modelyard.deploy import actions, attempts
 from modelyard.deploy.engine_client import EngineClient, Health
 from modelyard.deploy.failures import explain
 from modelyard.deploy.machine import this_machine
@@ -47,9 +45,7 @@ UNWELL_LIMIT = 6
 #: An engine that stood this long has its restarts forgotten.
 STABLE_S = 300.0
 LONGEST_DELAY_S = 60.0
-LOG_TAIL_BYTES = 256 * 1024
 STILL_STARTING_EVERY_S = 5.0
-ATTEMPT_HEAD = "=== attempt "
 ENGINE_GONE = "the server was restarted, and the engine is gone"
 
 
@@ -87,7 +83,7 @@ class Supervisor:
         async with self.sessions.read() as session:
             live = await actions.live(session)
         for row in live:
-            attempt = _newest_attempt(self.settings.jobs_dir / str(row.job_id))
+            attempt = attempts.newest(self.settings.jobs_dir / str(row.job_id))
             if row.state == DeploymentState.READY and (attempt is None or not await self.children.is_running(attempt)):
                 async with self.sessions.begin() as session:
                     await move(session, Deployment, row.id, "state", MOVES, DeploymentState.STARTING, ENGINE_GONE)
@@ -96,11 +92,6 @@ class Supervisor:
         """Wake the deployments that wait for memory."""
         self.room_made.set()
         self.room_made = asyncio.Event()
-
-
-def _newest_attempt(job_folder: Path) -> Path | None:
-    attempts = sorted(job_folder.glob("attempt-*"), key=lambda path: int(path.name.split("-")[1]))
-    return attempts[-1] if attempts else None
 
 
 class _Service:
@@ -201,7 +192,7 @@ class _Service:
 
     async def _take_up(self) -> None:
         """Find what an earlier server left of this deployment."""
-        folder = _newest_attempt(self.context.folder)
+        folder = attempts.newest(self.context.folder)
         if folder is None:
             return
         child = await self.yard.children.adopt(folder)
@@ -214,8 +205,7 @@ class _Service:
             await self._move(DeploymentState.STARTING, ENGINE_GONE)
 
     async def _start(self) -> None:
-        newest = _newest_attempt(self.context.folder)
-        number = 1 + (int(newest.name.split("-")[1]) if newest else 0)
+        number, folder = attempts.following(self.context.folder)
         # A short path: a socket's may have no more than 107 bytes.
         scratch = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="modelyard-engine-"))
         url = f"unix:{socket_path(scratch)}"
@@ -233,9 +223,9 @@ class _Service:
                 self.settings.data_dir / "cache",
             )
             await self._move(DeploymentState.STARTING, f"attempt {number}", engine_url=url)
-            await asyncio.to_thread(self._begin_log, number, command.argv)
+            await asyncio.to_thread(attempts.begin_log, self.context.log, number, command.argv)
             self.child = await self.yard.children.start(
-                self.context.folder / f"attempt-{number}",
+                folder,
                 command,
                 log=self.context.log,
                 stop_timeout_s=self.settings.engine_stop_timeout_s,
@@ -260,11 +250,6 @@ class _Service:
                 "Delete the model and add it again.",
             ) from error
         return ModelFiles(model.model_id, path, model.size_bytes, config, model.task)
-
-    def _begin_log(self, attempt: int, argv: tuple[str, ...]) -> None:
-        """Head the attempt in the job's log, which holds all attempts one after the other."""
-        with self.context.log.open("a", encoding="utf-8") as file:
-            file.write(f"{ATTEMPT_HEAD}{attempt}, {utcnow():%Y-%m-%d %H:%M:%S} UTC: {' '.join(argv)}\n")
 
     async def _probe(self) -> None:
         """Ask the engine to do its work once; READY if it does."""
@@ -345,17 +330,10 @@ class _Service:
     async def _cause(self) -> JobFailure:
         if self.child is not None and not self.child.is_alive:
             self.outcome = self.child.outcome
-        text = await asyncio.to_thread(self._log_of_attempt)
+        text = await asyncio.to_thread(attempts.newest_log, self.context.log)
         failure = explain(text, self.outcome)
         failure.hint = failure.hint.replace("<id>", str(self.context.id))
         return failure
-
-    def _log_of_attempt(self) -> str:
-        with contextlib.suppress(OSError), self.context.log.open("rb") as file:
-            end = file.seek(0, os.SEEK_END)
-            file.seek(max(0, end - LOG_TAIL_BYTES))
-            return file.read().decode("utf-8", "replace").rpartition(ATTEMPT_HEAD)[2]
-        return ""
 
     async def _end(self, to: DeploymentState, reason: str) -> None:
         """Write the end, and let go of the models."""
