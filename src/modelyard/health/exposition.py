@@ -10,12 +10,16 @@ import re
 from collections.abc import Iterable
 
 COMMENT = re.compile(r"# (HELP|TYPE) (\S+)")
-SAMPLE = re.compile(r"([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})? (.+)")
+VALUE = r"(?:[+-]?Inf|NaN|[+-]?[0-9][0-9.eE+-]*)(?: -?[0-9]+)?"
+SAMPLE = re.compile(r"([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})? (" + VALUE + ")")
 SUFFIXES = ("_bucket", "_count", "_sum", "_total", "_created", "_info")
 
 
 def merge(own: str, engines: Iterable[tuple[str, str]]) -> str:
-    """Return one exposition of the server's own and of `(deployment, text)` pairs, each in text format 0.0.4."""
+    """Return one exposition of the server's own and of `(deployment, text)` pairs, each in text format 0.0.4.
+
+    What an engine says that is none of that format is left out.
+    """
     comments: dict[str, list[str]] = {}
     samples: dict[str, list[str]] = {}
     _gather(own, None, comments, samples)
@@ -29,12 +33,14 @@ def merge(own: str, engines: Iterable[tuple[str, str]]) -> str:
 
 def _gather(text: str, deployment: str | None, comments: dict[str, list[str]], samples: dict[str, list[str]]) -> None:
     declared: set[str] = set()
-    seen = {family for family in comments if samples.get(family)}
-    for line in text.splitlines():
+    # The first that describes a family does so for all, even if it has measured nothing of it yet.
+    described = set(comments)
+    # Not splitlines: a label may hold what other standards take for the end of a line.
+    for line in text.split("\n"):
         if comment := COMMENT.match(line):
             family = comment[2]
             declared.add(family)
-            if family not in seen:
+            if family not in described:
                 comments.setdefault(family, []).append(line)
         elif sample := SAMPLE.fullmatch(line):
             name, labels, value = sample.groups()
