@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 from sqlalchemy import text
@@ -48,6 +50,18 @@ async def test_the_same_model_makes_the_same_job_while_it_runs(database_url: str
         assert first.id == again.id != other.id
         assert (first.name, first.kind, first.subject) == ("DOWNLOAD_acme/tiny", "DOWNLOAD", "acme/tiny")
         assert first.spec == {"model_id": "acme/tiny", "revision": "main"}
+
+
+async def test_adds_of_the_same_model_at_the_same_moment_make_one_job(database_url: str) -> None:
+    async with opened(database_url) as sessions:
+
+        async def add() -> UUID:
+            async with sessions.begin() as session:
+                job = await actions.request_download(session, "acme/tiny")
+                await asyncio.sleep(0.02)
+                return job.id
+
+        assert len(set(await asyncio.gather(*(add() for _ in range(6))))) == 1
 
 
 async def test_a_job_that_was_interrupted_is_not_taken_up_again(database_url: str) -> None:

@@ -11,7 +11,7 @@ from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from modelyard.db import utcnow
+from modelyard.db import exclusively, utcnow
 from modelyard.errors import Conflict, ModelInUse, ModelNotFound, Unprocessable
 from modelyard.jobs import actions as jobs
 from modelyard.jobs.tables import ACTIVE, Job
@@ -65,6 +65,7 @@ async def request_download(session: AsyncSession, model_id: str, revision: str |
         wanted = LOCAL_REVISION
     else:
         wanted = check_revision(revision or DEFAULT_REVISION)
+    await exclusively(session, f"{DOWNLOAD} {model_id}")
     active = await jobs.find_active(session, kind=DOWNLOAD, subject=model_id)
     if active is None:
         spec = {"model_id": model_id, "revision": wanted}
