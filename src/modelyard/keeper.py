@@ -79,6 +79,7 @@ def write_json(path: str, value: dict[str, Any]) -> None:
 
 
 def prctl(option: int, value: int) -> None:
+    """Set a property of this process (prctl(2)); a kernel that does not know it is not told so."""
     ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 
 

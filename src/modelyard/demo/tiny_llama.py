@@ -258,6 +258,7 @@ def _little_endian(numbers: array.array[float], dtype: str) -> bytes:
 
 
 def main() -> None:
+    """Make the model that the command line asks for."""
     parser = argparse.ArgumentParser(prog="modelyard.demo.tiny_llama", description="Make a tiny random model.")
     parser.add_argument("folder", type=Path, help="where to put it; must not exist")
     parser.add_argument("--tiny-bert", action="store_true", help="an embedding model instead of a Llama")

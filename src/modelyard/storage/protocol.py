@@ -108,22 +108,26 @@ class Storage(Protocol):
 
 
 def is_key(text: str) -> bool:
+    """Whether the text can be the key of an object."""
     return len(text) <= MAX_KEY_LENGTH and _KEY.fullmatch(text) is not None
 
 
 def checked_key(key: str) -> str:
+    """Return the key, or refuse what cannot be one."""
     if not is_key(key):
         raise Unprocessable(f"{key[:100]!r} cannot be the key of an object: {KEY_RULE}.", code="invalid_key")
     return key
 
 
 def checked_prefix(prefix: str) -> str:
+    """Return the prefix, or refuse what no key can begin with."""
     if len(prefix) > MAX_KEY_LENGTH or _PREFIX.fullmatch(prefix) is None:
         raise Unprocessable(f"No key can begin with {prefix[:100]!r}: {KEY_RULE}.", code="invalid_key")
     return prefix
 
 
 def checked_range(start: int, length: int | None) -> None:
+    """Refuse a part of an object that cannot be."""
     if start < 0 or (length is not None and length < 0):
         raise ValueError(f"start and length must not be negative: {start}, {length}")
 

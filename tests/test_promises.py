@@ -1,0 +1,131 @@
+"""What is promised in words is so: the drawn states, the README's commands and paths, the words for every module."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from starlette.routing import Match
+
+from modelyard.cli import app as command_line
+from modelyard.states import drawn_moves
+from tests.walk import application, every_path
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "src" / "modelyard").rglob("*.py"))
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def modules_with_states() -> list[str]:
+    """Return the modules that have a table of moves, found by their text so that none is forgotten."""
+    return [
+        ".".join(path.relative_to(ROOT / "src").with_suffix("").parts)
+        for path in SOURCES
+        if re.search(r"^MOVES\b", path.read_text("utf-8"), re.MULTILINE)
+    ]
+
+
+def states_of(module: ModuleType) -> type[StrEnum]:
+    kinds = {type(state) for state in module.MOVES}
+    assert len(kinds) == 1
+    (kind,) = kinds
+    assert issubclass(kind, StrEnum)
+    return kind
+
+
+def test_the_rooms_with_states_are_found() -> None:
+    assert {"modelyard.jobs.tables", "modelyard.deploy.tables"} <= set(modules_with_states())
+
+
+@pytest.mark.parametrize("name", modules_with_states())
+def test_the_drawing_of_the_states_is_their_table(name: str) -> None:
+    module = importlib.import_module(name)
+    states = states_of(module)
+    assert set(module.MOVES) == set(states), "every state is in the table"
+    table = {str(state): {str(target) for target in targets} for state, targets in module.MOVES.items() if targets}
+    assert drawn_moves(states.__doc__ or "") == table
+
+
+@pytest.mark.parametrize("name", modules_with_states())
+def test_every_state_but_the_first_can_be_reached_and_has_its_line(name: str) -> None:
+    module = importlib.import_module(name)
+    states = states_of(module)
+    reached = {next(iter(states))}
+    while more := {target for state in reached for target in module.MOVES[state]} - reached:
+        reached |= more
+    assert reached == set(states)
+    source = Path(module.__file__ or "").read_text("utf-8")
+    for state in states:
+        assert re.search(rf'^    #: .+\n    {state.name} = "{state.value}"$', source, re.MULTILINE), state
+
+
+def shell_lines() -> Iterator[str]:
+    """Yield the README's shell commands, continued lines joined."""
+    for block in re.findall(r"^```(?:bash|sh|shell|console)?\n(.*?)^```$", README, re.MULTILINE | re.DOTALL):
+        yield from block.replace("\\\n", " ").splitlines()
+
+
+def test_every_make_target_that_the_readme_names_is_there() -> None:
+    named = set(re.findall(r"`make ([a-z-]+)", README)) | {
+        found[1] for line in shell_lines() if (found := re.match(r"(?:\$ )?make ([a-z-]+)", line))
+    }
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    assert {"demo", "test", "serve"} <= named
+    assert named <= targets
+
+
+def test_every_command_that_the_readme_names_is_there() -> None:
+    named = set(re.findall(r"`(?:\.venv/bin/)?modelyard ([a-z]+)", README))
+    known = {command.callback.__name__ for command in command_line.registered_commands if command.callback}
+    assert "doctor" in named
+    assert named <= known
+
+
+def test_every_curl_command_of_the_readme_asks_for_a_route_that_is_there() -> None:
+    routes = application().routes
+    asked = 0
+    for line in shell_lines():
+        found = re.match(r"curl\b.*?http://[\w.:]+(/[^\s'\"?]*)", line)
+        if found is None:
+            continue
+        method = re.search(r"-X (\w+)", line)
+        default = "POST" if re.search(r"\s(-d|--data|--json)\b", line) else "GET"
+        path = found[1].replace("JOB_ID", "00000000-0000-4000-8000-000000000000")
+        scope: dict[str, Any] = {
+            "type": "http",
+            "method": method[1] if method else default,
+            "path": path,
+            "headers": [],
+        }
+        assert any(route.matches(scope)[0] is Match.FULL for route in routes), line
+        asked += 1
+    assert asked >= 5
+
+
+def test_the_readme_lists_every_route_of_the_api() -> None:
+    listed = set()
+    for methods, path in re.findall(r"((?:`?\b(?:GET|POST|DELETE|PUT|PATCH)\b`?,? ?)+)`?(/[^`?]*)", README):
+        for method in re.findall(r"[A-Z]+", methods):
+            listed.add((method, re.sub(r"\{\w+\}", "*", path.rstrip("/"))))
+    wanted = set()
+    for method, path in every_path(application()):
+        path = re.sub(r"no/such|00000000-0000-4000-8000-000000000000", "*", path.rstrip("/"))
+        if path.startswith(("/api/v1/models", "/api/v1/deploy", "/api/v1/jobs")):
+            wanted.add((method, path))
+    assert wanted - listed == set()
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT / "src")))
+def test_every_module_and_every_public_function_says_what_it_is_for(path: Path) -> None:
+    tree = ast.parse(path.read_text("utf-8"))
+    assert ast.get_docstring(tree), "the module"
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"line {node.lineno}: {node.name}"
