@@ -15,7 +15,7 @@ Cells = Mapping[tuple[int, str], Sequence[Any]]
 
 
 def machine() -> str:
-    """Return the machine in a line: processor, cores, Python, date."""
+    """Return the machine in a line: processor, cores, Python, date, and how busy it was."""
     cpu = next(
         (
             line.split(":", 1)[1].strip()
@@ -25,7 +25,9 @@ def machine() -> str:
         platform.machine(),
     )
     today = datetime.now(UTC).date().isoformat()
-    return f"{cpu}, {os.cpu_count()} cores, Linux, Python {platform.python_version()}, {today}"
+    busy = ", ".join(f"{load:.1f}" for load in os.getloadavg())
+    python = platform.python_version()
+    return f"{cpu}, {os.cpu_count()} cores, Linux, Python {python}, {today}; load average at the end {busy}"
 
 
 def _median(cells: Sequence[Any], value: Callable[[Any], float]) -> float:
