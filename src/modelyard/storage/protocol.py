@@ -133,6 +133,7 @@ def checked_range(start: int, length: int | None) -> None:
 
 
 def checked_upload(content_type: str, max_bytes: int, expires_s: int) -> None:
+    """Refuse the terms of an upload that cannot be."""
     if _CONTENT_TYPE.fullmatch(content_type) is None:
         raise Unprocessable(
             f"{content_type[:100]!r} is no content type, such as application/jsonl.", param="content_type"
