@@ -45,8 +45,11 @@ check:  ## What needs no running: ruff, mypy (strict), import-linter
 
 bench:  ## Measure; writes benchmarks/RESULTS.md
 	$(INSTALL) server engine dev
+	@$(BIN)/python benchmarks/startup.py --write
+	@$(BIN)/python benchmarks/jobs.py --write
+	@$(BIN)/python benchmarks/jobs.py --postgres --write
+	@$(BIN)/python benchmarks/deploy.py --write
 	@$(BIN)/python benchmarks/gateway.py --vllm tiny --write $(ARGS)
-	@$(BIN)/python benchmarks/jobs.py
 
 lock:  ## Pin the requirements again after a change to requirements/*.in; ARGS=--upgrade for newer versions
 	$(INSTALL) server

@@ -50,6 +50,8 @@ def serve(settings: Settings) -> int:
             log_level="warning",
             access_log=False,
             server_header=False,
+            # Nothing here asks for the client's address, and whoever claims one is not believed.
+            proxy_headers=False,
             timeout_graceful_shutdown=SHUTDOWN_S,
         )
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
