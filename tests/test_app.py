@@ -211,3 +211,18 @@ async def test_what_fails_inside_is_told_without_its_cause_which_the_log_has(tmp
         assert "NONSENSE" not in answer.text
         await eventually(lambda: "NONSENSE" in server.log, "the cause in the log")
         assert server.get("/health").status == 200
+
+
+async def test_a_server_whose_job_runner_dies_ends_with_a_status_that_has_it_started_again(tmp_path: Path) -> None:
+    with serving(tmp_path / "data") as server:
+        with sqlite3.connect(server.data_dir / "modelyard.db") as database:
+            # No program writes such a row; reading it is what kills the runner.
+            database.execute(
+                "INSERT INTO jobs (id, kind, name, spec, status, interrupt_requested, created_at)"
+                " VALUES (?, 'DOWNLOAD', 'x', 'this is not JSON', 'CREATED', 0, '2026-01-01 00:00:00.000000')",
+                (uuid.UUID(JOB).hex,),
+            )
+        database.close()
+        assert server.wait() == 1
+        assert "The job runner ended. The server stops." in server.log
+        assert "JSONDecodeError" in server.log, "and why"
