@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import random
 import socket
 import statistics
@@ -82,6 +83,9 @@ async def measure(url: str, root: Path, jobs: int, requests: int) -> dict[str, t
     sessions = Sessions(database_url(url, root))
     try:
         middle, old = await fill(sessions, jobs)
+        # As the server does when it has started: what is there for good is not looked through again and again.
+        gc.collect()
+        gc.freeze()
         app = FastAPI()
         app.state.sessions, app.state.runner = sessions, JobRunner(sessions, {}, {}, root)
         app.include_router(api)
