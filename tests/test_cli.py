@@ -122,6 +122,8 @@ async def test_it_ends_in_good_order_while_a_client_follows_a_job(tmp_path: Path
             started = time.monotonic()
             assert server.stop() == 0
             assert time.monotonic() - started < 20
+            assert stream.read().endswith(b"\n\n"), "the stream has come to its end, between two events"
+        assert server.log == ""
         assert server.processes() == {}, "the download's child ended with it"
         server.start()
         assert server.get(f"/api/v1/jobs/{job_id}/status").json()["status"] == "RUNNING", "and goes on with the server"

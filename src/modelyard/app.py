@@ -90,6 +90,7 @@ def create_app(foundation: Foundation) -> FastAPI:
         app.state.sessions = sessions
         app.state.storage = storage
         app.state.runner = runner
+        app.state.hang_up = runner.news.end
         app.state.routing = routing
         app.state.gateway = Gateway(routing, engines, Metrics(app.state.registry), settings.max_body_mib * MIB)
         async with sessions.begin() as session:

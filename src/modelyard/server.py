@@ -8,6 +8,7 @@ over it starts it again. A second Ctrl-C ends it at once; its children then live
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import signal
@@ -17,6 +18,8 @@ from types import FrameType
 
 import uvicorn
 import uvloop
+from fastapi import FastAPI
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from modelyard.app import create_app
 from modelyard.errors import StartRefused
@@ -42,20 +45,8 @@ def serve(settings: Settings) -> int:
     foundation.lay()
     try:
         listener = _listen(settings.host, settings.port)
-        config = uvicorn.Config(
-            create_app(foundation),
-            http="httptools",
-            ws="none",
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            # Nothing here asks for the client's address, and whoever claims one is not believed.
-            proxy_headers=False,
-            timeout_graceful_shutdown=SHUTDOWN_S,
-        )
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_Server(config).serve(sockets=[listener]))
+            runner.run(_Server(create_app(foundation)).serve(sockets=[listener]))
     finally:
         foundation.close()
     return 0 if foundation.failure is None else 1
@@ -81,8 +72,35 @@ def _address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def _without_a_word(app: FastAPI) -> ASGIApp:
+    """Return the application without the traceback of each request that was cut off because the server stops."""
+
+    async def quiet(scope: Scope, receive: Receive, send: Send) -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await app(scope, receive, send)
+
+    return quiet
+
+
 class _Server(uvicorn.Server):
     """uvicorn's server, which says where it listens once it answers and ends with a status of our own."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
+        super().__init__(
+            uvicorn.Config(
+                _without_a_word(app),
+                http="httptools",
+                ws="none",
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                # Nothing here asks for the client's address, and whoever claims one is not believed.
+                proxy_headers=False,
+                timeout_graceful_shutdown=SHUTDOWN_S,
+            )
+        )
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -92,7 +110,11 @@ class _Server(uvicorn.Server):
             url = f"http://{_address(*listener.getsockname()[:2])}"
             print(f"Modelyard listens on {url} (documentation: {url}/api/docs)", flush=True)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._app.state.hang_up()
+        await super().shutdown(sockets)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # uvicorn's own would raise the signal once more at the end, and the exit status would be that of a victim.
-        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.force_exit |= self.should_exit and sig == signal.SIGINT
         self.should_exit = True

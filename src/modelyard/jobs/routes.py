@@ -130,6 +130,8 @@ async def _stream(sessions: DatabaseSessions, runner: JobRunner, job_id: UUID, a
             if job.status not in ACTIVE:
                 yield f"event: end\ndata: {job.model_dump_json()}\n\n"
                 return
+            if runner.news.is_over:  # the follower comes back to the next server with its Last-Event-ID
+                return
             try:
                 async with asyncio.timeout(KEEP_ALIVE_S):
                     await news.wait()

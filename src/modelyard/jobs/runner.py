@@ -88,6 +88,7 @@ class News:
     """Wakes those who follow a job. Holds no facts: they are in the database, and a follower reads them there."""
 
     def __init__(self) -> None:
+        self.is_over = False
         self._followers: dict[UUID, set[asyncio.Event]] = {}
 
     def tell(self, job_id: UUID) -> None:
@@ -107,6 +108,12 @@ class News:
         followers.discard(follower)
         if not followers:
             self._followers.pop(job_id, None)
+
+    def end(self) -> None:
+        """Wake every follower for the last time: the server stops, and would wait for them. Safe to repeat."""
+        self.is_over = True
+        for job_id in self._followers:
+            self.tell(job_id)
 
 
 class JobRunner:
