@@ -159,6 +159,13 @@ async def _answer_invalid(_request: Request, error: Exception) -> Response:
     return error_response(describe_invalid(error.errors()))
 
 
+#: What pydantic says in words of its own.
+_REASONS = {
+    "extra_forbidden": "There is no such field; /api/docs shows those that there are",
+    "model_attributes_type": "Input should be a JSON object",
+}
+
+
 def describe_invalid(faults: Any) -> ModelyardError:
     """Return the error for a request that pydantic refused: where, what, and how many more."""
     first = faults[0]
@@ -170,7 +177,9 @@ def describe_invalid(faults: Any) -> ModelyardError:
         return Unprocessable("The body is not JSON by its type: send the header 'Content-Type: application/json'.")
     where = ".".join(map(str, path)) or source
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-    reason = first["msg"].removeprefix("Value error, ")
+    reason = _REASONS.get(first["type"], first["msg"].removeprefix("Value error, "))
+    if first["type"] == "missing" and not path:
+        reason = "there is none: send JSON, with the header 'Content-Type: application/json'"
     return Unprocessable(f"{source} {where}: {reason}{more}." if path else f"{source}: {reason}{more}.", param=where)
 
 

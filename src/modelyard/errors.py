@@ -114,11 +114,13 @@ class ModelNotFound(NotFound):
     code = "model_not_found"
 
     def __init__(
-        self, model_id: str, *, where: str = "in the store", known: Sequence[str] = (), hint: str = ""
-    ) -> None:
+        self, model_id: str, *, where: str = "in the store", known: Sequence[str] = (), hint: str = "",
+        what: str = "model", param: str | None = None,
+    ) -> None:  # fmt: skip
         names = f"there are: {', '.join(known)}" if known else "there are none"
-        message = f"There is no model '{model_id}' {where}; {names}."
-        super().__init__(f"{message} {hint}".strip(), param="model_id" if where == "in the store" else "model")
+        message = f"There is no {what} '{model_id}' {where}; {names}."
+        param = param or ("model_id" if where == "in the store" else "model")
+        super().__init__(f"{message} {hint}".strip(), param=param)
 
 
 class JobNotFound(NotFound):

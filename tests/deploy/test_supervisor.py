@@ -291,11 +291,13 @@ async def test_what_cannot_be_deployed_is_refused_with_the_reason(tmp_path: Path
     async with deploy_yard(tmp_path) as yard:
         await yard.add_model("org/a")
         await yard.add_model("org/e", task="embed")
+        await yard.add_model("org/other")
         await yard.add_model("org/poems", adapter=True, base_model_id="org/other")
         with pytest.raises(ModelNotFound, match="org/gone"):
             await yard.deploy("org/gone")
-        with pytest.raises(ModelNotFound, match="org/gone"):
-            await yard.deploy("org/a", ["org/gone"])
+        with pytest.raises(ModelNotFound, match=r"no adapter 'org/gone' of 'org/other' .* are: org/poems\.") as refused:
+            await yard.deploy("org/other", ["org/poems", "org/gone"])
+        assert refused.value.param == "adapter_ids"
         with pytest.raises(Unprocessable, match="adapter of 'org/other'"):
             await yard.deploy("org/poems")
         with pytest.raises(Unprocessable, match="not of 'org/a'"):

@@ -72,7 +72,7 @@ async def _check_adapters(session: AsyncSession, model: Model, adapter_ids: Sequ
     if adapter_ids and model.task != "generate":
         raise Unprocessable("Adapters are served on generative models only.", param="adapter_ids")
     for adapter_id in adapter_ids:
-        adapter = await models.get(session, adapter_id)
+        adapter = await models.get_adapter(session, adapter_id, model.model_id)
         if not adapter.adapter:
             raise Unprocessable(f"'{adapter_id}' is a model, not an adapter.", param="adapter_ids")
         if adapter.base_model_id != model.model_id:

@@ -49,6 +49,26 @@ async def get(session: AsyncSession, model_id: str) -> Model:
     return model
 
 
+async def get_adapter(session: AsyncSession, adapter_id: str, base_model_id: str) -> Model:
+    """Return what is to be put on a model as its adapter, whatever it turns out to be.
+
+    Raises:
+        ModelNotFound: it is not in the store; the error names the model's adapters that are.
+    """
+    adapter = await find(session, adapter_id)
+    if adapter is None:
+        mine = select(Model.model_id).where(Model.adapter, Model.base_model_id == base_model_id)
+        raise ModelNotFound(
+            adapter_id[:200],
+            what="adapter",
+            where=f"of '{base_model_id}' in the store",
+            known=(await session.scalars(mine.order_by(Model.model_id).limit(20))).all(),
+            hint="POST /api/v1/models/add/ downloads one.",
+            param="adapter_ids",
+        )
+    return adapter
+
+
 async def request_download(session: AsyncSession, model_id: str, revision: str | None = None) -> Job:
     """Return the job that brings a model into the store: the one that is at it, or a new one.
 
