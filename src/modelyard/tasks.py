@@ -14,7 +14,11 @@ log = logging.getLogger(__name__)
 
 
 def spawn(
-    name: str, work: Coroutine[object, object, None], *, eternal: bool = False, on_end: Callable[[], None] | None = None
+    name: str,
+    work: Coroutine[object, object, None],
+    *,
+    eternal: bool = False,
+    on_end: Callable[[], None] | None = None,
 ) -> asyncio.Task[None]:
     """Start `work` as a named, guarded task. Keep the returned task: the loop holds only a weak reference."""
     task = asyncio.create_task(work, name=name)
