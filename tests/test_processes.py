@@ -233,6 +233,18 @@ async def test_a_child_that_ignores_sigterm_is_killed_after_its_stop_timeout(yar
     assert 0.4 <= time.monotonic() - began < 10
 
 
+@pytest.mark.parametrize("end", [Child.stop, Child.kill])
+async def test_a_child_that_has_to_be_killed_leaves_no_shared_memory(
+    yard: Yard, end: Callable[[Child], Coroutine[Any, Any, Outcome]]
+) -> None:
+    child = await yard.start((sys.executable, str(PROGRAMS / "sharer.py")), stop_timeout_s=0.4)
+    await yard.said("sharing")
+    memory = Path("/dev/shm", yard.log.read_text("utf-8").split()[1].rstrip("."))
+    assert memory.exists()
+    assert (await end(child)).exit_code is None
+    assert not memory.exists()
+
+
 async def test_killing_ends_a_child_at_once_whatever_its_stop_timeout(yard: Yard) -> None:
     child = await yard.start(program("deaf"))
     await yard.said("deaf")

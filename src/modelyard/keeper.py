@@ -5,7 +5,8 @@ child's environment as its own. It imports nothing of Modelyard: it must start i
 
 It holds a lock on `keeper.lock` for as long as it lives, writes `keeper.json` (pid and start time) before anything
 else starts, runs the command in a session of its own, and writes `outcome.json` when the last process of it is gone.
-SIGTERM asks it to end the command: SIGTERM to the group, SIGKILL after `stop_timeout_s`. When no server has held
+SIGTERM asks it to end the command: SIGTERM to the group, SIGKILL after `stop_timeout_s` to all of it but what
+removes its shared memory. When no server has held
 `owner_lock` for `grace_s` seconds, it does the same by itself. As a subreaper it inherits every grandchild whose
 parent died, so that an engine's workers cannot outlive their engine. It kills no pid that it is not the parent of.
 """
@@ -94,6 +95,15 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
+def is_resource_tracker(pid: int | str) -> bool:
+    """Whether a process is Python's resource tracker, which removes the shared memory that dead processes left."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return b"multiprocessing.resource_tracker" in file.read()
+    except OSError:
+        return False
+
+
 class Keeper:
     """One run of one command; `run` returns when nothing of it is left."""
 
@@ -134,7 +144,7 @@ class Keeper:
                 self.abandoned = True
                 self._ask_to_end()
             if self.kill_at is not None and now > self.kill_at:
-                self._kill_group(signal.SIGKILL)
+                self._kill_hard()
         self._end_rest()
         self._remove_scratch()
         assert self.status is not None
@@ -196,6 +206,21 @@ class Keeper:
     def _kill_group(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.child, number)
+
+    def _kill_hard(self) -> None:
+        """SIGKILL the group, all but resource trackers: killed too, they would leave shared memory behind for good.
+
+        They end by themselves once all others are gone. To be repeated: a process may be born meanwhile.
+        """
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                process = os.pidfd_open(int(name))
+                try:
+                    # Asked after it was opened: from then on the pid cannot be another's unseen.
+                    if os.getpgid(int(name)) == self.child and not is_resource_tracker(name):
+                        signal.pidfd_send_signal(process, signal.SIGKILL)
+                finally:
+                    os.close(process)
 
     def _end_rest(self) -> None:
         """End every process that the command left behind, until this keeper has no child at all."""

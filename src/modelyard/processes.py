@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modelyard import keeper as keeper_module
-from modelyard.keeper import lock_is_held, start_time, take_lock, write_json
+from modelyard.keeper import is_resource_tracker, lock_is_held, start_time, take_lock, write_json
 
 log = logging.getLogger(__name__)
 
@@ -364,8 +364,10 @@ def _remove_scratch(folder: Path) -> None:
 def _kill_by_token(token: str) -> None:
     """Kill every process that carries the token in its environment, until there is none."""
     marker = f"{TOKEN}={token}".encode()
-    deadline = time.monotonic() + KEEPER_END_S
-    while time.monotonic() < deadline:
+    began = time.monotonic()
+    while time.monotonic() < began + KEEPER_END_S:
+        # A tracker removes the shared memory of the others and ends by itself when they are gone.
+        spare_trackers = time.monotonic() < began + KEEPER_END_S / 4
         found = False
         for name in os.listdir("/proc"):
             if not name.isdigit():
@@ -375,6 +377,8 @@ def _kill_by_token(token: str) -> None:
                 try:
                     if marker in Path(f"/proc/{name}/environ").read_bytes().split(b"\0"):
                         found = True
+                        if spare_trackers and is_resource_tracker(name):
+                            continue
                         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                 finally:
                     os.close(pidfd)
