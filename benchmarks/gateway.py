@@ -231,11 +231,12 @@ Cells = dict[tuple[int, str], list[Cell]]
 
 
 def measure(places: Sequence[Place], levels: Sequence[int], tokens: int, seconds: float, rounds: int) -> Cells:
-    """Measure places in turn, level by level, round by round."""
+    """Measure places in turn, level by level, round by round; each round begins with another one of them."""
     cells: Cells = {}
     for number in range(rounds):
+        first = number % len(places)
         for level in levels:
-            for place in places:
+            for place in [*places[first:], *places[:first]]:
                 before = cpu_s(place.pids)
                 result = uvloop.run(run(place.address, level, tokens, seconds))
                 cell = Cell(result, cpu_s(place.pids) - before)
