@@ -145,6 +145,7 @@ def install(parts: list[str], missing: list[str], engine: str) -> None:
     pip = [str(PYTHON), "-m", "pip", "--no-input", "--disable-pip-version-check", "install", "--retries=1"]
     pip += ["--no-deps", "--progress-bar=off", "-r", str(HERE / "build.txt")]
     run(pip, "uv and the build backend", dict(os.environ), OTHER_SOURCES)
+    say("- where packages come from ...")
     env = package_sources(unreachable)
     try:
         install_packages(parts, engine, env, ["--reinstall"] if again else [])

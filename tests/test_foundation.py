@@ -110,6 +110,7 @@ def test_what_cannot_be_used_is_named_in_one_line_without_any_password(
     line = refusal(tmp_path, **{"MODELYARD_DATA_DIR": str(tmp_path / "data"), **given})
     assert words in line
     assert "s3cret" not in line
+    assert "MODELYARD_DATA_DIR" in line or "MODELYARD_DATA_DIR" not in settings
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

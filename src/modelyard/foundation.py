@@ -59,7 +59,10 @@ class Foundation:
             folder_lock = ServerLock(self.owner_lock)
             taken = _patiently(folder_lock.take)
         except OSError as error:
-            raise StartRefused(f"The data folder {data_dir} cannot be used: {error.strerror}.") from error
+            raise StartRefused(
+                f"The data folder {data_dir} cannot be used: {error.strerror}. Set MODELYARD_DATA_DIR to a folder that "
+                "this user may write to."
+            ) from error
         if not taken:
             raise StartRefused(
                 f"Another server (process {folder_lock.holder()}) uses the data folder {data_dir}. "

@@ -97,6 +97,9 @@ def test_once_shows_everything_ends_by_itself_and_leaves_nothing(tmp_path: Path)
         for step in ("1. A server", "2. A model in its store", "3. In service", "4. An answer", "All of it worked"):
             assert step in running.text
         assert " tok0 tok1 tok2" in running.text
+        # The server is gone then: its address is no place to send anybody.
+        assert "/api/docs" in running.text
+        assert not re.search(r"http://\S+/api/docs", running.text)
         assert running.left_behind() == []
 
 
@@ -129,6 +132,8 @@ def test_a_second_demo_on_the_same_folder_takes_the_model_that_is_there(tmp_path
     for _ in range(2):
         with demo(tmp_path, "--once") as running:
             assert running.wait() == 0, running.text
+        said = "It was in service when the server ended, and comes back. What happened so far:"
+        assert (said in running.text) == ("local:tiny-llama is there already" in running.text)
     assert "local:tiny-llama is there already" in running.text
 
 

@@ -122,7 +122,15 @@ class Demo:
         self.terminal.step("3. In service, on vLLM")
         call = Call("POST", "/api/v1/deploy/", {"model_id": model_id, "adapter_ids": []})
         self.terminal.command(self.client.curl(call))
-        job = self._follow(self.client.json(call)["id"], f"Starting vLLM with {model_id}", until_ready=True)
+        wanted = self.client.json(call)
+        if wanted["status"] == "RUNNING":
+            how = (
+                "is in service already"
+                if self.child is None
+                else "was in service when the server ended, and comes back"
+            )
+            self.terminal.note(f"It {how}. What happened so far:")
+        job = self._follow(wanted["id"], f"Starting vLLM with {model_id}", until_ready=True)
         if job["status"] != "RUNNING":
             raise self._job_failed(job)
         self.terminal.command(self.client.curl(Call("GET", "/api/v1/deploy/status/")))
@@ -158,7 +166,10 @@ class Demo:
     def say_what_next(self, once: bool) -> None:
         """Print where to go from here."""
         self.terminal.step("All of it worked.")
-        self.terminal.note(f"Documentation, to be tried out: {self.client.base_url}/api/docs")
+        if once and self.child is not None:
+            self.terminal.note("Without ONCE=1 (--once) the server stays, to be tried out at /api/docs.")
+        else:
+            self.terminal.note(f"Documentation, to be tried out: {self.client.base_url}/api/docs")
         if not once:
             self.terminal.note("Out of service again:")
             self.terminal.command(self.client.curl(Call("POST", "/api/v1/deploy/interrupt/")))
