@@ -136,8 +136,11 @@ def install(parts: list[str], missing: list[str], engine: str) -> None:
     started = time.monotonic()
     kinds = {"engine": f"engine ({engine})"}
     say(f"Installing {', '.join(kinds.get(part, part) for part in missing)} into {VENV.name}/")
-    make_venv()
+    # Which packages an interrupted run left half written nobody knows: all are put in place again. In a new folder,
+    # since uv's --reinstall would not trust its cache either, and download everything once more.
     again = UNFINISHED.exists()
+    inside = Path(sys.prefix).resolve() == VENV.resolve()
+    make_venv(clear=again and not inside)
     UNFINISHED.touch()
     kept = {part: value for part, value in read_json(STAMP).items() if part not in parts}
     STAMP.unlink(missing_ok=True)
@@ -148,7 +151,7 @@ def install(parts: list[str], missing: list[str], engine: str) -> None:
     say("- where packages come from ...")
     env = package_sources(unreachable)
     try:
-        install_packages(parts, engine, env, ["--reinstall"] if again else [])
+        install_packages(parts, engine, env, ["--reinstall"] if again and inside else [])
     except InstallFailed as failure:
         raise InstallFailed("\n".join([str(failure), *unreachable])) from None
     write_stamp(kept | {part: fingerprint(part, engine) for part in parts})
@@ -192,10 +195,10 @@ def with_torch_index(env: dict[str, str], pin: str) -> dict[str, str]:
     return with_index | {"UV_INDEX": " ".join(filter(None, [env.get("UV_INDEX", ""), index]))}
 
 
-def make_venv() -> None:
-    """Make `.venv`, or keep the one that is there if its Python runs and is new enough."""
+def make_venv(*, clear: bool = False) -> None:
+    """Make `.venv`, or keep the one that is there if its Python runs and is new enough and it need not be cleared."""
     check = "import sys, pip; sys.exit(sys.version_info < (3, 11))"
-    if PYTHON.exists():
+    if PYTHON.exists() and not clear:
         if subprocess.run([str(PYTHON), "-c", check], capture_output=True, check=False).returncode == 0:
             return
         say(f"  {VENV.name}/ holds no working Python 3.11 or newer: made anew")

@@ -206,6 +206,22 @@ def test_a_finished_install_is_recognised_and_an_unfinished_one_is_not(
     assert install.read_stamp() == {}
 
 
+def test_a_folder_of_an_unfinished_install_is_made_anew_and_a_whole_one_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install = installer()
+    monkeypatch.setattr(install, "VENV", tmp_path / ".venv")
+    monkeypatch.setattr(install, "PYTHON", tmp_path / ".venv" / "bin" / "python")
+    install.make_venv()
+    half = tmp_path / ".venv" / "half-written"
+    half.touch()
+    install.make_venv()
+    assert half.exists()
+    install.make_venv(clear=True)
+    assert not half.exists()
+    assert install.PYTHON.exists()
+
+
 @pytest.mark.slow
 def test_an_install_that_reaches_no_index_says_so_and_counts_as_unfinished(tmp_path: Path) -> None:
     for name in ("requirements", "pyproject.toml"):
