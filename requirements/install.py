@@ -24,7 +24,8 @@ import tempfile
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -148,8 +149,8 @@ def install(parts: list[str], missing: list[str], engine: str) -> None:
     pip = [str(PYTHON), "-m", "pip", "--no-input", "--disable-pip-version-check", "install", "--retries=1"]
     pip += ["--no-deps", "--progress-bar=off", "-r", str(HERE / "build.txt")]
     run(pip, "uv and the build backend", dict(os.environ), OTHER_SOURCES)
-    say("- where packages come from ...")
-    env = package_sources(unreachable)
+    with waiting("where packages come from"):
+        env = package_sources(unreachable)
     try:
         install_packages(parts, engine, env, ["--reinstall"] if again and inside else [])
     except InstallFailed as failure:
@@ -184,11 +185,11 @@ def install_packages(parts: list[str], engine: str, env: dict[str, str], options
 def with_torch_index(env: dict[str, str], pin: str) -> dict[str, str]:
     """Add PyTorch's own index only where this torch is in none of the places that pip is told of."""
     probe = [str(UV), "pip", "install", f"--python={PYTHON}", "--no-deps", "--dry-run", "--quiet", pin]
-    if (
-        not os.environ.get("TORCH_INDEX")
-        and subprocess.run(probe, env=env, capture_output=True, check=False).returncode == 0
-    ):
-        return env
+    if not os.environ.get("TORCH_INDEX"):
+        with waiting(f"where {pin} comes from"):
+            found = subprocess.run(probe, env=env, capture_output=True, check=False).returncode == 0
+        if found:
+            return env
     index = os.environ.get("TORCH_INDEX") or TORCH_INDEX
     say(f"  {pin} comes from {without_credentials(index)}")
     with_index = {key: value for key, value in env.items() if key not in {"UV_NO_INDEX", "UV_OFFLINE"}}
@@ -313,6 +314,25 @@ def without_credentials(url: str) -> str:
 
 
 # Running a step, never silent for long.
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Say what is waited for, and every few seconds that it still is."""
+    say(f"- {what} ...")
+    started, done = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not done.wait(HEARTBEAT_S):
+            say(f"  ... {time.monotonic() - started:.0f} s")
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        done.set()
+        teller.join()
 
 
 def run(command: list[str], what: str, env: dict[str, str], hint: str = "") -> None:

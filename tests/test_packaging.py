@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -220,6 +221,19 @@ def test_a_folder_of_an_unfinished_install_is_made_anew_and_a_whole_one_is_kept(
     install.make_venv(clear=True)
     assert not half.exists()
     assert install.PYTHON.exists()
+
+
+def test_an_install_is_not_silent_while_it_looks_for_packages(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install = installer()
+    monkeypatch.setattr(install, "HEARTBEAT_S", 0.01)
+    said = ""
+    deadline = time.monotonic() + 20
+    with install.waiting("where packages come from"):
+        while said.count("\n") < 3 and time.monotonic() < deadline:
+            said += capsys.readouterr().out
+    assert said.startswith("- where packages come from ...\n  ... 0 s\n")
 
 
 @pytest.mark.slow
