@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import httpx
+import httpx2
 import pytest
 from fastapi import FastAPI
 
@@ -22,7 +22,7 @@ from tests.servers.hub import Fault, Hub
 
 
 @asynccontextmanager
-async def client_of(data_dir: Path, hub: Hub) -> AsyncIterator[tuple[httpx.AsyncClient, Yard]]:
+async def client_of(data_dir: Path, hub: Hub) -> AsyncIterator[tuple[httpx2.AsyncClient, Yard]]:
     async with open_yard(make_settings(data_dir, hub.endpoint)) as yard:
         app = FastAPI()
         app.include_router(api)
@@ -33,12 +33,12 @@ async def client_of(data_dir: Path, hub: Hub) -> AsyncIterator[tuple[httpx.Async
             return error_response(error)
 
         app.add_exception_handler(ModelyardError, answer)
-        transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://yard/api/v1") as client:
+        transport = httpx2.ASGITransport(app)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://yard/api/v1") as client:
             yield client, yard
 
 
-async def bring(client: httpx.AsyncClient, yard: Yard, model_id: str) -> None:
+async def bring(client: httpx2.AsyncClient, yard: Yard, model_id: str) -> None:
     answer = await client.post("/models/add/", params={"model_id": model_id})
     assert answer.status_code == 200, answer.text
     assert (await yard.ended(UUID(answer.json()["id"]))).status == JobStatus.FINISHED
