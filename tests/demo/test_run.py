@@ -166,15 +166,25 @@ def test_a_server_that_dies_at_its_start_shows_why_and_where_its_log_lies(tmp_pa
     assert f"Its log: {tmp_path / 'data' / 'server.log'}" in running.text
 
 
-def test_a_deployment_that_fails_shows_its_cause_and_the_command_for_its_log(tmp_path: Path) -> None:
+def test_a_deployment_that_fails_shows_its_cause_and_where_its_log_lies_once_the_server_is_gone(tmp_path: Path) -> None:
     settings = with_tiny(tmp_path, die_at_start={"stderr": "ValueError: nothing works", "exit_code": 3})
     with demo(tmp_path, "--once", **settings) as running:
         assert running.wait() == 1
         failed = running.text.partition("The demo failed: DEPLOY_local:tiny-llama: ")[2]
-        assert re.search(r"\$ curl '?http://127\.0\.0\.1:\d+/api/v1/jobs/[0-9a-f-]{36}/log/\?tail=50", failed), (
-            running.text
-        )
+        assert "curl" not in failed, running.text
+        log = re.search(r"What its process wrote: (/\S+/log\.txt)", failed)
+        assert log is not None, running.text
+        assert "ValueError: nothing works" in Path(log[1]).read_text("utf-8")
         assert running.left_behind() == []
+
+
+def test_a_download_that_fails_on_a_server_that_stays_shows_the_command_for_its_log(tmp_path: Path) -> None:
+    with serving(tmp_path / "served", MODELYARD_IMPORT_DIR=str(tmp_path)) as server:
+        with demo(tmp_path, "--model", "local:nowhere", MODELYARD_PORT=str(server.port)) as running:
+            assert running.wait() == 1
+        path = re.search(r"\$ curl '?http://127\.0\.0\.1:\d+(/api/v1/jobs/[0-9a-f-]{36}/log/\?tail=50)", running.text)
+        assert path is not None, running.text
+        assert server.get(path[1]).status == 200
 
 
 def test_a_model_that_does_not_exist_fails_with_the_servers_own_words(tmp_path: Path) -> None:

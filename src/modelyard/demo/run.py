@@ -230,10 +230,11 @@ class Demo:
 
     def _job_failed(self, job: dict[str, Any]) -> DemoFailed:
         failure = job.get("failure") or {"message": f"it is {job['status']}.", "hint": ""}
-        log = self.client.curl(Call("GET", f"/api/v1/jobs/{job['id']}/log/?tail=50"))
-        return DemoFailed(
-            f"{job['name']}: {failure['message']} {failure['hint']}\n  What its process wrote:\n  $ {log}"
-        )
+        if self.child is None:
+            log = "\n  $ " + self.client.curl(Call("GET", f"/api/v1/jobs/{job['id']}/log/?tail=50"))
+        else:  # The server ends with the demo: there will be nobody to ask.
+            log = f" {self.settings.jobs_dir / job['id'] / 'log.txt'}"
+        return DemoFailed(f"{job['name']}: {failure['message']} {failure['hint']}\n  What its process wrote:{log}")
 
 
 def _amount(progress: dict[str, Any]) -> str:
