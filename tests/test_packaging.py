@@ -20,6 +20,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from modelyard.settings import Settings
+from tests.fixtures import missing
 from tests.server import serving
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,6 +142,8 @@ def test_the_server_runs_with_nothing_but_its_own_pins(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["server", "dev", "train"])
 def test_the_pins_are_complete_so_that_they_install_without_resolving(name: str) -> None:
     pinned = pins(name)
+    if name == "train" and importlib.util.find_spec("accelerate") is None:
+        missing("engine", "the training packages are not installed: make test installs them")
     for package in pinned:
         for text in importlib.metadata.requires(package) or []:
             requirement = Requirement(text)
