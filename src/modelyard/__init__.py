@@ -4,20 +4,22 @@ One process (`modelyard serve`) answers REST, passes requests to engines, and ru
 children: downloads on huggingface_hub, engines on vLLM. The rooms, from the top of the import order down:
 
 cli, doctor, demo   the command line; demo is a client like any other
+server              the process: a listening socket, an event loop, an end in good order
 app                 wires everything: routes, middleware, lifespan, answers to errors
-foundation, docs    data folder, locks and migrations before the start; Swagger UI
 health              /health, /ready, /metrics
 gateway             the OpenAI-compatible API: requests to engines, bytes back
 deploy              models in service: wishes, one supervisor per deployment, vLLM's command line, routing
 models              the store: downloads, checks, imports, removal
 jobs                pieces of work with status, events and log, and the runner that runs them
-auth                the gate before every route
-http                what routes share: either slash, documented errors
+auth, docs          the gate before every route; Swagger UI
+http                what routes share: either slash, documented errors, limits on bodies
+foundation          data folder, locks and migrations: what must stand before the server serves
 storage             objects: a local folder or S3
 processes, keeper   children that are never orphaned
 states              state machines on rows, with their history
 db                  sessions on SQLite and PostgreSQL
-settings, errors, tasks
+settings, tasks     configuration; background tasks that cannot fail in silence
+errors              every error that a client can see
 
 A request writes what is wanted; one background task per thing makes it so and writes what is; requests read it.
 """
