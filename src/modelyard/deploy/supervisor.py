@@ -8,6 +8,7 @@ at any point finds the live engine again (`attempt-N`, the newest) or starts ano
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import logging
 import shutil
@@ -69,6 +70,8 @@ class Supervisor:
         """
         async with self.sessions.read() as session:
             row = await actions.of_job(session, context.id)
+        # What the client to engines needs takes a while to load the first time: not in the way of requests.
+        await asyncio.to_thread(importlib.import_module, "aiohttp")
         service = _Service(self, context, row)
         try:
             await service.run()
