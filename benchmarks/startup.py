@@ -42,6 +42,7 @@ def measure(data_dir: Path, idle_s: float = IDLE_S) -> Start:
     """Start the server once, wait for its first answer, and end it."""
     # As installed with its bytecode; nothing else of this process's settings.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MODELYARD_")}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     environment |= {"MODELYARD_DATA_DIR": str(data_dir), "MODELYARD_PORT": "0"}
     began = time.perf_counter()
     with subprocess.Popen(
