@@ -116,8 +116,13 @@ def test_killed_while_it_serves_the_same_engine_goes_on_serving(tmp_path: Path) 
         assert it.is_served()
         assert len(it.record("start")) == 1, "no second engine was started"
         assert it.job(job_id)["status"] == "RUNNING"
-        events = it.server.get(f"/api/v1/jobs/{job_id}/events?follow=false").json()
-        assert any("Adopted" in event["message"] for event in events)
+
+        def adopted() -> bool:
+            events = it.server.get(f"/api/v1/jobs/{job_id}/events?follow=false").json()
+            return any("Adopted" in event["message"] for event in events)
+
+        # The engine is served from the first moment; its supervisor takes it up a moment later.
+        until(adopted, "the engine was adopted", it.server)
         interrupted_leaves_nothing(it, job_id)
 
 
