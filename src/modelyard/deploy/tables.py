@@ -7,7 +7,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import JSON, ForeignKey, Index, String, Uuid
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, String, Uuid
 from sqlalchemy.orm import Mapped, mapped_column
 
 from modelyard.db import Base, Number, UtcDateTime, utcnow
@@ -18,8 +18,10 @@ class DeploymentState(StrEnum):
     """The life of a deployment:
 
     STARTING -> READY | BACKOFF | STOPPING | FAILED
-    READY -> STARTING | BACKOFF | STOPPING | FAILED
+    READY -> STARTING | BACKOFF | DRAINING | STOPPING | FAILED
     BACKOFF -> STARTING | STOPPING | FAILED
+    DRAINING -> READY | STARTING | IDLE | BACKOFF | STOPPING | FAILED
+    IDLE -> STARTING | STOPPING | FAILED
     STOPPING -> STOPPED
     """
 
@@ -29,6 +31,10 @@ class DeploymentState(StrEnum):
     READY = "READY"
     #: The engine died; the next one starts after a delay.
     BACKOFF = "BACKOFF"
+    #: No new request reaches the engine, and those that it has are let end.
+    DRAINING = "DRAINING"
+    #: Nobody asked for a while and the engine was ended; the next request starts one.
+    IDLE = "IDLE"
     #: Nobody wants it any more, and its engine is ending.
     STOPPING = "STOPPING"
     #: Nothing of it runs.
@@ -37,31 +43,51 @@ class DeploymentState(StrEnum):
     FAILED = "FAILED"
 
 
+_State = DeploymentState
 MOVES: Moves = {
-    DeploymentState.STARTING: frozenset(
-        {DeploymentState.READY, DeploymentState.BACKOFF, DeploymentState.STOPPING, DeploymentState.FAILED}
+    _State.STARTING: frozenset({_State.READY, _State.BACKOFF, _State.STOPPING, _State.FAILED}),
+    _State.READY: frozenset({_State.STARTING, _State.BACKOFF, _State.DRAINING, _State.STOPPING, _State.FAILED}),
+    _State.BACKOFF: frozenset({_State.STARTING, _State.STOPPING, _State.FAILED}),
+    _State.DRAINING: frozenset(
+        {_State.READY, _State.STARTING, _State.IDLE, _State.BACKOFF, _State.STOPPING, _State.FAILED}
     ),
-    DeploymentState.READY: frozenset(
-        {DeploymentState.STARTING, DeploymentState.BACKOFF, DeploymentState.STOPPING, DeploymentState.FAILED}
-    ),
-    DeploymentState.BACKOFF: frozenset({DeploymentState.STARTING, DeploymentState.STOPPING, DeploymentState.FAILED}),
-    DeploymentState.STOPPING: frozenset({DeploymentState.STOPPED}),
-    DeploymentState.STOPPED: frozenset(),
-    DeploymentState.FAILED: frozenset(),
+    _State.IDLE: frozenset({_State.STARTING, _State.STOPPING, _State.FAILED}),
+    _State.STOPPING: frozenset({_State.STOPPED}),
+    _State.STOPPED: frozenset(),
+    _State.FAILED: frozenset(),
 }
-#: States of deployments that hold, or may soon hold, an engine.
-LIVE = (DeploymentState.STARTING, DeploymentState.READY, DeploymentState.BACKOFF, DeploymentState.STOPPING)
+#: States of deployments that have not ended: they hold an engine, or may soon.
+LIVE = (_State.STARTING, _State.READY, _State.BACKOFF, _State.DRAINING, _State.IDLE, _State.STOPPING)
 
 
 class Wanted(StrEnum):
     """What requests want of a deployment."""
 
     UP = "UP"
+    #: Out of service when the requests that it has have ended.
+    DRAINED = "DRAINED"
+    #: Out of service now.
     DOWN = "DOWN"
 
 
+class Strategy(StrEnum):
+    """How a deployment takes the place of others."""
+
+    #: Beside them where memory allows, else in their place.
+    AUTO = "auto"
+    #: Beside them, or not at all: they leave when it is ready.
+    SIDE_BY_SIDE = "side_by_side"
+    #: They leave first.
+    REPLACE = "replace"
+
+
 class Deployment(Base):
-    """A model in service, or one that was. `task` is what it does: generate or embed."""
+    """A model in service, or one that was. `task` is what it does: generate or embed.
+
+    Requests write what is wanted: `adapter_ids`, `wanted`, `wake_requested`, `current_at` and what is fixed at the
+    beginning. The supervisor writes what is: `state`, `loaded`, `engine_url`, `restarts`, `memory_bytes`, the times.
+    It also takes a wish back that cannot be fulfilled: `adapter_ids`, with the cause in `adapter_failure`.
+    """
 
     __tablename__ = "deployments"
     __table_args__ = (Index("ix_deployments_state", "state"),)
@@ -73,8 +99,23 @@ class Deployment(Base):
     adapter_ids: Mapped[list[str]] = mapped_column(JSON(), default=list)
     task: Mapped[str] = mapped_column(String(16))
     options: Mapped[dict[str, Any]] = mapped_column(JSON(), default=dict)
+    strategy: Mapped[str] = mapped_column(String(16), default=Strategy.AUTO)
+    #: Ids of the deployments that leave when this one is ready, or before it starts.
+    replaces: Mapped[list[str]] = mapped_column(JSON(), default=list)
+    #: Seconds without a request after which the engine is ended until the next one; NULL: never.
+    idle_timeout_s: Mapped[float | None] = mapped_column()
     wanted: Mapped[str] = mapped_column(String(8), default=Wanted.UP)
+    #: A request waits for the engine of an idle deployment.
+    wake_requested: Mapped[bool] = mapped_column(default=False)
+    #: When it was last asked to be the current one of its task.
+    current_at: Mapped[datetime] = mapped_column(UtcDateTime(), default=utcnow)
     state: Mapped[str] = mapped_column(String(16), default=DeploymentState.STARTING)
+    #: The adapters that clients may name: `{"adapter_id", "name", "path"}`, where `name` is the engine's for them.
+    loaded: Mapped[list[dict[str, str]]] = mapped_column(JSON(), default=list)
+    #: Why the last change of adapters was taken back: `{"adapter_id", "code", "message", "hint"}`.
+    adapter_failure: Mapped[dict[str, str] | None] = mapped_column(JSON())
+    #: Memory that its engine was given by the fit check.
+    memory_bytes: Mapped[int | None] = mapped_column(BigInteger())
     #: Restarts since the engine last stood for a while.
     restarts: Mapped[int] = mapped_column(default=0)
     #: Where the engine listens: `unix:PATH`. It changes with every start.
@@ -82,6 +123,17 @@ class Deployment(Base):
     created_at: Mapped[datetime] = mapped_column(UtcDateTime(), default=utcnow)
     ready_at: Mapped[datetime | None] = mapped_column(UtcDateTime())
     ended_at: Mapped[datetime | None] = mapped_column(UtcDateTime())
+
+
+class Alias(Base):
+    """A name that clients may use for a model or adapter in service, whichever deployment serves it."""
+
+    __tablename__ = "aliases"
+
+    name: Mapped[str] = mapped_column(String(128), primary_key=True)
+    target: Mapped[str] = mapped_column(String(200))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime(), default=utcnow)
+    updated_at: Mapped[datetime] = mapped_column(UtcDateTime(), default=utcnow)
 
 
 class DeploymentModel(Base):
