@@ -1,11 +1,24 @@
-"""The supervisor's own requests to an engine: is it there, can it generate, what does it measure."""
+"""The supervisor's own requests to an engine: is it there, can it generate, what does it serve and measure.
+
+Every request has a connection of its own and a time limit, so that open streams do not hold it up, and none of them
+raises for what an engine does: an engine that does not answer is a fact like others.
+What vLLM 0.32 says of adapters is weaker than it looks. Unloading one takes its name away and nothing else: requests
+that have begun end whole. Of the requests for an adapter that have not given their first token its figures
+(`vllm:lora_requests_info`) know nothing, and they stand still while the engine rests: no drain can be built on them.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
 from enum import StrEnum
+from pathlib import Path
+from typing import Any
 
 HEALTH_TIMEOUT_S = 5.0
+MESSAGE_CHARACTERS = 500
+#: What grows in an engine that works, whether it generates or embeds.
+WORK = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:request_success_total")
 
 
 class Health(StrEnum):
@@ -61,6 +74,48 @@ class EngineClient:
         except self._errors as error:
             return f"{type(error).__name__}: {error}"
 
+    async def load_adapter(self, name: str, path: Path, timeout_s: float) -> str:
+        """Have the engine serve the adapter in a folder under a name; return what is wrong in one line, or ''.
+
+        Safe to repeat: a name that serves this folder already is no error. After a timeout the engine may yet load it:
+        unload it, or repeat. That it loaded does not mean that it generates: ask `generates`.
+        """
+        wrong = await self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path)}, timeout_s)
+        if wrong.startswith("HTTP 400") and (await self._roots() or {}).get(name) == str(path):
+            return ""
+        return wrong
+
+    async def unload_adapter(self, name: str, timeout_s: float) -> str:
+        """Have the engine forget an adapter's name; return what is wrong in one line, or '', also if it had none such.
+
+        Requests that it has begun end whole. The folder must stay until they have: the engine may read it again.
+        """
+        wrong = await self._post("/v1/unload_lora_adapter", {"lora_name": name}, timeout_s)
+        return "" if wrong.startswith("HTTP 404") and "cannot be found" in wrong else wrong
+
+    async def names(self) -> list[str] | None:
+        """Return what the engine serves now, its own names before its adapters'; None if it does not answer."""
+        roots = await self._roots()
+        return None if roots is None else list(roots)
+
+    async def open_requests(self) -> int | None:
+        """Return how many requests run or wait in the engine; None if it does not answer.
+
+        As of its last step: a request that has just arrived may not be counted yet.
+        """
+        text = await self.metrics()
+        counts = [total(text, "vllm:num_requests_running"), total(text, "vllm:num_requests_waiting")]
+        return None if counts[0] is None else int(sum(count or 0.0 for count in counts))
+
+    async def answered_requests(self) -> float | None:
+        """Return a number that grows whenever the engine works on a request; None if it does not answer.
+
+        It is the sum of its tokens read, its tokens generated and its requests ended. It starts anew with the engine.
+        """
+        text = await self.metrics()
+        counts = [total(text, name) for name in WORK]
+        return None if counts[0] is None else sum(count or 0.0 for count in counts)
+
     async def metrics(self) -> str:
         """Return the engine's figures in Prometheus' text format; empty if it does not answer."""
         try:
@@ -69,6 +124,51 @@ class EngineClient:
                 return await response.text() if response.status == 200 else ""
         except self._errors:
             return ""
+
+    async def _post(self, path: str, body: dict[str, Any], timeout_s: float) -> str:
+        try:
+            async with self._http.post(path, json=body, timeout=self._timeout(total=timeout_s)) as response:
+                text = await response.text(errors="replace")
+                return "" if response.status == 200 else f"HTTP {response.status}: {_message(text)}"
+        except TimeoutError:
+            return f"no answer within {timeout_s:g} s"
+        except self._errors as error:
+            return f"{type(error).__name__}: {error}"
+
+    async def _roots(self) -> dict[str, str] | None:
+        """Return what the engine serves, each name with the folder behind it."""
+        try:
+            async with self._http.get("/v1/models", timeout=self._timeout(total=HEALTH_TIMEOUT_S)) as response:
+                if response.status != 200:
+                    return None
+                cards = (await response.json(content_type=None))["data"]
+                return {str(card["id"]): str(card.get("root")) for card in cards}
+        except (*self._errors, ValueError, LookupError, TypeError, AttributeError):
+            return None
+
+
+def total(text: str, name: str) -> float | None:
+    """Return the sum of a metric over all its labels in Prometheus' text; None if it is not there."""
+    found = None
+    for line in text.splitlines():
+        if not line.startswith(name) or line[len(name) : len(name) + 1] not in ("{", " "):
+            continue
+        # A label's value may hold spaces and brackets; behind the labels come the value and perhaps a time.
+        words = line[len(name) :].rpartition("}")[2].split()
+        try:
+            found = (found or 0.0) + float(words[0])
+        except (IndexError, ValueError):
+            continue
+    return found
+
+
+def _message(text: str) -> str:
+    """Return the engine's own words in one line, out of its JSON if it is that."""
+    try:
+        said = json.loads(text)["error"]["message"]
+    except (ValueError, LookupError, TypeError):
+        said = text
+    return " ".join(str(said).split())[:MESSAGE_CHARACTERS]
 
 
 async def metrics_of(engines: list[tuple[str, str]]) -> list[tuple[str, str]]:
