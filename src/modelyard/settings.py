@@ -102,6 +102,12 @@ class Settings(BaseSettings):
     """Times that an engine which died is started again before its deployment is given up."""
     engine_restart_delay_s: float = Field(default=1.0, ge=0.0)
     """Seconds before the first restart; each further one waits twice as long."""
+    engine_idle_timeout_s: float | None = Field(default=None, ge=1.0)
+    """Seconds without a request after which an engine is ended until the next request. Empty: never."""
+    engine_wake_timeout_s: float = Field(default=300.0, ge=0.1)
+    """Longest that a request waits for the engine of an idle deployment, in seconds."""
+    engine_drain_timeout_s: float = Field(default=120.0, ge=0.0)
+    """Longest that an engine which leaves is kept for the requests that it still has, in seconds."""
 
     hf_endpoint: str = Field(default="https://huggingface.co", validation_alias="HF_ENDPOINT")
     """Address of the Hugging Face hub or of a mirror."""
@@ -132,7 +138,7 @@ class Settings(BaseSettings):
 
     @field_validator(
         "s3_endpoint_url", "import_dir", "admin_key", "store_quota_gib", "engine_python", "engine_max_model_len",
-        "engine_max_num_seqs", "engine_cpu_kv_cache_gib", "hf_token", mode="before",
+        "engine_max_num_seqs", "engine_cpu_kv_cache_gib", "engine_idle_timeout_s", "hf_token", mode="before",
     )  # fmt: skip
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:
