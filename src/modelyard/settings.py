@@ -86,6 +86,8 @@ class Settings(BaseSettings):
     """Part of a GPU's memory that an engine may take."""
     engine_cpu_kv_cache_gib: float | None = Field(default=None, gt=0.0)
     """Memory for the KV cache of an engine on a CPU, in GiB. Empty: worked out from what is free."""
+    engine_memory_gib: float | None = Field(default=None, gt=0.0)
+    """Most memory that all engines together may take, in GiB; with GPUs, of each GPU. Empty: what is free."""
     engine_tensor_parallel_size: int = Field(default=1, ge=1, le=64)
     """GPUs that share one model."""
     engine_max_loras: int = Field(default=4, ge=0, le=64)
@@ -138,7 +140,8 @@ class Settings(BaseSettings):
 
     @field_validator(
         "s3_endpoint_url", "import_dir", "admin_key", "store_quota_gib", "engine_python", "engine_max_model_len",
-        "engine_max_num_seqs", "engine_cpu_kv_cache_gib", "engine_idle_timeout_s", "hf_token", mode="before",
+        "engine_max_num_seqs", "engine_cpu_kv_cache_gib", "engine_memory_gib", "engine_idle_timeout_s", "hf_token",
+        mode="before",
     )  # fmt: skip
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:

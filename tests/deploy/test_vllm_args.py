@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from modelyard.deploy.machine import GIB, Machine, this_machine
+from modelyard.deploy.fit import fit
+from modelyard.deploy.machine import GIB, Gpu, Machine
 from modelyard.deploy.schemas import EngineOptions
-from modelyard.deploy.vllm_args import AdapterFiles, ModelFiles, cpu_kv_cache_bytes, engine_command, kv_bytes_per_token
+from modelyard.deploy.vllm_args import AdapterFiles, ModelFiles, engine_command
 from modelyard.errors import JobFailure
 from tests.deploy.yard import CONFIG, make_settings
 
@@ -20,9 +22,11 @@ MODEL = ModelFiles("org/tiny", Path("/store/tiny"), 1_000_000, CONFIG, "generate
 SCRATCH, CACHE = Path("/run/x"), Path("/data/cache")
 
 
-def argv(model: ModelFiles = MODEL, machine: Machine = CPU, **options: object) -> list[str]:
+def argv(
+    model: ModelFiles = MODEL, machine: Machine = CPU, adapters: Sequence[AdapterFiles] = (), **options: object
+) -> list[str]:
     wanted = EngineOptions.model_validate(options)
-    return list(engine_command(Path("/python"), model, [], wanted, machine, SCRATCH, CACHE).argv)
+    return list(engine_command(Path("/python"), model, adapters, wanted, machine, SCRATCH, CACHE).argv)
 
 
 def value(arguments: list[str], name: str) -> str:
@@ -117,60 +121,43 @@ def test_options_of_a_request_stand_over_the_settings(tmp_path: Path) -> None:
     assert (options.max_model_len, options.dtype, options.max_loras) == (512, "float32", 1)
 
 
-def test_adapters_are_named_to_the_engine_with_absolute_paths() -> None:
-    adapters = [AdapterFiles("org/poems", Path("/store/poems"))]
-    arguments = list(engine_command(Path("/p"), MODEL, adapters, EngineOptions(), CPU, SCRATCH, CACHE).argv)
-    assert value(arguments, "--lora-modules") == '{"name": "org/poems", "path": "/store/poems"}'
+def test_adapters_are_left_to_be_loaded_when_the_engine_stands() -> None:
+    adapters = [AdapterFiles("org/poems", Path("/store/poems"), rank=16)]
+    assert not any("poems" in argument for argument in argv(adapters=adapters))
     with pytest.raises(JobFailure, match="max_loras 0"):
-        engine_command(Path("/p"), MODEL, adapters, EngineOptions(max_loras=0), CPU, SCRATCH, CACHE)
+        argv(adapters=adapters, max_loras=0)
 
 
-def test_one_token_in_the_cache_takes_keys_and_values_of_every_layer() -> None:
-    # 2 (keys, values) x 2 layers x 2 heads x 32 numbers x 4 bytes
-    assert kv_bytes_per_token(CONFIG, "auto") == 1024
-    assert kv_bytes_per_token(CONFIG, "bfloat16") == 512
-    assert kv_bytes_per_token({}, "auto") is None
+def test_the_highest_rank_is_raised_to_what_the_adapters_need() -> None:
+    adapters = [AdapterFiles("org/poems", Path("/store/poems"), rank=100), AdapterFiles("org/b", Path("/b"), rank=8)]
+    assert value(argv(adapters=adapters), "--max-lora-rank") == "128"
+    assert value(argv(adapters=adapters, max_lora_rank=256), "--max-lora-rank") == "256"
+    assert value(argv(adapters=adapters[1:], max_lora_rank=16), "--max-lora-rank") == "16"
 
 
-def test_the_cache_on_a_cpu_is_as_large_as_is_useful() -> None:
-    # All 64 sequences at 2,048 tokens, and a quarter more.
-    assert cpu_kv_cache_bytes(MODEL, EngineOptions(), CPU) == 1024 * 2048 * 64 * 5 // 4
-    assert cpu_kv_cache_bytes(MODEL, EngineOptions(max_num_seqs=1), CPU) == 64 * 1024**2
-    assert cpu_kv_cache_bytes(MODEL, EngineOptions(cpu_kv_cache_gib=1.5), CPU) == int(1.5 * GIB)
+def test_more_adapters_are_held_than_one_batch_has() -> None:
+    assert value(argv(max_loras=2), "--max-cpu-loras") == "64"
+    many = [AdapterFiles(f"org/{number}", Path(f"/{number}")) for number in range(50)]
+    assert value(argv(adapters=many), "--max-cpu-loras") == "100"
 
 
-def test_the_cache_on_a_cpu_takes_at_most_half_of_what_is_left() -> None:
-    large = replace(MODEL, size_bytes=10 * GIB, config={})
-    left = CPU.memory_available_bytes - 10 * GIB - int(2.2 * GIB)
-    assert cpu_kv_cache_bytes(large, EngineOptions(), CPU) == left // 2
+def test_a_cpu_engine_gets_the_cache_that_was_worked_out() -> None:
+    worked_out = fit(MODEL, EngineOptions(max_num_seqs=8), CPU)
+    assert value(argv(max_num_seqs=8), "--kv-cache-memory-bytes") == str(worked_out.kv_cache_bytes)
 
 
-def test_weights_stored_in_full_precision_and_served_in_half_take_half() -> None:
-    large = replace(MODEL, size_bytes=30 * GIB)
-    with pytest.raises(JobFailure, match=r"30\.0 GiB for its weights.*20\.0 GiB is free"):
-        cpu_kv_cache_bytes(large, EngineOptions(), CPU)
-    assert cpu_kv_cache_bytes(large, EngineOptions(dtype="bfloat16"), CPU) > 0
-
-
-def test_a_cache_larger_than_memory_is_refused_with_the_numbers() -> None:
-    with pytest.raises(JobFailure, match=r"100\.0 GiB for the KV cache") as refusal:
-        cpu_kv_cache_bytes(MODEL, EngineOptions(cpu_kv_cache_gib=100), CPU)
+def test_a_model_that_does_not_fit_is_refused_with_the_numbers_and_what_would_help() -> None:
+    with pytest.raises(JobFailure, match=r"100\.0 GiB for the KV cache.*20\.0 GiB is free") as refusal:
+        argv(cpu_kv_cache_gib=100)
+    assert refusal.value.code == "not_enough_memory"
     assert "cpu_kv_cache_gib" in refusal.value.hint
 
 
-def test_this_machine_has_processors_and_memory() -> None:
-    machine = this_machine()
-    assert machine.cpus
-    assert machine.memory_available_bytes > 0
-
-
-def test_a_containers_limit_counts_inside_it(tmp_path: Path) -> None:
-    (tmp_path / "meminfo").write_text("MemTotal: 100 kB\nMemAvailable: 33554432 kB\n")
-    assert this_machine(tmp_path, tmp_path / "none").memory_available_bytes == 32 * GIB
-    (tmp_path / "memory.max").write_text(f"{8 * GIB}\n")
-    (tmp_path / "memory.current").write_text(f"{3 * GIB}\n")
-    (tmp_path / "memory.stat").write_text(f"anon 1\ninactive_file {GIB}\n")
-    assert this_machine(tmp_path, tmp_path).memory_available_bytes == 6 * GIB
-    (tmp_path / "memory.max").write_text("max\n")
-    assert this_machine(tmp_path, tmp_path).memory_available_bytes == 32 * GIB
-    assert not this_machine(tmp_path, tmp_path).has_gpu
+def test_the_gpus_with_most_free_memory_are_taken() -> None:
+    gpus = tuple(Gpu(index, "H100", 80 * GIB, free * GIB) for index, free in enumerate([10, 79, 60, 78]))
+    machine = replace(GPU, gpus=gpus)
+    command = engine_command(Path("/p"), MODEL, [], EngineOptions(tensor_parallel_size=2), machine, SCRATCH, CACHE)
+    assert command.env["CUDA_VISIBLE_DEVICES"] == "1,3"
+    assert command.env["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    with pytest.raises(JobFailure, match=r"GPU 2 .* 60\.0 GiB of 80\.0 GiB free"):
+        argv(machine=machine, tensor_parallel_size=3)

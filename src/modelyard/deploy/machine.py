@@ -1,30 +1,140 @@
-"""What this machine has for an engine: GPUs or not, processors, free memory. Reads files, starts nothing."""
+"""What this machine has for an engine: GPUs or not, processors, free memory. Reads files and NVML, starts nothing.
+
+NVML is NVIDIA's library of figures; the package nvidia-ml-py (of the gpu extra) speaks to it. Without the package or
+without the library there are no GPUs to see, and `has_gpu` says whether a driver is there all the same.
+"""
 
 from __future__ import annotations
 
+import importlib
+import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
 GIB = 1024**3
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU that this server may use. `index` is its place in the order of the PCI bus; memory is in bytes."""
+
+    index: int
+    name: str
+    total_bytes: int
+    free_bytes: int
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine as an engine sees it. `cpus` are the processors that this server may use; memory is in bytes."""
+    """A machine as an engine sees it. `cpus` are the processors that this server may use; memory is in bytes.
+
+    With `has_gpu` and no `gpus` there is a driver, but nothing tells how much memory is behind it.
+    """
 
     has_gpu: bool
     cpus: tuple[int, ...]
     memory_available_bytes: int
+    gpus: tuple[Gpu, ...] = ()
 
 
 def this_machine(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> Machine:
-    """Look at the machine now."""
+    """Look at the machine now. Blocks for some milliseconds."""
+    has_gpu = (proc / "driver/nvidia/version").exists()
     return Machine(
-        has_gpu=(proc / "driver/nvidia/version").exists(),
+        has_gpu=has_gpu,
         cpus=tuple(sorted(os.sched_getaffinity(0))),
         memory_available_bytes=_memory_available(proc, cgroup),
+        gpus=visible(read_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")) if has_gpu else (),
     )
+
+
+def left_for_engines(machine: Machine, given_bytes: int, starting_bytes: int, budget_bytes: int | None) -> Machine:
+    """Return the machine with what engines were promised taken off its free memory.
+
+    Args:
+        machine: The machine as it looks now; on one with GPUs all figures are of their memory, and the budget bounds
+            what the next engine may take of each.
+        given_bytes: What all engines together were given, those that are still starting among them.
+        starting_bytes: What engines that are still starting were given: they have not taken it yet.
+        budget_bytes: The most that all engines together may take; None: all there is.
+    """
+    most = max(0, budget_bytes - given_bytes) if budget_bytes is not None else None
+    if not machine.has_gpu:
+        available = max(0, machine.memory_available_bytes - starting_bytes)
+        return replace(machine, memory_available_bytes=available if most is None else min(available, most))
+    gpus = []
+    # An engine takes the GPUs with most free memory: those are the ones that were promised.
+    for gpu in sorted(machine.gpus, key=lambda gpu: (-gpu.free_bytes, gpu.index)):
+        taken = min(starting_bytes, gpu.free_bytes)
+        starting_bytes -= taken
+        free = gpu.free_bytes - taken
+        gpus.append(replace(gpu, free_bytes=free if most is None else min(free, most)))
+    return replace(machine, gpus=tuple(sorted(gpus, key=lambda gpu: gpu.index)))
+
+
+@dataclass(frozen=True)
+class SeenGpu(Gpu):
+    """A GPU as NVML tells of it, before it is decided whether this server may use it."""
+
+    uuid: str
+
+
+def read_gpus() -> tuple[SeenGpu, ...]:
+    """Return all GPUs of the machine by NVML; none without it. Never raises."""
+    try:
+        pynvml = importlib.import_module("pynvml")
+    except ImportError:
+        return ()
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        log.warning("NVML does not tell about the GPUs: %s", error)
+        return ()
+    try:
+        return tuple(_read_gpu(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount()))
+    except pynvml.NVMLError as error:
+        log.warning("NVML does not tell about the GPUs: %s", error)
+        return ()
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _read_gpu(nvml: ModuleType, index: int) -> SeenGpu:
+    handle = nvml.nvmlDeviceGetHandleByIndex(index)
+    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    return SeenGpu(
+        index=index,
+        name=str(nvml.nvmlDeviceGetName(handle)),
+        total_bytes=int(memory.total),
+        free_bytes=int(memory.free),
+        uuid=str(nvml.nvmlDeviceGetUUID(handle)),
+    )
+
+
+def visible(gpus: Sequence[SeenGpu], cuda_visible_devices: str | None) -> tuple[Gpu, ...]:
+    """Return the GPUs that CUDA_VISIBLE_DEVICES leaves: all where it is not set.
+
+    As CUDA does, it stops at the first entry that names no GPU; parts of a GPU (MIG) are such entries.
+    """
+    chosen: list[SeenGpu] = list(gpus)
+    if cuda_visible_devices is not None:
+        chosen = []
+        for entry in (part.strip() for part in cuda_visible_devices.split(",")):
+            named = [
+                gpu
+                for gpu in gpus
+                if (entry.startswith("GPU-") and len(entry) > 4 and gpu.uuid.startswith(entry))
+                or (entry.isdecimal() and int(entry) == gpu.index)
+            ]
+            if len(named) != 1 or named[0] in chosen:
+                break
+            chosen += named
+    return tuple(Gpu(gpu.index, gpu.name, gpu.total_bytes, gpu.free_bytes) for gpu in chosen)
 
 
 def _memory_available(proc: Path, cgroup: Path) -> int:

@@ -1,0 +1,165 @@
+"""What a model's `config.json` tells of the memory that serving it takes.
+
+Every function answers None where the configuration does not tell, so that nobody counts on a guess: layers of more
+than one kind (sliding windows, state spaces, shared caches) and families whose fields are read nowhere here are such
+cases. vLLM itself is the judge of those. What vLLM allocates was read in its 0.32.0 sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Config = Mapping[str, Any]
+
+DTYPE_BYTES = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2}
+
+#: The same figure under the names that families of models have for it.
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers")
+HEADS = ("num_attention_heads", "n_head", "n_heads")
+HIDDEN = ("hidden_size", "n_embd", "d_model")
+LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "model_max_length")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+#: Fields of models whose cache is not the same for every layer and token, or is counted in a way unknown here.
+UNEVEN = (
+    "attention_chunk_size", "attn_config", "attn_layer_period", "block_configs", "full_attention_interval",
+    "hybrid_override_pattern", "index_topk", "layers_block_type", "linear_num_key_heads", "mamba_d_state",
+    "multi_query", "multi_query_attention", "n_head_kv", "num_kv_heads", "num_kv_shared_layers", "rwkv_hidden_size",
+    "ssm_cfg", "ssm_state_size", "state_size",
+)  # fmt: skip
+#: Models that read their input once, and cache nothing.
+ENCODERS = frozenset(
+    {
+        "albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "ernie", "gte", "modernbert",
+        "mpnet", "new", "nomic_bert", "roberta", "xlm-roberta",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model on disk: its folder, the bytes of its files, its `config.json`, and generate or embed."""
+
+    model_id: str
+    path: Path
+    size_bytes: int
+    config: Config
+    task: str
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """A LoRA adapter on disk; `rank` and `size_bytes` are 0 where nobody looked."""
+
+    adapter_id: str
+    path: Path
+    rank: int = 0
+    size_bytes: int = 0
+
+
+def text_part(config: Config) -> Config:
+    """Return the part that describes the language model: of a model that also sees or hears it is one of several."""
+    for key in ("text_config", "llm_config", "language_config"):
+        part = config.get(key)
+        if isinstance(part, Mapping):
+            return part
+    return config
+
+
+def stored_dtype(config: Config) -> str | None:
+    """Return the number format of the weights in the files."""
+    for part in (config, text_part(config)):
+        dtype = part.get("dtype") or part.get("torch_dtype")
+        if isinstance(dtype, str) and dtype.removeprefix("torch.") in DTYPE_BYTES:
+            return dtype.removeprefix("torch.")
+    return None
+
+
+def is_quantised(config: Config) -> bool:
+    """Whether the weights are kept in a format of their own, whatever the number format of the arithmetic is."""
+    return any(part.get(key) for part in (config, text_part(config)) for key in ("quantization_config", "quant_config"))
+
+
+def is_encoder(config: Config) -> bool:
+    """Whether the model is known to need no KV cache."""
+    return config.get("model_type") in ENCODERS
+
+
+def longest(config: Config) -> int | None:
+    """Return the most tokens that a model's configuration allows."""
+    lengths = [part.get(key) for part in (config, text_part(config)) for key in LENGTHS]
+    known = [length for length in lengths if isinstance(length, int) and length > 0]
+    return max(known) if known else None
+
+
+def kv_bytes_per_token(config: Config, number_bytes: int) -> int | None:
+    """Return the bytes that one token takes in the KV cache, over all layers.
+
+    Args:
+        config: The model's configuration.
+        number_bytes: The size of one number in the cache.
+    """
+    config = text_part(config)
+    layers, head_count, hidden = _number(config, LAYERS), _number(config, HEADS), _number(config, HIDDEN)
+    if not (layers and head_count and hidden) or _is_uneven(config):
+        return None
+    latent = config.get("kv_lora_rank")
+    if isinstance(latent, int) and latent:
+        # Multi-head latent attention: one vector for keys and values together, and the rotary part of the keys.
+        rotary = config.get("qk_rope_head_dim")
+        return layers * (latent + rotary) * number_bytes if isinstance(rotary, int) and number_bytes > 1 else None
+    cached, size = config.get("num_key_value_heads") or head_count, config.get("head_dim") or hidden // head_count
+    return 2 * layers * cached * size * number_bytes if isinstance(cached, int) and isinstance(size, int) else None
+
+
+def kv_heads(config: Config) -> int:
+    """Return among how many GPUs the cache of one token can be divided."""
+    config = text_part(config)
+    if config.get("kv_lora_rank"):
+        return 1
+    found = config.get("num_key_value_heads") or _number(config, HEADS)
+    return found if isinstance(found, int) else 1
+
+
+def heads(config: Config) -> int | None:
+    """Return the number of attention heads."""
+    return _number(text_part(config), HEADS)
+
+
+def adapter_numbers(config: Config, rank: int) -> int | None:
+    """Return how many numbers vLLM sets aside for one LoRA adapter of that rank.
+
+    It makes room beside every linear layer, the embedding and the output, whatever an adapter then fills.
+    """
+    config = text_part(config)
+    layers, head_count, hidden = _number(config, LAYERS), _number(config, HEADS), _number(config, HIDDEN)
+    inner, vocabulary = config.get("intermediate_size"), config.get("vocab_size")
+    if not (layers and head_count and hidden and isinstance(inner, int) and isinstance(vocabulary, int)):
+        return None
+    if _is_uneven(config) or config.get("kv_lora_rank"):
+        return None
+    size = config.get("head_dim") or hidden // head_count
+    queries, keys = head_count * size, (config.get("num_key_value_heads") or head_count) * size
+    attention = 3 * hidden + queries + 2 * keys + queries + hidden
+    experts = _number(config, EXPERTS) or 1
+    if experts > 1:
+        inner = config.get("moe_intermediate_size") or inner
+    feed_forward = 3 * (hidden + inner) * experts
+    return rank * (layers * (attention + feed_forward) + 2 * (vocabulary + hidden))
+
+
+def _is_uneven(config: Config) -> bool:
+    if any(config.get(key) for key in UNEVEN) or config.get("is_encoder_decoder"):
+        return True
+    kinds = config.get("layer_types")
+    if isinstance(kinds, Sequence) and not isinstance(kinds, str):
+        return any(kind != "full_attention" for kind in kinds)
+    return bool(config.get("sliding_window")) and config.get("use_sliding_window") is not False
+
+
+def _number(config: Config, names: Sequence[str]) -> int | None:
+    found = next((config[name] for name in names if config.get(name) is not None), None)
+    return found if isinstance(found, int) and not isinstance(found, bool) else None
