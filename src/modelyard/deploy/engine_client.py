@@ -2,15 +2,16 @@
 
 Every request has a connection of its own and a time limit, so that open streams do not hold it up, and none of them
 raises for what an engine does: an engine that does not answer is a fact like others.
-What vLLM 0.32 says of adapters is weaker than it looks. Unloading one takes its name away and nothing else: requests
-that have begun end whole. Of the requests for an adapter that have not given their first token its figures
-(`vllm:lora_requests_info`) know nothing, and they stand still while the engine rests: no drain can be built on them.
+Of adapters in vLLM 0.32: to unload one takes its name away and nothing else, and requests that have begun end whole.
+To load one takes milliseconds, but its first request waits while all `--max-loras` slots run other adapters. All
+figures are as of the engine's last step, so that they miss a request until it has given its first token or waited.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ HEALTH_TIMEOUT_S = 5.0
 MESSAGE_CHARACTERS = 500
 #: What grows in an engine that works, whether it generates or embeds.
 WORK = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:request_success_total")
+_RUNNING_ADAPTERS = re.compile(r'vllm:lora_requests_info\{.*running_lora_adapters="([^"]*)".*\} ([0-9][0-9.e+]*)$')
+# What vLLM wraps the words of its worker in.
+_WORKER = re.compile(r"Call to \w+ method failed: Worker failed with error '(.+)', please check the stack trace.*")
 
 
 class Health(StrEnum):
@@ -107,6 +111,14 @@ class EngineClient:
         counts = [total(text, "vllm:num_requests_running"), total(text, "vllm:num_requests_waiting")]
         return None if counts[0] is None else int(sum(count or 0.0 for count in counts))
 
+    async def adapters_in_use(self) -> set[str] | None:
+        """Return the adapters with requests that have given a token and not ended; None if it does not answer.
+
+        Requests that have given none are not seen: ask again before an empty answer is believed.
+        """
+        text = await self.metrics()
+        return newest_adapters(text) if text else None
+
     async def answered_requests(self) -> float | None:
         """Return a number that grows whenever the engine works on a request; None if it does not answer.
 
@@ -162,13 +174,29 @@ def total(text: str, name: str) -> float | None:
     return found
 
 
+def newest_adapters(text: str) -> set[str]:
+    """Return the adapters that an engine's figures name as running.
+
+    vLLM 0.32 leaves a line for every set of adapters that ever ran together, with the time when it last did so as its
+    value: the newest is what holds. A name that is in use stands among the waiting too, whether it waits or not.
+    """
+    newest, found = 0.0, set[str]()
+    for line in text.splitlines():
+        match = _RUNNING_ADAPTERS.match(line)
+        if match and float(match[2]) > newest:
+            newest, found = float(match[2]), {name for name in match[1].split(",") if name}
+    return found
+
+
 def _message(text: str) -> str:
     """Return the engine's own words in one line, out of its JSON if it is that."""
     try:
-        said = json.loads(text)["error"]["message"]
+        said = str(json.loads(text)["error"]["message"])
     except (ValueError, LookupError, TypeError):
         said = text
-    return " ".join(str(said).split())[:MESSAGE_CHARACTERS]
+    line = " ".join(said.split())
+    worker = _WORKER.fullmatch(line)
+    return (worker[1] if worker else line)[:MESSAGE_CHARACTERS]
 
 
 async def metrics_of(engines: list[tuple[str, str]]) -> list[tuple[str, str]]:
