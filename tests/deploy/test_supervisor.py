@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from modelyard.deploy import actions
+from modelyard.deploy import actions, succession
 from modelyard.errors import EngineStarting, ModelNotFound, NothingDeployed, Unprocessable
 from modelyard.jobs.tables import JobStatus
 from modelyard.models import actions as models
@@ -93,8 +93,8 @@ async def test_an_interrupt_before_the_engine_starts_clears_the_deployment(tmp_p
     async with deploy_yard(tmp_path) as yard:
         await yard.add_model("org/tiny")
         async with yard.sessions.begin() as session:  # both wishes are there before the runner looks
-            job, _ = await actions.deploy(session, "org/tiny", [], {})
-            await actions.take_down(session, await actions.current(session))
+            job, _ = await actions.deploy(session, actions.Wish("org/tiny"))
+            await succession.take_down(session, await actions.current(session))
         yard.runner.wake()
         assert (await yard.ended(job.id)).status == JobStatus.KILLED
         assert (await yard.deployment(job.id)).state == "STOPPED"
@@ -212,7 +212,7 @@ async def test_a_deploy_of_another_model_replaces_the_current_one(tmp_path: Path
         second = await yard.deploy("org/b")
         await yard.becomes(second, "READY")
         assert (await yard.ended(first)).status == JobStatus.KILLED
-        assert any("Replaced by DEPLOY_org/b" in event.message for event in await yard.events(first))
+        assert any("Replaced by org/b, which is ready" in event.message for event in await yard.events(first))
         assert (await yard.routing.resolve("Compressa-LLM", "generate")).model_id == "org/b"
         stop_of_a = yard.record("org/a", "stop")
         assert stop_of_a, "the first engine was asked to end"
@@ -258,7 +258,7 @@ async def test_of_two_deploys_at_the_same_moment_one_stays_and_one_is_replaced(t
 
         await eventually(settled, f"one is ready and one has stopped: {states}")
         async with yard.sessions.read() as session:
-            assert len(await actions.live(session)) == 1
+            assert len(await succession.live(session)) == 1
 
 
 async def test_generative_and_embedding_models_stand_side_by_side(tmp_path: Path) -> None:
@@ -279,12 +279,12 @@ async def test_generative_and_embedding_models_stand_side_by_side(tmp_path: Path
 async def test_adapters_are_served_under_their_own_names(tmp_path: Path) -> None:
     async with deploy_yard(tmp_path) as yard:
         await yard.add_model("org/a")
-        await yard.add_model("org/poems", adapter=True, base_model_id="org/a")
+        await yard.add_adapter("org/poems", "org/a")
         job_id = await yard.deploy("org/a", ["org/poems"])
         await yard.becomes(job_id, "READY")
         assert (await yard.job(job_id)).name == "DEPLOY_org/a_adapters_org/poems"
         target = await yard.routing.resolve("org/poems", "generate")
-        assert (target.model_id, target.served_name) == ("org/a", "org/poems")
+        assert (target.model_id, target.served_name) == ("org/a", "org/poems@1")
 
 
 async def test_what_cannot_be_deployed_is_refused_with_the_reason(tmp_path: Path) -> None:
@@ -307,7 +307,7 @@ async def test_what_cannot_be_deployed_is_refused_with_the_reason(tmp_path: Path
         with pytest.raises(Unprocessable, match="generative"):
             await yard.deploy("org/e", ["org/poems"])
         async with yard.sessions.read() as session:
-            assert await actions.live(session) == []
+            assert await succession.live(session) == []
 
 
 async def test_a_model_too_long_or_too_large_fails_before_anything_starts(tmp_path: Path) -> None:
@@ -368,8 +368,8 @@ async def test_the_server_stopping_in_good_order_ends_engines_and_a_new_one_brin
 
 
 async def test_an_engine_is_ended_when_its_health_stays_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modelyard.deploy.supervisor.HEALTH_EVERY_S", 0.05)
-    monkeypatch.setattr("modelyard.deploy.supervisor.UNWELL_LIMIT", 2)
+    monkeypatch.setattr("modelyard.deploy.service.HEALTH_EVERY_S", 0.05)
+    monkeypatch.setattr("modelyard.deploy.service.UNWELL_LIMIT", 2)
     monkeypatch.setattr("modelyard.deploy.engine_client.HEALTH_TIMEOUT_S", 0.3)
     async with deploy_yard(tmp_path) as yard:
         await yard.add_model("org/tiny")

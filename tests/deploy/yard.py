@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -14,10 +15,10 @@ import pydantic_settings
 
 from modelyard import tasks
 from modelyard.db import Sessions
-from modelyard.deploy import actions
+from modelyard.deploy import actions, succession
 from modelyard.deploy.routing import Routing
 from modelyard.deploy.supervisor import Supervisor
-from modelyard.deploy.tables import Deployment
+from modelyard.deploy.tables import Deployment, Wanted
 from modelyard.foundation import Foundation
 from modelyard.jobs import actions as jobs
 from modelyard.jobs.runner import JobRunner
@@ -60,6 +61,23 @@ def make_settings(data_dir: Path, **values: Any) -> Settings:
     return Only(data_dir=data_dir, **{**defaults, **values})
 
 
+def write_adapter(folder: Path, rank: int) -> None:
+    """Write a LoRA adapter of the query layers of a model with CONFIG, all zeros."""
+    size = CONFIG["hidden_size"]
+    assert isinstance(size, int)
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": ["q_proj"], "bias": "none",
+              "task_type": "CAUSAL_LM", "base_model_name_or_path": "base"}  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(config), "utf-8")
+    header, end = {}, 0
+    for layer in range(2):
+        for matrix, shape in (("A", [rank, size]), ("B", [size, rank])):
+            name = f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{matrix}.weight"
+            header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + 4 * rank * size]}
+            end += 4 * rank * size
+    text = json.dumps(header).encode()
+    (folder / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(end))
+
+
 @dataclass
 class DeployYard:
     """What the deploy room does, as its routes would ask it to."""
@@ -68,6 +86,7 @@ class DeployYard:
     sessions: Sessions
     routing: Routing
     runner: JobRunner
+    supervisor: Supervisor
     record_dirs: dict[str, Path] = field(default_factory=dict)
 
     async def add_model(
@@ -111,21 +130,38 @@ class DeployYard:
         """Return what the model's engines have recorded."""
         return read_record(self.record_dirs[model_id], kind)
 
+    async def add_adapter(self, adapter_id: str, base_model_id: str, rank: int = 8, **row: Any) -> Path:
+        """Put an adapter into the store that its base can serve, by its files; return its folder."""
+        name = str(row.pop("path", adapter_id.replace("/", "--")))
+        folder = self.settings.models_dir / name
+        folder.mkdir(parents=True)
+        write_adapter(folder, rank)
+        values = {"adapter": True, "base_model_id": base_model_id, "task": "generate", "revision": "main",
+                  "commit": "0" * 40, "size_bytes": 1_000, "path": name, "source": "hub"}  # fmt: skip
+        async with self.sessions.begin() as session:
+            session.add(Model(model_id=adapter_id, **{**values, **row}))
+        return folder
+
     async def deploy(
-        self, model_id: str, adapter_ids: Sequence[str] = (), options: dict[str, Any] | None = None
+        self, model_id: str, adapter_ids: Sequence[str] = (), options: dict[str, Any] | None = None, **wish: Any
     ) -> UUID:
         async with self.sessions.begin() as session:
-            job, _ = await actions.deploy(session, model_id, adapter_ids, options or {})
-        self.routing.changed()
-        self.runner.wake()
+            job, _ = await actions.deploy(session, actions.Wish(model_id, adapter_ids, options or {}, **wish))
+        self.told()
         return job.id
 
-    async def take_down(self) -> UUID:
+    async def take_down(self, job_id: UUID | None = None, wanted: Wanted = Wanted.DOWN) -> UUID:
         async with self.sessions.begin() as session:
-            job_id = await actions.take_down(session, await actions.current(session))
-        self.routing.changed()
-        self.runner.wake()
+            row = await (actions.current(session) if job_id is None else actions.of_job(session, job_id))
+            job_id = await succession.take_down(session, row, wanted)
+        self.told()
         return job_id
+
+    def told(self) -> None:
+        """Say that a wish was committed, as the routes do."""
+        self.routing.changed()
+        self.supervisor.stir()
+        self.runner.wake()
 
     async def interrupt(self, job_id: UUID) -> None:
         async with self.sessions.begin() as session:
@@ -181,7 +217,7 @@ async def deploy_yard(data_dir: Path, **values: Any) -> AsyncIterator[DeployYard
     runner = JobRunner(sessions, {actions.KIND: supervisor.serve}, {}, settings.jobs_dir)
     running = tasks.spawn("runner", runner.run(), eternal=True)
     try:
-        yield DeployYard(settings, sessions, routing, runner)
+        yield DeployYard(settings, sessions, routing, runner, supervisor)
     finally:
         await tasks.end(running)
         await sessions.close()

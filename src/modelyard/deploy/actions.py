@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
 from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from modelyard.db import exclusively
-from modelyard.deploy.tables import LIVE, Deployment, DeploymentModel, DeploymentState, Wanted
+from modelyard.db import exclusively, utcnow
+from modelyard.deploy import succession
+from modelyard.deploy.tables import LIVE, Deployment, DeploymentModel, DeploymentState, Strategy, Wanted
 from modelyard.errors import ModelNotFound, NothingDeployed, Unprocessable
 from modelyard.jobs import actions as jobs
 from modelyard.jobs.tables import ACTIVE, Job
@@ -25,52 +27,123 @@ def job_name(model_id: str, adapter_ids: Sequence[str]) -> str:
     return "_".join([KIND, model_id, *(["adapters", *adapter_ids] if adapter_ids else [])])
 
 
-async def deploy(
-    session: AsyncSession, model_id: str, adapter_ids: Sequence[str], options: dict[str, Any]
-) -> tuple[Job, list[UUID]]:
-    """Want a model in service, in place of the current one of its task.
+@dataclass(frozen=True)
+class Wish:
+    """A model wanted in service; `options` as the request gave them, without defaults."""
 
-    Wanting what is current already returns its job. Two wishes at the same moment are taken one after the other:
-    the later one replaces the earlier.
+    model_id: str
+    adapter_ids: Sequence[str] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    strategy: Strategy = Strategy.AUTO
+    keep_others: bool = False
+    idle_timeout_s: float | None = None
+
+
+async def deploy(session: AsyncSession, wish: Wish) -> tuple[Job, list[UUID]]:
+    """Want a model in service, as the current one of its task.
+
+    A deployment of the same model with the same options is changed in place: its adapters, and that it is the current
+    one. Else there is a new one. Either way the others of the task leave as soon as it is ready, unless they are to be
+    kept. Wanting what is current already returns its job. Two wishes at the same moment are taken one after the other.
 
     Returns:
-        The deployment's job, and the ids of the jobs that it replaces.
+        The deployment's job, and the ids of the other jobs that this concerns: tell their followers after the commit.
 
     Raises:
         ModelNotFound: the store lacks the model or an adapter.
         Unprocessable: an adapter is given as the model, or does not belong to it.
     """
     await exclusively(session, KIND)
+    model, _ = await wanted_models(session, wish.model_id, wish.adapter_ids)
+    adapter_ids = list(dict.fromkeys(wish.adapter_ids))
+    up = [one for one in await succession.live(session, model.task) if one.wanted == Wanted.UP]
+    same = await _same(session, up, wish)
+    others = [] if wish.keep_others else [one for one in up if one is not same]
+    if same is None:
+        name = job_name(wish.model_id, adapter_ids)
+        job = await jobs.create(session, kind=KIND, name=name, spec={}, subject=wish.model_id)
+        same = Deployment(
+            job_id=job.id, model_id=wish.model_id, adapter_ids=adapter_ids, task=model.task,
+            options=dict(wish.options), strategy=wish.strategy, idle_timeout_s=wish.idle_timeout_s,
+        )  # fmt: skip
+        session.add(same)
+        await session.flush()
+        await _hold(session, same.id, [wish.model_id, *adapter_ids])
+    else:
+        job = await jobs.get(session, same.job_id)
+        same.strategy, same.idle_timeout_s = wish.strategy, wish.idle_timeout_s
+        same.current_at = utcnow()
+        if same.adapter_ids != adapter_ids:
+            await _want_adapters(session, same, job, adapter_ids)
+    touched = await succession.take_the_place_of(session, same, job, others)
+    return job, touched
+
+
+async def _same(session: AsyncSession, up: Sequence[Deployment], wish: Wish) -> Deployment | None:
+    """Return the deployment that a wish only changes."""
+    for one in up:
+        if (one.model_id, one.options) == (wish.model_id, wish.options):
+            job = await jobs.get(session, one.job_id)
+            if job.status in ACTIVE and not job.interrupt_requested:
+                return one
+    return None
+
+
+async def _want_adapters(session: AsyncSession, deployment: Deployment, job: Job, adapter_ids: list[str]) -> None:
+    before = deployment.adapter_ids
+    deployment.adapter_ids = adapter_ids
+    deployment.adapter_failure = None
+    job.name = job_name(deployment.model_id, adapter_ids)
+    await _hold(session, deployment.id, adapter_ids)
+    message = f"Adapters wanted: {', '.join(adapter_ids) or 'none'}."
+    await jobs.append_event(session, job.id, message, data={"adapter_ids": adapter_ids, "before": before})
+
+
+async def restore_replaced(session: AsyncSession, failed: Deployment) -> Job | None:
+    """Want back what left for a deployment that then never got ready; return the new job.
+
+    Nothing comes back where another deployment of the task is wanted meanwhile.
+    """
+    await exclusively(session, KIND)
+    if any(one.wanted == Wanted.UP and one.id != failed.id for one in await succession.live(session, failed.task)):
+        return None
+    gone = [one for one in await succession.replaced_by(session, failed) if one.ready_at is not None]
+    if not gone:
+        return None
+    last = max(gone, key=lambda one: one.current_at)
+    found = set(await session.scalars(select(Model.model_id)))
+    if last.model_id not in found:
+        return None
+    adapter_ids = [one for one in last.adapter_ids if one in found]
+    wish = Wish(last.model_id, adapter_ids, last.options, idle_timeout_s=last.idle_timeout_s)
+    failed.replaces = []
+    failed.wanted = Wanted.DOWN
+    job, _ = await deploy(session, wish)
+    message = f"Wanted again, since what replaced it, {failed.model_id}, failed."
+    await jobs.append_event(session, job.id, message, data={"failed": str(failed.job_id)})
+    return job
+
+
+async def wanted_models(session: AsyncSession, model_id: str, adapter_ids: Sequence[str]) -> tuple[Model, list[Model]]:
+    """Return the rows of a model and its adapters that somebody wants in service.
+
+    Raises:
+        ModelNotFound: the store lacks the model or an adapter.
+        Unprocessable: an adapter is given as the model, or does not belong to it.
+    """
     model = await models.get(session, model_id)
     if model.adapter:
         raise Unprocessable(
             f"'{model_id}' is an adapter of '{model.base_model_id}': deploy that model with this one in adapter_ids.",
             param="model_id",
         )
-    unique = list(dict.fromkeys(adapter_ids))
-    await _check_adapters(session, model, unique)
-    replaced = []
-    for old in await live(session, model.task):
-        if old.wanted != Wanted.UP:
-            continue
-        if (old.model_id, old.adapter_ids, old.options) == (model_id, unique, options):
-            job = await jobs.get(session, old.job_id)
-            if job.status in ACTIVE and not job.interrupt_requested:
-                return job, []
-        replaced.append(await take_down(session, old))
-    job = await jobs.create(session, kind=KIND, name=job_name(model_id, unique), spec={}, subject=model_id)
-    deployment = Deployment(job_id=job.id, model_id=model_id, adapter_ids=unique, task=model.task, options=options)
-    session.add(deployment)
-    await session.flush()
-    session.add_all(DeploymentModel(deployment_id=deployment.id, model_id=held) for held in [model_id, *unique])
-    for job_id in replaced:
-        await jobs.append_event(session, job_id, f"Replaced by {job.name}.", data={"replaced_by": str(job.id)})
-    return job, replaced
+    return model, await _adapters(session, model, list(dict.fromkeys(adapter_ids)))
 
 
-async def _check_adapters(session: AsyncSession, model: Model, adapter_ids: Sequence[str]) -> None:
+async def _adapters(session: AsyncSession, model: Model, adapter_ids: Sequence[str]) -> list[Model]:
     if adapter_ids and model.task != "generate":
         raise Unprocessable("Adapters are served on generative models only.", param="adapter_ids")
+    found = []
     for adapter_id in adapter_ids:
         adapter = await models.get_adapter(session, adapter_id, model.model_id)
         if not adapter.adapter:
@@ -80,23 +153,31 @@ async def _check_adapters(session: AsyncSession, model: Model, adapter_ids: Sequ
                 f"'{adapter_id}' is an adapter of '{adapter.base_model_id}', not of '{model.model_id}'.",
                 param="adapter_ids",
             )
+        found.append(adapter)
+    return found
 
 
-async def take_down(session: AsyncSession, deployment: Deployment) -> UUID:
-    """Want a deployment out of service; return its job's id. Safe to repeat."""
-    deployment.wanted = Wanted.DOWN
-    job = await jobs.get(session, deployment.job_id)
-    if job.status in ACTIVE:
-        job.interrupt_requested = True
-    return job.id
+async def _hold(session: AsyncSession, deployment_id: UUID, model_ids: Sequence[str]) -> None:
+    """Keep models from being deleted; what is held already stays so."""
+    held = set(
+        await session.scalars(select(DeploymentModel.model_id).where(DeploymentModel.deployment_id == deployment_id))
+    )
+    session.add_all(
+        DeploymentModel(deployment_id=deployment_id, model_id=one)
+        for one in dict.fromkeys(model_ids)
+        if one not in held
+    )
+    await session.flush()
 
 
-async def live(session: AsyncSession, task: str | None = None) -> Sequence[Deployment]:
-    """Return the deployments that hold or may soon hold an engine, oldest first."""
-    query = select(Deployment).where(Deployment.state.in_(LIVE)).order_by(Deployment.number)
-    if task is not None:
-        query = query.where(Deployment.task == task)
-    return (await session.scalars(query)).all()
+async def let_go_of_adapters(session: AsyncSession, deployment: Deployment) -> None:
+    """Let go of the adapters that a deployment neither wants nor serves."""
+    needed = {deployment.model_id, *deployment.adapter_ids, *(one["adapter_id"] for one in deployment.loaded)}
+    await session.execute(
+        delete(DeploymentModel).where(
+            DeploymentModel.deployment_id == deployment.id, DeploymentModel.model_id.not_in(needed)
+        )
+    )
 
 
 async def current(session: AsyncSession, task: str | None = None) -> Deployment:
@@ -105,9 +186,9 @@ async def current(session: AsyncSession, task: str | None = None) -> Deployment:
     Raises:
         NothingDeployed: there is none; the message has the cause if the last one failed.
     """
-    up = [deployment for deployment in await live(session, task) if deployment.wanted == Wanted.UP]
+    up = [deployment for deployment in await succession.live(session, task) if deployment.wanted == Wanted.UP]
     if up:
-        return max(up, key=lambda deployment: (deployment.task == "generate", deployment.number))
+        return max(up, key=lambda one: (one.task == "generate", one.current_at, one.number))
     raise NothingDeployed(await _last_failure(session))
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from fastapi import Depends, Query, Request
 
-from modelyard.deploy import actions
+from modelyard.deploy import actions, succession
 from modelyard.deploy.routing import Routing
 from modelyard.deploy.schemas import DeployIn, DeployOut, DeployStatusOut
 from modelyard.http import Sessions, documented, router
@@ -44,8 +44,9 @@ async def deploy_model(wish: DeployIn, sessions: Sessions, runner: Runner, routi
     """
     async with sessions.begin() as session:
         options = wish.options.model_dump(exclude_none=True)
-        job, replaced = await actions.deploy(session, wish.model_id, wish.adapter_ids, options)
+        job, replaced = await actions.deploy(session, actions.Wish(wish.model_id, wish.adapter_ids, options))
     routing.changed()
+    routing.stir()
     runner.wake()
     for job_id in replaced:
         runner.news.tell(job_id)
@@ -68,8 +69,9 @@ async def interrupt_deployment(
     """End the engine. The answer may still say RUNNING: the job becomes KILLED when nothing of it runs any more."""
     async with sessions.begin() as session:
         deployment = await actions.current(session, task)
-        job_id = await actions.take_down(session, deployment)
+        job_id = await succession.take_down(session, deployment)
         job = await jobs.get(session, job_id)
     routing.changed()
+    routing.stir()
     runner.wake()
     return JobOut.of(job)

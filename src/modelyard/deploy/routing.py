@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
 from modelyard.db import Sessions
-from modelyard.deploy import actions
+from modelyard.deploy import succession
 from modelyard.deploy.tables import Deployment, DeploymentState, Wanted
 from modelyard.errors import EngineStarting, ModelNotFound
 
@@ -56,6 +59,25 @@ class Routing:
         self._taken_at = float("-inf")
         self._changes = self._changes_seen = 0
         self._taking = asyncio.Lock()
+        self._open: Counter[tuple[str, str]] = Counter()
+        #: Has every deployment's task look at its row again; the supervisor puts itself here.
+        self.stir: Callable[[], None] = lambda: None
+
+    @contextmanager
+    def request(self, target: Target) -> Iterator[None]:
+        """Count a request as open for as long as the block lasts."""
+        key = (target.url, target.served_name)
+        self._open[key] += 1
+        try:
+            yield
+        finally:
+            self._open[key] -= 1
+            if not self._open[key]:
+                del self._open[key]
+
+    def open_requests(self, url: str, served_name: str | None = None) -> int:
+        """Return how many requests this process has open at an engine, of all names or of one."""
+        return sum(count for key, count in self._open.items() if key[0] == url and served_name in (None, key[1]))
 
     def changed(self) -> None:
         """Take a new snapshot at the next question. Call it after the commit."""
@@ -105,7 +127,7 @@ class Routing:
                 if not self._is_fresh():
                     changes, taken_at = self._changes, time.monotonic()
                     async with self._sessions.read() as session:
-                        live = await actions.live(session)
+                        live = await succession.live(session)
                     self._up = [one for one in reversed(live) if one.wanted == Wanted.UP]
                     # What changed during the read may have been missed: such a snapshot is not fresh.
                     self._changes_seen, self._taken_at = changes, taken_at
@@ -119,8 +141,9 @@ def _find(up: list[Deployment], name: str | None, task: str) -> tuple[Deployment
     for one in up:
         if name == one.model_id:
             return one, one.model_id
-        if name is not None and name in one.adapter_ids:
-            return one, name
+        for adapter in one.loaded:
+            if name == adapter["adapter_id"]:
+                return one, adapter["name"]
     for one in up:  # newest first: the first of a task is its current one
         if one.task == task and (name is None or name in ALIASES[one.task]):
             return one, one.model_id
@@ -134,7 +157,7 @@ def _names(up: list[Deployment]) -> list[Served]:
     names: dict[str, Served] = {}
     for one in up:
         names.setdefault(one.model_id, Served(one.model_id, one.model_id, one.created_at, None))
-        for adapter_id in one.adapter_ids:
+        for adapter_id in (adapter["adapter_id"] for adapter in one.loaded):
             names.setdefault(adapter_id, Served(adapter_id, one.model_id, one.created_at, one.model_id))
     for one in up:
         for alias in ALIASES[one.task]:

@@ -1,0 +1,91 @@
+"""What the requests to one engine do: whether any is open, whether anybody asks at all, and whose have all ended.
+
+Two sources are asked, since neither is enough. The gateway of this process knows what it has sent from the moment on
+that it chose the engine; the engine's own figures count what came from another gateway process too, but only from its
+next step on. Nothing is written here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from modelyard.deploy.engine_client import EngineClient
+from modelyard.deploy.routing import FRESH_S, Routing
+
+
+class Requests:
+    """The requests to one deployment's engine, across its restarts."""
+
+    def __init__(self, routing: Routing, timeout_s: float) -> None:
+        self._routing = routing
+        self._timeout_s = timeout_s
+        self._url = ""
+        self._client: EngineClient | None = None
+        self._asked_at = time.monotonic()
+        self._answered: float | None = None
+        self._draining_since: float | None = None
+        #: Engine names of adapters that clients cannot name any more, and since when.
+        self._leaving: dict[str, float] = {}
+        self.drained = False
+
+    def of_engine(self, url: str, client: EngineClient) -> None:
+        """Begin anew with an engine that has just been started or found."""
+        self._url, self._client = url, client
+        self._answered, self._draining_since, self.drained = None, None, False
+        self._leaving.clear()
+        self.asked()
+
+    def asked(self) -> None:
+        """Note that somebody asks right now."""
+        self._asked_at = time.monotonic()
+
+    async def look(self) -> None:
+        """Find out whether anybody has asked since the last look."""
+        assert self._client is not None
+        answered = await self._client.answered_requests()
+        if answered != self._answered or self._routing.open_requests(self._url) or await self._client.open_requests():
+            self._answered = answered
+            self.asked()
+
+    def unasked(self, timeout_s: float | None) -> bool:
+        """Whether nobody has asked for so long, as of the last look."""
+        return timeout_s is not None and time.monotonic() - self._asked_at > timeout_s
+
+    def begin_draining(self) -> None:
+        """Start the clock; no new request is sent to the engine from now on."""
+        self._draining_since, self.drained = time.monotonic(), False
+
+    async def look_whether_drained(self) -> int:
+        """Set `drained` if no request is open or time is up; return how many are open."""
+        assert self._client is not None
+        if self._draining_since is None:
+            self.begin_draining()
+        open_requests = max(await self._client.open_requests() or 0, self._routing.open_requests(self._url))
+        assert self._draining_since is not None
+        seconds = time.monotonic() - self._draining_since
+        # Another gateway process may have read for so long that the engine serves.
+        self.drained = seconds >= max(self._timeout_s, FRESH_S) or (open_requests == 0 and seconds >= FRESH_S)
+        return open_requests
+
+    def leave(self, names: Iterable[str]) -> None:
+        """Have adapters leave: their requests are let end."""
+        self._leaving.update(dict.fromkeys(names, time.monotonic()))
+
+    @property
+    def are_leaving(self) -> bool:
+        """Whether adapters wait for their last request."""
+        return bool(self._leaving)
+
+    async def those_that_left(self) -> list[str]:
+        """Return, and forget, the adapters whose requests have ended; vLLM itself lets those that are left end too."""
+        now = time.monotonic()
+        left = [
+            name
+            for name, since in self._leaving.items()
+            if now - since >= self._timeout_s
+            or (now - since >= FRESH_S and not self._routing.open_requests(self._url, name))
+        ]
+        for name in left:
+            del self._leaving[name]
+        return left

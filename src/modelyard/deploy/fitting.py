@@ -1,0 +1,129 @@
+"""Whether a deployment's engine may start now, and with which command: the fit check on what others were given.
+
+Reads the machine, the model's files and the table. The supervisor holds a lock from `room` until the engine's share is
+written to the row (`memory_bytes`), so that two engines never count on the same memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from modelyard.db import Sessions
+from modelyard.deploy import actions, succession
+from modelyard.deploy.adapters import check_adapter
+from modelyard.deploy.fit import Fit, fit
+from modelyard.deploy.machine import GIB, Machine, left_for_engines, this_machine
+from modelyard.deploy.schemas import EngineOptions
+from modelyard.deploy.steps import Room
+from modelyard.deploy.tables import LIVE, Deployment, DeploymentState, Strategy, Wanted
+from modelyard.deploy.vllm_args import AdapterFiles, ModelFiles, engine_command
+from modelyard.errors import JobFailure, Unprocessable
+from modelyard.models.tables import Model
+from modelyard.processes import Command
+from modelyard.settings import Settings
+
+
+class Fitting:
+    """Looks whether there is room. `message` says the numbers of the last look."""
+
+    def __init__(self, settings: Settings, sessions: Sessions) -> None:
+        self._settings = settings
+        self._sessions = sessions
+        self.message = ""
+        #: A folder of the store never changes, and to check one is to read all of it.
+        self._checked: dict[Path, AdapterFiles] = {}
+
+    async def room(self, row: Deployment) -> Room:
+        """Return whether the deployment's engine may start.
+
+        Raises:
+            JobFailure: the model's or an adapter's files cannot be read or served.
+        """
+        async with self._sessions.read() as session:
+            live = await succession.live(session)
+            replaced = await succession.replaced_by(session, row)
+            model, adapters = await actions.model_rows(session, row)
+        if row.strategy == Strategy.REPLACE and any(one.state in LIVE for one in replaced):
+            return Room.COMING
+        machine = left(await asyncio.to_thread(this_machine), row, live, self._settings)
+        found = await asyncio.to_thread(self._fit, row, model, adapters, machine)
+        self.message = found.message
+        # Where nothing tells how much memory a GPU has, one engine at a time is all that is safe.
+        is_blind = machine.has_gpu and not machine.gpus and any(one.memory_bytes for one in live if one.id != row.id)
+        if found.fits and not is_blind:
+            return Room.THERE
+        if any(one.wanted != Wanted.UP and one.id != row.id for one in live):
+            return Room.COMING
+        stays = any(one.wanted == Wanted.UP and one.state in LIVE for one in replaced)
+        # Nobody leaves for what then cannot start all the same: the command refuses it, with the numbers.
+        return Room.TO_BE_MADE if stays and row.strategy == Strategy.AUTO else Room.THERE
+
+    async def command(self, row: Deployment, python: Path, scratch: Path) -> tuple[Command, int]:
+        """Return the engine's command, and the bytes of memory that it gets.
+
+        Raises:
+            JobFailure: it does not fit, or the files cannot be read or served.
+        """
+        async with self._sessions.read() as session:
+            live = await succession.live(session)
+            model, adapters = await actions.model_rows(session, row)
+
+        def make() -> tuple[Command, int]:
+            machine = left(this_machine(), row, live, self._settings)
+            files, adapter_files = model_files(self._settings, model), self._adapter_files(model, adapters)
+            options = EngineOptions(**row.options).over(self._settings)
+            command = engine_command(
+                python, files, adapter_files, options, machine, scratch, self._settings.data_dir / "cache"
+            )
+            return command, self._fit(row, model, adapters, machine).total_bytes
+
+        return await asyncio.to_thread(make)
+
+    def _fit(self, row: Deployment, model: Model, adapters: Sequence[Model], machine: Machine) -> Fit:
+        rank = max((one.rank for one in self._adapter_files(model, adapters)), default=0)
+        options = EngineOptions(**row.options).over(self._settings)
+        return fit(model_files(self._settings, model), options, machine, rank)
+
+    def _adapter_files(self, model: Model, adapters: Sequence[Model]) -> list[AdapterFiles]:
+        config = model_files(self._settings, model).config
+        found = []
+        for one in adapters:
+            path = self._settings.models_dir / one.path
+            try:
+                facts = check_adapter(path, config)
+            except Unprocessable as error:
+                raise JobFailure(
+                    "adapter_unservable", f"{one.model_id}: {error.message}", "Deploy without it."
+                ) from error
+            found.append(AdapterFiles(one.model_id, path, facts.rank, facts.size_bytes))
+        return found
+
+
+def model_files(settings: Settings, model: Model) -> ModelFiles:
+    """Return a model's files as the store has them. Blocks.
+
+    Raises:
+        JobFailure: `broken_model`: its configuration cannot be read.
+    """
+    path = settings.models_dir / model.path
+    try:
+        config = json.loads((path / "config.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise JobFailure(
+            "broken_model",
+            f"The configuration of {model.model_id} cannot be read: {error}.",
+            "Delete the model and add it again.",
+        ) from error
+    return ModelFiles(model.model_id, path, model.size_bytes, config, model.task)
+
+
+def left(machine: Machine, row: Deployment | None, live: Sequence[Deployment], settings: Settings) -> Machine:
+    """Return what a machine has left for one deployment's engine, beside those of others."""
+    others = [one for one in live if row is None or one.id != row.id]
+    given = sum(one.memory_bytes or 0 for one in others)
+    starting = sum(one.memory_bytes or 0 for one in others if one.state == DeploymentState.STARTING)
+    budget_gib = settings.engine_memory_gib
+    return left_for_engines(machine, given, starting, int(budget_gib * GIB) if budget_gib else None)

@@ -1,0 +1,105 @@
+"""Adapters of a running engine: loaded under a versioned name, probed, named to clients by the supervisor, unloaded.
+
+An engine knows an adapter as `<adapter id>@<n>`, so that a changed adapter never takes the name of the one before it,
+whose requests still run: replacing in place has vLLM keep answers of the old one. Nothing here writes to the database.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from modelyard.deploy.engine_client import EngineClient
+from modelyard.errors import JobFailure
+
+LOAD_TIMEOUT_S = 120.0
+UNLOAD_TIMEOUT_S = 10.0
+PROBE_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that is wanted, and the folder that it is in."""
+
+    adapter_id: str
+    path: Path
+
+    def is_loaded(self, loaded: Sequence[dict[str, str]]) -> bool:
+        """Whether this very folder is what an engine serves."""
+        return any(one["adapter_id"] == self.adapter_id and one["path"] == str(self.path) for one in loaded)
+
+
+class AdapterRefused(Exception):
+    """An adapter was not loaded, or does not generate; the engine is as it was."""
+
+    def __init__(self, adapter_id: str, failure: JobFailure) -> None:
+        super().__init__(failure.message)
+        self.adapter_id = adapter_id
+        self.failure = failure
+
+    def as_row(self) -> dict[str, str]:
+        """Return it as a deployment's row keeps it."""
+        return {
+            "adapter_id": self.adapter_id,
+            "code": self.failure.code,
+            "message": self.failure.message,
+            "hint": self.failure.hint,
+        }
+
+
+async def load(
+    client: EngineClient, wanted: Sequence[Adapter], loaded: Sequence[dict[str, str]]
+) -> list[dict[str, str]]:
+    """Have an engine serve what is wanted besides what it has; return the adapters that are wanted as a row keeps them.
+
+    What is loaded but not wanted is left alone. When one fails, those that were loaded before it are unloaded again.
+
+    Raises:
+        AdapterRefused: the engine does not load one, or that one does not generate.
+    """
+    fresh: list[dict[str, str]] = []
+    names = list(await client.names() or [])
+    try:
+        for adapter in wanted:
+            if adapter.is_loaded(loaded):
+                continue
+            name = _next_name(adapter.adapter_id, names)
+            names.append(name)
+            fresh.append({"adapter_id": adapter.adapter_id, "name": name, "path": str(adapter.path)})
+            await _load_one(client, adapter, name)
+    except BaseException:
+        for one in fresh:
+            await client.unload_adapter(one["name"], UNLOAD_TIMEOUT_S)
+        raise
+    by_id = {one["adapter_id"]: one for one in [*loaded, *fresh]}
+    return [by_id[adapter.adapter_id] for adapter in wanted]
+
+
+async def _load_one(client: EngineClient, adapter: Adapter, name: str) -> None:
+    wrong = await client.load_adapter(name, adapter.path, LOAD_TIMEOUT_S)
+    if wrong:
+        raise AdapterRefused(
+            adapter.adapter_id,
+            JobFailure(
+                "adapter_not_loaded",
+                f"The engine did not load {adapter.adapter_id}: {wrong}",
+                "Check that it was trained for this very model; the job's log has all that the engine says.",
+            ),
+        )
+    # vLLM answers 200 to some adapters with which every request then fails.
+    wrong = await client.generates(name, "generate", PROBE_TIMEOUT_S)
+    if wrong:
+        raise AdapterRefused(
+            adapter.adapter_id,
+            JobFailure(
+                "adapter_does_not_generate",
+                f"The engine loaded {adapter.adapter_id}, but a prompt of one word failed with it: {wrong}",
+                "Check that it was trained for this very model; the job's log has all that the engine says.",
+            ),
+        )
+
+
+def _next_name(adapter_id: str, names: Sequence[str]) -> str:
+    used = [name.removeprefix(f"{adapter_id}@") for name in names if name.startswith(f"{adapter_id}@")]
+    return f"{adapter_id}@{max((int(number) for number in used if number.isdecimal()), default=0) + 1}"

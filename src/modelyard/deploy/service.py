@@ -1,0 +1,511 @@
+"""One deployment being supervised: the facts about it, and the steps as methods. The only writer of its state.
+
+It gathers the facts, asks `steps.next_step`, does that one thing, and looks again when the child ended, an interrupt
+or another wish came, or time passed. Everything that it must remember is in the row and in the job's folder: a server
+that was killed at any point finds the live engine again (`attempt-N`, the newest) or starts another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from modelyard.db import utcnow
+from modelyard.deploy import actions, attempts, loading, succession
+from modelyard.deploy.draining import Requests
+from modelyard.deploy.engine_client import EngineClient, Health
+from modelyard.deploy.failures import explain
+from modelyard.deploy.fitting import Fitting
+from modelyard.deploy.loading import Adapter, AdapterRefused
+from modelyard.deploy.steps import ChildState, Facts, Room, Step, next_step
+from modelyard.deploy.tables import MOVES, Deployment, DeploymentState, Wanted
+from modelyard.deploy.vllm_args import socket_path
+from modelyard.errors import JobFailure
+from modelyard.jobs import actions as jobs
+from modelyard.jobs.runner import JobContext, JobInterrupted
+from modelyard.processes import Child, Outcome
+from modelyard.states import move
+
+if TYPE_CHECKING:
+    from modelyard.deploy.supervisor import Supervisor
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+PROBE_EVERY_S = 0.2
+DRAIN_EVERY_S = 0.1
+HEALTH_EVERY_S = 5.0
+#: An engine that is silent or unwell this many times in a row is ended, and started again.
+UNWELL_LIMIT = 6
+#: An engine that stood this long has its restarts forgotten.
+STABLE_S = 300.0
+LONGEST_DELAY_S = 60.0
+STILL_STARTING_EVERY_S = 5.0
+ENGINE_GONE = "the server was restarted, and the engine is gone"
+
+
+class Service:
+    """The work on one deployment, from the taking up of its job to the end of its engine."""
+
+    def __init__(self, supervisor: Supervisor, context: JobContext, row: Deployment) -> None:
+        self.yard = supervisor
+        self.settings = supervisor.settings
+        self.context = context
+        self.row = row
+        self.child: Child | None = None
+        self.client: EngineClient | None = None
+        self.requests = Requests(supervisor.routing, supervisor.settings.engine_drain_timeout_s)
+        self.fitting = Fitting(supervisor.settings, supervisor.sessions)
+        #: Where each adapter that is wanted lies, as the store says.
+        self.adapters: list[Adapter] = []
+        self.stirred = supervisor.stirred
+        self.was_ready = row.ready_at is not None
+        self.delay_until = 0.0
+        self.started_at = self.told_at = self.looked_at = time.monotonic()
+        self.stable_at = time.monotonic() + STABLE_S
+        self.unwell = 0
+        self.outcome: Outcome | None = None
+        self.said: str | None = None
+        self.complaint: str | None = None
+
+    async def run(self) -> None:
+        """Do one step after the other, until the deployment has ended one way or the other."""
+        if self.row.state == DeploymentState.STOPPED:
+            raise JobInterrupted  # the server was killed between the end of the deployment and that of its job
+        if self.row.state == DeploymentState.FAILED:
+            raise await self._cause()
+        try:
+            await self._take_up()
+            while True:
+                step = next_step(await self._facts())
+                if step == Step.FINISH:
+                    await self._move(DeploymentState.STOPPING, "no longer wanted", wanted=self._leaves())
+                    await self._end(DeploymentState.STOPPED, "its engine is gone")
+                    raise JobInterrupted
+                if step == Step.GIVE_UP:
+                    raise await self._cause()
+                await self._do(step)
+        except JobInterrupted:
+            raise
+        except Exception as error:  # whatever it was, no engine may be left without a deployment
+            if self.child is not None:
+                await self.child.stop()
+            await self._end(DeploymentState.FAILED, error.code if isinstance(error, JobFailure) else "internal_error")
+            await self._restore_what_left()
+            raise
+
+    async def close(self) -> None:
+        """End the engine, if one still runs: the server stops in good order. Safe to repeat."""
+        if self.client is not None:
+            await self.client.close()
+            self.client = None
+        if self.child is not None and self.child.is_alive:
+            await self.child.stop()
+
+    async def _do(self, step: Step) -> None:
+        if step == Step.START:
+            await self._start()
+        elif step == Step.PROBE:
+            await self._probe()
+        elif step == Step.CHANGE_ADAPTERS:
+            await self._change_adapters()
+        elif step == Step.CHECK_HEALTH:
+            await self._check_health()
+        elif step == Step.BACK_OFF:
+            await self._back_off()
+        elif step == Step.DRAIN:
+            await self._drain()
+        elif step == Step.RESUME:
+            await self._move(DeploymentState.READY, "a request came", wake_requested=False)
+        elif step == Step.REST:
+            await self._stop_engine()
+            await self._move(DeploymentState.IDLE, "nobody asked for a while", engine_url=None, memory_bytes=None)
+            await self.context.event("Resting: the engine has ended, and the next request starts one.")
+            self.yard.stir()
+        elif step == Step.WAKE:
+            await self._move(DeploymentState.STARTING, "a request came", wake_requested=False)
+        elif step == Step.STOP:
+            await self._move(DeploymentState.STOPPING, "no longer wanted", wanted=self._leaves())
+            await self._stop_engine()
+        elif step == Step.MAKE_ROOM:
+            await self._make_room()
+        elif step == Step.WAIT_FOR_ROOM:
+            await self._say("Waiting for another deployment to give its memory back.")
+            await self._sleep(1.0)
+        elif step == Step.WAIT_FOR_REQUEST:
+            await self._sleep(HEALTH_EVERY_S)
+        else:
+            await self._sleep(max(0.0, self.delay_until - time.monotonic()))
+
+    async def _facts(self) -> Facts:
+        self.stirred = self.yard.stirred
+        async with self.yard.sessions.read() as session:
+            self.row = row = await actions.of_job(session, self.context.id)
+            if row.wanted == Wanted.UP:
+                _, rows = await actions.model_rows(session, row)
+                self.adapters = [Adapter(one.model_id, self.settings.models_dir / one.path) for one in rows]
+        wanted = Wanted(row.wanted)
+        if wanted == Wanted.UP and self.context.interrupted.is_set():
+            wanted = Wanted.DOWN
+        child = ChildState.NONE
+        if self.child is not None:
+            child = ChildState.ALIVE if self.child.is_alive else ChildState.ENDED
+        due = child == ChildState.NONE and wanted == Wanted.UP and row.state != DeploymentState.IDLE
+        delay_over = time.monotonic() >= self.delay_until
+        return Facts(
+            wanted=wanted,
+            state=DeploymentState(row.state),
+            child=child,
+            was_ready=self.was_ready,
+            restarts=row.restarts,
+            max_restarts=self.settings.engine_max_restarts,
+            room=await self.fitting.room(row) if due and delay_over else Room.THERE,
+            delay_over=delay_over,
+            adapters_differ=[one["adapter_id"] for one in row.loaded] != row.adapter_ids,
+            drained=self.requests.drained and row.state == DeploymentState.DRAINING,
+            unasked=self.requests.unasked(row.idle_timeout_s) and not row.wake_requested,
+            awaited=row.wake_requested,
+        )
+
+    def _leaves(self) -> Wanted:
+        """Return how it leaves: an interrupted job is down, whatever its row said."""
+        return Wanted.DRAINED if self.row.wanted == Wanted.DRAINED else Wanted.DOWN
+
+    async def _take_up(self) -> None:
+        """Find what an earlier server left of this deployment."""
+        folder = attempts.newest(self.context.folder)
+        if folder is None:
+            return
+        child = await self.yard.children.adopt(folder)
+        if child is not None and child.is_alive and self.row.engine_url is not None:
+            self.child = child
+            self._talk_to(self.row.engine_url)
+            assert self.client is not None
+            kept = {one["name"] for one in self.row.loaded}
+            self.requests.leave(name for name in await self.client.names() or [] if "@" in name and name not in kept)
+            await self.context.event("Adopted the running engine after a restart of the server.")
+            return
+        if self.row.state in (DeploymentState.READY, DeploymentState.DRAINING):
+            await self._move(DeploymentState.STARTING, ENGINE_GONE)
+
+    def _talk_to(self, url: str) -> None:
+        self.client = EngineClient(url)
+        self.requests.of_engine(url, self.client)
+
+    async def _make_room(self) -> None:
+        async with self.yard.sessions.begin() as session:
+            why = f"Leaves before {self.row.model_id} starts: there is not enough memory for both."
+            touched = await succession.drain_replaced(session, await actions.of_job(session, self.context.id), why)
+        self.yard.routing.changed()
+        self.yard.stir()
+        await self.context.event(
+            f"Those that it replaces leave first: {self.fitting.message}",
+            data={"leaving": [str(one) for one in touched]},
+        )
+
+    async def _start(self) -> None:
+        number, folder = attempts.following(self.context.folder)
+        # A short path: a socket's may have no more than 107 bytes.
+        scratch = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="modelyard-engine-"))
+        url = f"unix:{socket_path(scratch)}"
+        try:
+            async with self.yard.sharing_memory:
+                if await self.fitting.room(self.row) != Room.THERE:  # another one was quicker
+                    await asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True)
+                    return
+                command, memory_bytes = await self.fitting.command(
+                    self.row, self.settings.engine_python or Path(sys.executable), scratch
+                )
+                await self._move(
+                    DeploymentState.STARTING, f"attempt {number}", engine_url=url, memory_bytes=memory_bytes, loaded=[]
+                )
+            await asyncio.to_thread(attempts.begin_log, self.context.log, number, command.argv)
+            self.child = await self.yard.children.start(
+                folder,
+                command,
+                log=self.context.log,
+                stop_timeout_s=self.settings.engine_stop_timeout_s,
+            )
+        except BaseException:
+            if self.child is None:
+                await asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True)
+            raise
+        self._talk_to(url)
+        self.started_at = self.told_at = time.monotonic()
+        self.complaint = None
+        self.said = None
+        data = {"attempt": number, "memory_bytes": memory_bytes}
+        await self.context.event(f"Starting the engine (attempt {number}). {self.fitting.message}", data=data)
+
+    async def _probe(self) -> None:
+        """Ask the engine to do its work once, load its adapters; READY if all of that works."""
+        assert self.client is not None
+        waited_s = self._waited_s()
+        health = await self._unless_it_ends(self.client.health())
+        if health == Health.GOOD:
+            # The first generation compiles and may take long; the time for the whole start bounds it too.
+            left_s = max(1.0, self.settings.engine_start_timeout_s - waited_s)
+            question = self.client.generates(self.row.model_id, self.row.task, left_s)
+            self.complaint = await self._unless_it_ends(question)
+            if self.complaint == "":
+                await self._load_and_be_ready()
+                return
+        waited_s = self._waited_s()
+        if waited_s > self.settings.engine_start_timeout_s:
+            raise JobFailure(
+                "engine_never_ready",
+                f"The engine did not generate a token within {self.settings.engine_start_timeout_s:.0f} s"
+                + (f"; its answer was {self.complaint}." if self.complaint else "."),
+                "Read the job's log; a large model may need a longer MODELYARD_ENGINE_START_TIMEOUT_S.",
+            )
+        if time.monotonic() - self.told_at > STILL_STARTING_EVERY_S:
+            self.told_at = time.monotonic()
+            await self.context.event(
+                f"Still starting, {waited_s:.0f} s so far.", level="debug", data={"seconds": round(waited_s, 1)}
+            )
+        await self._sleep(PROBE_EVERY_S, stir=False)
+
+    async def _load_and_be_ready(self) -> None:
+        """Load the adapters. One that fails ends a first start; a restarted engine goes on without it, and says so."""
+        assert self.client is not None
+        wanted, refused = self.adapters, None
+        while True:
+            try:
+                loaded = await self._unless_it_ends(loading.load(self.client, wanted, []))
+            except AdapterRefused as error:
+                if not self.was_ready:
+                    raise error.failure from None
+                refused = error
+                wanted = [one for one in wanted if one.adapter_id != error.adapter_id]
+            else:
+                break
+        if loaded is None:
+            return  # the engine ended, or is not wanted any more
+        if refused is not None:
+            await self._take_back(refused, [one.adapter_id for one in wanted])
+        await self._ready(loaded)
+
+    def _waited_s(self) -> float:
+        return time.monotonic() - self.started_at
+
+    async def _ready(self, loaded: list[dict[str, str]]) -> None:
+        seconds = round(self._waited_s(), 2)
+        self.was_ready = True
+        self.unwell = 0
+        self.stable_at = time.monotonic() + STABLE_S
+        async with self.yard.sessions.begin() as session:
+            # In one transaction: at no moment does nobody serve.
+            row = await actions.of_job(session, self.context.id)
+            if row.wanted != Wanted.UP:
+                return
+            await move(session, Deployment, row.id, "state", MOVES, DeploymentState.READY, "it generated a token")
+            row.ready_at, row.loaded, row.wake_requested = utcnow(), loaded, False
+            await succession.let_go_of_replaced(session, row)
+            self.row = row
+        self.yard.routing.changed()
+        self.yard.stir()
+        self.requests.asked()
+        await self.context.event(
+            f"Ready: {self.row.model_id} did its first work after {seconds:.1f} s.",
+            data={"state": "READY", "seconds": seconds},
+        )
+
+    async def _change_adapters(self) -> None:
+        """Load what is wanted, name it to clients, and have what is not wanted leave when its requests have ended."""
+        assert self.client is not None
+        wanted, before = self.adapters, self.row.loaded
+        try:
+            loaded = await self._unless_it_ends(loading.load(self.client, wanted, before))
+        except AdapterRefused as error:
+            await self._take_back(error, [one["adapter_id"] for one in before], [one.adapter_id for one in wanted])
+            return
+        if loaded is None:
+            return
+        await self._write(loaded=loaded)
+        kept = {one["name"] for one in loaded}
+        self.requests.leave(one["name"] for one in before if one["name"] not in kept)
+        served = ", ".join(one["adapter_id"] for one in loaded) or "none"
+        await self.context.event(f"Adapters in service: {served}.", data={"adapters": loaded})
+
+    async def _take_back(self, refused: AdapterRefused, adapter_ids: list[str], asked: list[str] | None = None) -> None:
+        """Want only the adapters that work, unless something else is wanted meanwhile."""
+        async with self.yard.sessions.begin() as session:
+            row = await actions.of_job(session, self.context.id)
+            if asked is None or row.adapter_ids == asked:
+                row.adapter_ids, row.adapter_failure = adapter_ids, refused.as_row()
+                job = await jobs.get(session, row.job_id)
+                job.name = actions.job_name(row.model_id, adapter_ids)
+                self.row = row
+        self.yard.routing.changed()
+        await self.context.event(
+            f"{refused.failure.message} {refused.failure.hint} What was in service before goes on.",
+            level="error", data=refused.as_row(),
+        )  # fmt: skip
+
+    async def _check_health(self) -> None:
+        assert self.client is not None
+        assert self.child is not None
+        due_s = self.looked_at + HEALTH_EVERY_S - time.monotonic()
+        if due_s > 0:
+            if self.requests.are_leaving:
+                due_s = DRAIN_EVERY_S
+            elif self.row.idle_timeout_s is not None:
+                due_s = min(due_s, self.row.idle_timeout_s / 4)
+            if await self._sleep(due_s):
+                return
+        for name in await self.requests.those_that_left():
+            await self.client.unload_adapter(name, loading.UNLOAD_TIMEOUT_S)
+            if not self.requests.are_leaving:
+                async with self.yard.sessions.begin() as session:
+                    await actions.let_go_of_adapters(session, await actions.of_job(session, self.context.id))
+        if self.row.idle_timeout_s is not None:
+            await self.requests.look()
+        if time.monotonic() - self.looked_at < HEALTH_EVERY_S:
+            return
+        self.looked_at = time.monotonic()
+        health = await self._unless_it_ends(self.client.health())
+        self.unwell = 0 if health == Health.GOOD else self.unwell + 1
+        if self.row.restarts and time.monotonic() > self.stable_at:
+            await self._write(restarts=0)
+        if self.unwell >= UNWELL_LIMIT and self.child.is_alive:
+            await self.context.event(f"The engine has been {health} for a while; ending it.", level="warning")
+            await self.child.stop()
+
+    async def _drain(self) -> None:
+        """Keep new requests away, and look how many of the others are left."""
+        if self.row.state != DeploymentState.DRAINING:
+            reason = "no longer wanted" if self.row.wanted == Wanted.DRAINED else "nobody asked for a while"
+            await self._move(DeploymentState.DRAINING, reason)
+            self.requests.begin_draining()
+            await self.context.event(f"Draining: {reason}; requests in progress are let end.")
+        open_requests = await self.requests.look_whether_drained()
+        if self.requests.drained and open_requests:
+            await self.context.event(
+                f"{open_requests} requests did not end within {self.settings.engine_drain_timeout_s:.0f} s "
+                "(MODELYARD_ENGINE_DRAIN_TIMEOUT_S) and are cut off.",
+                level="warning", data={"open_requests": open_requests},
+            )  # fmt: skip
+        if not self.requests.drained:
+            await self._sleep(DRAIN_EVERY_S)
+
+    async def _stop_engine(self) -> None:
+        if self.child is not None:
+            await self.child.stop()
+            self.child = None
+        if self.client is not None:
+            await self.client.close()
+            self.client = None
+
+    async def _back_off(self) -> None:
+        assert self.child is not None
+        self.outcome = await self.child.wait()
+        cause = await self._cause()
+        delay_s = min(self.settings.engine_restart_delay_s * 2**self.row.restarts, LONGEST_DELAY_S)
+        await self._stop_engine()
+        restarts = self.row.restarts + 1
+        await self._move(
+            DeploymentState.BACKOFF, cause.code, restarts=restarts, engine_url=None, memory_bytes=None, loaded=[]
+        )
+        self.delay_until = time.monotonic() + delay_s
+        await self.context.event(
+            f"The engine died. {cause.message} It is started again in {delay_s:.0f} s "
+            f"(restart {restarts} of {self.settings.engine_max_restarts}).",
+            level="warning",
+            data={"code": cause.code, "restart": restarts},
+        )
+
+    async def _cause(self) -> JobFailure:
+        if self.child is not None and not self.child.is_alive:
+            self.outcome = self.child.outcome
+        text = await asyncio.to_thread(attempts.newest_log, self.context.log)
+        failure = explain(text, self.outcome)
+        failure.hint = failure.hint.replace("<id>", str(self.context.id))
+        return failure
+
+    async def _end(self, to: DeploymentState, reason: str) -> None:
+        """Write the end, and let go of the models."""
+        self.child = None
+        wanted = self._leaves()
+        await self._move(to, reason, wanted=wanted, engine_url=None, memory_bytes=None, loaded=[], ended_at=utcnow())
+        async with self.yard.sessions.begin() as session:
+            await actions.release(session, self.row.id)
+        self.yard.stir()
+
+    async def _restore_what_left(self) -> None:
+        """Want back what made room for this deployment, if it never got ready."""
+        if self.was_ready:
+            return
+        async with self.yard.sessions.begin() as session:
+            job = await actions.restore_replaced(session, await actions.of_job(session, self.context.id))
+        if job is not None:
+            self.yard.routing.changed()
+            await self.context.event(f"{job.name} is wanted again (job {job.id}).", data={"restored": str(job.id)})
+
+    async def _say(self, message: str) -> None:
+        """Append an event, once."""
+        if self.said != message:
+            self.said = message
+            await self.context.event(message)
+
+    async def _write(self, **values: object) -> None:
+        async with self.yard.sessions.begin() as session:
+            row = await actions.of_job(session, self.context.id)
+            for name, value in values.items():
+                setattr(row, name, value)
+            self.row = row
+        self.yard.routing.changed()
+
+    async def _move(self, to: DeploymentState, reason: str, **values: object) -> None:
+        """Write a state and its columns; being there already only writes the columns."""
+        async with self.yard.sessions.begin() as session:
+            row = await actions.of_job(session, self.context.id)
+            if row.state != to:
+                await move(session, Deployment, row.id, "state", MOVES, to, reason)
+                await session.refresh(row)
+            for name, value in values.items():
+                setattr(row, name, value)
+            self.row = row
+        self.yard.routing.changed()
+
+    async def _unless_it_ends(self, question: Awaitable[T]) -> T | None:
+        """Await the engine's answer, but no longer than it lives and is wanted."""
+        assert self.child is not None
+        asking = asyncio.ensure_future(question)
+        others = [
+            asyncio.ensure_future(self.child.wait()),
+            asyncio.ensure_future(self.context.interrupted.wait()),
+        ]
+        try:
+            await asyncio.wait([asking, *others], return_when=asyncio.FIRST_COMPLETED)
+            return asking.result() if asking.done() else None
+        finally:
+            for task in (asking, *others):
+                task.cancel()
+            await asyncio.gather(asking, *others, return_exceptions=True)
+
+    async def _sleep(self, seconds: float, *, stir: bool = True) -> bool:
+        """Sleep until time has passed, the engine ended, or a wish came; return whether it was woken."""
+        reasons: list[asyncio.Future[object]] = []
+        if not self.context.interrupted.is_set():
+            reasons.append(asyncio.ensure_future(self.context.interrupted.wait()))
+        if stir:
+            reasons.append(asyncio.ensure_future(self.stirred.wait()))
+        if self.child is not None:
+            reasons.append(asyncio.ensure_future(self.child.wait()))
+        if not reasons:
+            await asyncio.sleep(seconds)
+            return False
+        try:
+            done, _ = await asyncio.wait(reasons, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            return bool(done)
+        finally:
+            for task in reasons:
+                task.cancel()
+            await asyncio.gather(*reasons, return_exceptions=True)
