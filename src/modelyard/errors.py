@@ -13,11 +13,15 @@
     │   ├── ModelNotFound           404 model_not_found
     │   ├── JobNotFound             404 job_not_found
     │   ├── ObjectNotFound          404 object_not_found
+    │   ├── DeploymentNotFound      404 deployment_not_found
+    │   ├── AliasNotFound           404 alias_not_found
     │   └── NothingDeployed         404 nothing_deployed
     ├── MethodNotAllowed            405 method_not_allowed
     ├── Conflict                    409 conflict
     │   ├── IllegalMove             409 illegal_move
     │   ├── JobFinished             409 job_finished
+    │   ├── DeploymentEnded         409 deployment_ended
+    │   ├── AliasTaken              409 alias_taken
     │   └── ModelInUse              409 model_in_use
     ├── TooLarge                    413 body_too_large
     ├── Unprocessable               422 invalid_value
@@ -137,6 +141,20 @@ class ObjectNotFound(NotFound):
         super().__init__(f"There is no object '{key}' in the storage.")
 
 
+class DeploymentNotFound(NotFound):
+    code = "deployment_not_found"
+
+    def __init__(self, deployment_id: object, *, param: str = "deployment_id") -> None:
+        super().__init__(f"There is no deployment {deployment_id}. GET /api/v1/deployments/ lists them.", param=param)
+
+
+class AliasNotFound(NotFound):
+    code = "alias_not_found"
+
+    def __init__(self, name: str, known: Sequence[str]) -> None:
+        super().__init__(f"There is no alias '{name}'; there are: {', '.join(known)}.", param="name")
+
+
 class NothingDeployed(NotFound):
     code = "nothing_deployed"
 
@@ -165,6 +183,22 @@ class JobFinished(Conflict):
 
     def __init__(self, job_id: object, status: str) -> None:
         super().__init__(f"Job {job_id} has ended already ({status}): there is nothing to interrupt.")
+
+
+class DeploymentEnded(Conflict):
+    code = "deployment_ended"
+
+    def __init__(self, deployment_id: object, state: str) -> None:
+        super().__init__(f"Deployment {deployment_id} has ended already ({state}).")
+
+
+class AliasTaken(Conflict):
+    """An alias may not have the name of a model or an adapter: nobody could tell which is meant."""
+
+    code = "alias_taken"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"'{name}' is a model or an adapter in the store: give the alias another name.", param="name")
 
 
 class ModelInUse(Conflict):
@@ -215,13 +249,17 @@ class StorageUnavailable(Unavailable):
 
 
 class JobFailure(Exception):
-    """A job ends as FAILED: `code` for programs, `message` in one sentence, `hint` says what to do."""
+    """A job ends as FAILED: `code` for programs, `message` in one sentence, `hint` says what to do.
 
-    def __init__(self, code: str, message: str, hint: str = "") -> None:
+    `evidence` are the few lines of a log that show it (`evidence.clipped`).
+    """
+
+    def __init__(self, code: str, message: str, hint: str = "", evidence: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
         self.hint = hint
+        self.evidence = tuple(evidence)
 
 
 class StartRefused(Exception):

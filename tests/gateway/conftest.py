@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -67,6 +67,7 @@ class Board:
 
     targets: dict[str, Target] = field(default_factory=dict)
     current: str | None = None
+    open_requests: int = 0
 
     def put(self, target: Target, *names: str) -> None:
         for name in (target.model_id, *names):
@@ -80,6 +81,14 @@ class Board:
         if target.state == "STARTING":
             raise EngineStarting(f"The engine of '{target.model_id}' is starting.", retry_after_s=7)
         return target
+
+    @contextmanager
+    def request(self, target: object) -> Iterator[None]:
+        self.open_requests += 1
+        try:
+            yield
+        finally:
+            self.open_requests -= 1
 
     async def listing(self) -> Sequence[Served]:
         made = datetime(2026, 1, 2, tzinfo=UTC)

@@ -2,23 +2,24 @@
 
 `Gateway.forward` is plain ASGI: it reads, looks up, refuses, asks the engine and hands the engine's bytes on as they
 come, without a task or a queue of its own between the two sockets. From the end of the request's body on, a watch waits
-for the client to go away and then closes the engine's connection, which ends the generation.
+for the client to go away, and then ends the wait for an engine or closes its connection, which ends the generation.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import re
 from collections.abc import Awaitable, MutableMapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from starlette.types import Receive, Scope, Send
 
 from modelyard.errors import BadGateway, BadRequest, EngineStarting, ModelyardError
-from modelyard.gateway.envelope import ClientGone, check_headers, parse, read_body, with_model
+from modelyard.gateway.client_watch import ClientWatch
+from modelyard.gateway.envelope import ClientGone, Envelope, check_headers, parse, read_body, with_model
 from modelyard.gateway.listing import Served
 from modelyard.gateway.metrics import Metrics, Passage
 from modelyard.gateway.upstream import Call, EngineBrokeOff, Engines, EngineUnreachable
@@ -59,7 +60,18 @@ class Routing(Protocol):
     async def resolve(self, name: str | None, task: str) -> Target:
         """Return the engine for a model's name, of the current deployment for None.
 
+        It may take long, since an idle deployment's engine is started for it; cancel it when the client goes away.
+        Go on with `with routing.request(target):` before anything else is awaited.
+
         Raises ModelNotFound or EngineStarting.
+        """
+        ...
+
+    def request(self, target: Target) -> AbstractContextManager[None]:
+        """Count a request as open within a `with` block: from `resolve` until nothing more is asked of the engine.
+
+        An engine that leaves is ended, and an adapter unloaded, when no request to it is open: one that is not counted
+        may be cut off.
         """
         ...
 
@@ -99,17 +111,22 @@ class Gateway:
             ModelyardError: refused here, no such model, its engine starts, or it died before its first byte.
         """
         passage = Passage(self.metrics, endpoint.name)
-        status, call = 500, None
+        status, call, watch = 500, None, None
         try:
             headers: dict[bytes, bytes] = dict(scope["headers"])
             request_id = _request_id(headers)
-            target, body = await self._read(endpoint, headers, receive, passage)
-            call = self.engines.call(target.url)
-            watch = asyncio.create_task(_give_up_with_the_client(receive, call), name="client watch")
-            try:
+            envelope, body = await self._read(headers, receive)
+            watch = ClientWatch(receive)
+            wanted = "generate" if endpoint.task == ANY_TASK else endpoint.task
+            target = await watch.unless_gone(self.routing.resolve(envelope.model or None, wanted))
+            with self.routing.request(target):
+                passage.model = target.model_id
+                check_target(target, endpoint, envelope.model)
+                if envelope.model != target.served_name:
+                    body = with_model(body, target.served_name)
+                call = self.engines.call(target.url)
+                watch.when_gone(call.give_up)
                 status = await self._relay(call, endpoint, target, headers, request_id, body, send)
-            finally:
-                watch.cancel()
         except (ClientGone, EngineBrokeOff) as error:
             if isinstance(error, ClientGone) or (call is not None and call.is_given_up):
                 status = CLIENT_GONE
@@ -120,23 +137,16 @@ class Gateway:
             status = error.status
             raise
         finally:
+            if watch is not None:
+                watch.end()
             passage.end(status, call.first_byte_at if call is not None else 0.0)
             if call is not None:
                 call.close()
 
-    async def _read(
-        self, endpoint: Endpoint, headers: dict[bytes, bytes], receive: Receive, passage: Passage
-    ) -> tuple[Target, bytes]:
+    async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> tuple[Envelope, bytes]:
         check_headers(headers.get(b"content-type"), headers.get(b"content-length"), self.max_body_bytes)
         body = await read_body(receive, self.max_body_bytes)
-        envelope = parse(body)
-        wanted = "generate" if endpoint.task == ANY_TASK else endpoint.task
-        target = await self.routing.resolve(envelope.model or None, wanted)
-        passage.model = target.model_id
-        _check_target(target, endpoint, envelope.model)
-        if envelope.model != target.served_name:
-            body = with_model(body, target.served_name)
-        return target, body
+        return parse(body), body
 
     async def _relay(
         self, call: Call, endpoint: Endpoint, target: Target, headers: dict[bytes, bytes], request_id: bytes,
@@ -148,10 +158,7 @@ class Gateway:
             await call.start(endpoint.engine_path, forwarded, body)
         except EngineUnreachable as error:
             log.warning("engine of %s gave no answer to request %s: %s", target.model_id, request_id, error)
-            raise BadGateway(
-                f"The engine of '{target.model_id}' ended before it answered. It is being started again: "
-                "GET /api/v1/deploy/status says how it is; then send the request again."
-            ) from error
+            raise engine_ended(target.model_id) from error
         answer = _answer_headers(call.headers, request_id)
         await send({"type": "http.response.start", "status": call.status, "headers": answer})
         message: MutableMapping[str, Any] = {"type": "http.response.body", "body": b"", "more_body": True}
@@ -183,15 +190,23 @@ def _answer_headers(given: Sequence[tuple[bytes, bytes]], request_id: bytes) -> 
     return headers
 
 
-def _check_target(target: Target, endpoint: Endpoint, name: str | None) -> None:
+def engine_ended(model_id: str) -> BadGateway:
+    """Return the error for an engine that died before it answered."""
+    return BadGateway(
+        f"The engine of '{model_id}' ended before it answered. It is being started again: "
+        "GET /api/v1/deploy/status says how it is; then send the request again."
+    )
+
+
+def check_target(target: Target, endpoint: Endpoint, name: str | None) -> None:
+    """Refuse a model that does something else, or whose engine is not ready.
+
+    Raises:
+        BadRequest: it does something else.
+        EngineStarting: it is not ready.
+    """
     if endpoint.task != ANY_TASK and target.task != endpoint.task:
         does = "answers /embeddings only" if target.task == "embed" else "makes no embeddings"
         raise BadRequest(f"The model '{name or target.model_id}' {does}.", param="model")
     if target.state != "READY":
         raise EngineStarting(f"The engine of '{target.model_id}' is {target.state.lower()}. Try again in a moment.")
-
-
-async def _give_up_with_the_client(receive: Receive, call: Call) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    call.give_up()
