@@ -190,6 +190,7 @@ def gateway_app(board: Board, registry: CollectorRegistry, max_body_bytes: int) 
 
     @app.get("/api/v1/models/")
     @app.get("/api/v1/models")
+    @app.get("/api/v1/models/{model_id:path}")
     async def models_in_the_store() -> list[dict[str, str]]:
         return [{"model_id": "in-the-store"}]
 

@@ -39,10 +39,12 @@ def test_openais_client_lists_chats_streams_and_embeds(gateway: Running, base: s
         assert caught.value.code == "model_not_found"
 
 
-def test_openais_client_finds_one_model_by_an_id_with_a_slash(gateway: Running) -> None:
+@pytest.mark.parametrize("base", BASES)
+def test_openais_client_finds_one_model_by_an_id_with_a_slash(gateway: Running, base: str) -> None:
     gateway.engine("acme/tiny", "default")
-    with OpenAI(base_url=gateway.url + "/v1", api_key="unused", max_retries=0) as client:
+    with OpenAI(base_url=gateway.url + base, api_key="unused", max_retries=0) as client:
         assert client.models.retrieve("default").model_dump()["root"] == "acme/tiny"
+        assert client.models.retrieve("acme/tiny").id == "acme/tiny"
         assert ask(gateway, "/v1/models/acme/tiny", None, method="GET")[0] == 200
         with pytest.raises(NotFoundError):
             client.models.retrieve("nope")
@@ -56,6 +58,8 @@ def test_the_shared_address_of_two_lists_tells_its_callers_apart(gateway: Runnin
     assert b"in-the-store" in ask(gateway, "/api/v1/models", None, method="GET")[1]
     assert b'"acme/tiny"' in ask(gateway, "/api/v1/models", None, openai, method="GET")[1]
     assert b'"acme/tiny"' in ask(gateway, "/v1/models/", None, method="GET")[1]
+    assert b"in-the-store" in ask(gateway, "/api/v1/models/acme/tiny", None, method="GET")[1]
+    assert b'"object"' in ask(gateway, "/api/v1/models/acme/tiny", None, openai, method="GET")[1]
 
 
 def test_the_schema_describes_every_passage_with_an_example_and_its_errors() -> None:

@@ -2,7 +2,8 @@
 
 GET /v1/models is OpenAI's alone. At /api/v1/models the management API has its own list, of the models in the store.
 Its address is documented with a trailing slash, while OpenAI's clients ask without one and name themselves in headers:
-without the slash and with such headers the answer is OpenAI's, in every other case it is the management API's.
+without the slash and with such headers the answer is OpenAI's, in every other case it is the management API's. The
+same holds for one model, at /api/v1/models/{name}.
 """
 
 from __future__ import annotations

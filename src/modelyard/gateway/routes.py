@@ -223,8 +223,7 @@ async def get_served_model(
     return ServedModelOut.model_validate(openai_model(listing, name.removesuffix("/")))
 
 
-api.routes.append(
-    OpenAIListRoute(
-        "/api/v1/models", list_served_models, methods=["GET"], name="list_served_models_api", include_in_schema=False
+for _path, _answer in (("/api/v1/models", list_served_models), ("/api/v1/models/{name:path}", get_served_model)):
+    api.routes.append(
+        OpenAIListRoute(_path, _answer, methods=["GET"], name=f"{_answer.__name__}_api", include_in_schema=False)
     )
-)
