@@ -14,7 +14,8 @@ from modelyard.foundation import Foundation
 from modelyard.settings import Settings
 
 #: What stands for a parameter in a path: well formed, and nothing that exists.
-SAMPLES = {"job_id": "00000000-0000-4000-8000-000000000000", "model_id": "no/such", "name": "no/such"}
+NOBODY = "00000000-0000-4000-8000-000000000000"
+SAMPLES = {"job_id": NOBODY, "deployment_id": NOBODY, "model_id": "no/such", "name": "no/such"}
 FILES = {"/api/docs/files": ["/api/docs/files/swagger-ui.css", "/api/docs/files/swagger-ui-bundle.js"]}
 
 

@@ -25,6 +25,8 @@ from modelyard import tasks
 from modelyard.auth.access import OPEN_PATHS, Access
 from modelyard.db import Sessions
 from modelyard.deploy import actions as deployments
+from modelyard.deploy.alias_routes import api as aliases_api
+from modelyard.deploy.deployment_routes import api as deployments_api
 from modelyard.deploy.routes import api as deploy_api
 from modelyard.deploy.routing import Routing
 from modelyard.deploy.supervisor import Supervisor
@@ -64,6 +66,7 @@ TAGS = {
     "Models in service": "OpenAI's and Anthropic's interfaces: each request reaches the engine that serves its model.",
     "Models": "The store: what was downloaded or imported, and is verified and scanned.",
     "Deploy": "Put a model into service, and take it out again.",
+    "Aliases": "Names of your own for what is in service, which move from one model or adapter to another at once.",
     "Jobs": "Everything that takes time is a job: follow it, read its log, interrupt it.",
     "Health": "For whatever watches over the server.",
 }
@@ -78,7 +81,7 @@ def create_app(foundation: Foundation) -> FastAPI:
         sessions = Sessions(foundation.url)
         engines = Engines()
         children = Children(foundation.owner_lock, settings.grace_s)
-        routing = Routing(sessions)
+        routing = Routing(sessions, settings.engine_wake_timeout_s)
         supervisor = Supervisor(settings, sessions, children, routing)
         runner = JobRunner(
             sessions,
@@ -129,7 +132,8 @@ def create_app(foundation: Foundation) -> FastAPI:
     app.state.settings = settings
     app.state.registry = _registry()
     # The gateway comes first: it answers OpenAI's clients at an address that the models room has too.
-    for api in (gateway_api, models_api, deploy_api, jobs_api, health_api):
+    apis = (gateway_api, models_api, deploy_api, deployments_api, aliases_api, jobs_api, health_api)
+    for api in apis:
         app.include_router(api)
     add_docs(app, OPEN_PATHS)
     app.add_middleware(Access, settings=settings)

@@ -151,8 +151,9 @@ class DeploymentNotFound(NotFound):
 class AliasNotFound(NotFound):
     code = "alias_not_found"
 
-    def __init__(self, name: str, known: Sequence[str]) -> None:
-        super().__init__(f"There is no alias '{name}'; there are: {', '.join(known)}.", param="name")
+    def __init__(self, name: str, *, known: Sequence[str] = ()) -> None:
+        names = f"; there are: {', '.join(known)}" if known else ""
+        super().__init__(f"There is no alias '{name}'{names}.", param="name")
 
 
 class NothingDeployed(NotFound):

@@ -41,7 +41,7 @@ async def find(session: AsyncSession, name: str) -> Alias | None:
     row = await session.get(Alias, name)
     if row is None and name not in BUILT_IN:
         known = {*BUILT_IN, *(await session.scalars(select(Alias.name).order_by(Alias.name).limit(20))).all()}
-        raise AliasNotFound(name[:200], sorted(known))
+        raise AliasNotFound(name[:200], known=sorted(known))
     return row
 
 

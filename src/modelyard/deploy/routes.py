@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from fastapi import Depends, Query, Request
 
-from modelyard.deploy import actions, succession
+from modelyard.deploy import actions, admission, succession
 from modelyard.deploy.routing import Routing
 from modelyard.deploy.schemas import DeployIn, DeployOut, DeployStatusOut
-from modelyard.http import Sessions, documented, router
+from modelyard.http import Sessions, Settings, documented, router
 from modelyard.jobs import actions as jobs
 from modelyard.jobs.routes import Runner
 from modelyard.jobs.schemas import JobOut
@@ -31,31 +31,36 @@ Task = Annotated[
 
 @api.get("/", summary="Get the current deployment", responses=documented(404, 422))
 async def get_deployment(sessions: Sessions, task: Task = None) -> DeployOut:
-    """Return the model that is in service, or on its way there (`state`)."""
+    """Return the model that was last asked for, in service or on its way there (`state`)."""
     async with sessions.read() as session:
         return DeployOut.of(await actions.current(session, task))
 
 
 @api.post("/", summary="Deploy a model", responses=documented(400, 404, 413, 422))
-async def deploy_model(wish: DeployIn, sessions: Sessions, runner: Runner, routing: CurrentRouting) -> JobOut:
+async def deploy_model(
+    wanted: DeployIn, sessions: Sessions, settings: Settings, runner: Runner, routing: CurrentRouting
+) -> JobOut:
     """Put a model with its adapters into service, in place of the current one of its kind.
 
-    The job runs for as long as the model is in service. Deploying what is deployed already returns its job.
+    The job runs for as long as the model is in service. Deploying what is deployed already returns its job; with other
+    adapters it changes the running engine, and no request is lost. Another model is started beside the current one
+    where memory allows, and requests move when it is ready; one that fails to start leaves the current one as it is.
     """
+    wish = admission.wish_of(wanted, settings)
+    await admission.check(sessions, settings, wish)
     async with sessions.begin() as session:
-        options = wish.options.model_dump(exclude_none=True)
-        job, replaced = await actions.deploy(session, actions.Wish(wish.model_id, wish.adapter_ids, options))
+        job, touched = await actions.deploy(session, wish)
     routing.changed()
     routing.stir()
     runner.wake()
-    for job_id in replaced:
+    for job_id in (job.id, *touched):
         runner.news.tell(job_id)
     return JobOut.of(job)
 
 
 @api.get("/status/", summary="Get the current deployment and its job", responses=documented(404, 422))
 async def get_deployment_status(sessions: Sessions, task: Task = None) -> DeployStatusOut:
-    """Return the model that is in service, or on its way there, with its job."""
+    """Return the model that was last asked for, in service or on its way there, with its job."""
     async with sessions.read() as session:
         deployment = await actions.current(session, task)
         job = await jobs.get(session, deployment.job_id)

@@ -7,7 +7,7 @@ from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from modelyard.deploy.tables import Deployment, DeploymentState
+from modelyard.deploy.tables import Alias, Deployment, DeploymentState, Strategy, Wanted
 from modelyard.jobs.schemas import JobOut, Time
 from modelyard.settings import Settings
 
@@ -82,26 +82,85 @@ class DeployIn(BaseModel):
     adapter_ids: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field(
         default_factory=list, max_length=64, description="LoRA adapters of this model."
     )
-    options: EngineOptions = Field(default_factory=EngineOptions, description="How the engine runs.")
+    options: EngineOptions = Field(
+        default_factory=EngineOptions,
+        description="How the engine runs. The same model with the same options keeps its engine, and only its adapters "
+        "change; with other options it gets another engine.",
+    )
+    strategy: Strategy = Field(
+        default=Strategy.AUTO,
+        description="How the new model takes the place of the current one. side_by_side: it is started beside it, and "
+        "requests move when it has generated a token; it fails if memory is too small for both. replace: the current "
+        "one ends its requests and leaves first, and requests get 503 until the new one is ready. auto: side by side "
+        "where memory allows, else replace.",
+    )
+    keep_others: bool = Field(
+        default=False, description="Leave the other deployments of this kind in service; this one becomes the current."
+    )
+    idle_timeout_s: float | None = Field(
+        default=None,
+        ge=1.0,
+        le=31_536_000.0,
+        allow_inf_nan=False,
+        description="Seconds without a request after which the engine is ended; the next request starts it again, and "
+        "waits for it. Left out: MODELYARD_ENGINE_IDLE_TIMEOUT_S, and never where that is empty.",
+    )
+
+
+class AdapterFailureOut(BaseModel):
+    """Why the last change of adapters was taken back; what was in service before went on."""
+
+    adapter_id: str = Field(examples=["acme/poems"])
+    code: str = Field(description="Stable: programs may match it.", examples=["adapter_not_loaded"])
+    message: str = Field(examples=["The engine did not load acme/poems: its weights are for another model."])
+    hint: str = Field(examples=["Check that it was trained for this very model."])
+
+
+_STATES = """What it does right now.
+STARTING: an engine is on its way, or will be when memory is free.
+READY: the engine has generated a token.
+BACKOFF: the engine died; the next one starts after a delay.
+DRAINING: no new request reaches the engine, and those that it has are let end.
+IDLE: nobody asked for a while and the engine was ended; the next request starts one.
+STOPPING: nobody wants it any more, and its engine is ending.
+STOPPED: nothing of it runs.
+FAILED: given up; its job has the cause."""
+_WANTED = """UP: in service.
+DRAINED: out of service when the requests that it has have ended.
+DOWN: out of service now."""
 
 
 class DeployOut(BaseModel):
-    """The current deployment."""
+    """A deployment."""
 
     model_config = ConfigDict(protected_namespaces=())
 
     model_id: str = Field(examples=["openchat/openchat-3.5-0106"])
-    adapter_ids: list[str] = Field(examples=[[]])
+    adapter_ids: list[str] = Field(description="The adapters that are wanted.", examples=[[]])
     id: UUID
     task: str = Field(description="generate or embed", examples=["generate"])
-    state: DeploymentState = Field(description="READY once the engine has generated a token.")
+    state: DeploymentState = Field(description=_STATES)
     restarts: int = Field(description="Restarts since the engine last stood for a while.", examples=[0])
     created_at: Time
     ready_at: Time | None
+    ended_at: Time | None
+    job_id: UUID = Field(description="Its job, which runs for as long as the model is in service.")
+    wanted: Wanted = Field(description=_WANTED)
+    served_adapter_ids: list[str] = Field(description="The adapters that requests may name now.", examples=[[]])
+    adapter_failure: AdapterFailureOut | None
+    strategy: Strategy
+    idle_timeout_s: float | None = Field(
+        description="Seconds without a request after which the engine is ended; null: never.", examples=[None]
+    )
+    memory_bytes: int | None = Field(
+        description="Memory that its engine was given; null while it has none.", examples=[4_294_967_296]
+    )
 
     @classmethod
     def of(cls, deployment: Deployment) -> DeployOut:
         """Show a row."""
+        failure = deployment.adapter_failure
+        serves = deployment.state == DeploymentState.READY
         return cls(
             model_id=deployment.model_id,
             adapter_ids=deployment.adapter_ids,
@@ -111,6 +170,14 @@ class DeployOut(BaseModel):
             restarts=deployment.restarts,
             created_at=deployment.created_at,
             ready_at=deployment.ready_at,
+            ended_at=deployment.ended_at,
+            job_id=deployment.job_id,
+            wanted=Wanted(deployment.wanted),
+            served_adapter_ids=[one["adapter_id"] for one in deployment.loaded] if serves else [],
+            adapter_failure=AdapterFailureOut(**failure) if failure is not None else None,
+            strategy=Strategy(deployment.strategy),
+            idle_timeout_s=deployment.idle_timeout_s,
+            memory_bytes=deployment.memory_bytes,
         )
 
 
@@ -118,3 +185,55 @@ class DeployStatusOut(DeployOut):
     """The current deployment together with its job."""
 
     job: JobOut
+
+
+class AliasIn(BaseModel):
+    """Where an alias is to lead."""
+
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"target": "openchat/openchat-3.5-0106"}]}
+    )
+
+    target: str = Field(
+        min_length=1, max_length=256, description="A model or an adapter in the store; it need not be in service."
+    )
+
+
+class ResolvedOut(BaseModel):
+    """What answers a name right now."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_id: str = Field(examples=["openchat/openchat-3.5-0106"])
+    adapter_id: str | None = Field(description="The adapter on that model, if the name leads to one.", examples=[None])
+    deployment_id: UUID
+    state: DeploymentState = Field(description="Requests are answered if READY, and after a wait if IDLE.")
+
+
+class AliasOut(BaseModel):
+    """A name that requests may use in place of a model's or an adapter's id."""
+
+    name: str = Field(examples=["default"])
+    follows: Literal["generate", "embed"] | None = Field(
+        description="The kind of model whose current deployment it leads to: a built-in alias that is not pinned. "
+        "`default` follows the embedding one in requests for embeddings.",
+        examples=["generate"],
+    )
+    target: str | None = Field(description="The model or adapter that it leads to, if it does not follow.")
+    resolves_to: ResolvedOut | None = Field(description="null: nothing in service; requests get a 404.")
+    created_at: Time | None = Field(description="null for a built-in alias that is not pinned.")
+    updated_at: Time | None = Field(description="When it was last moved.")
+
+    @classmethod
+    def of(cls, name: str, follows: str | None, row: Alias | None, resolved: ResolvedOut | None) -> AliasOut:
+        """Show an alias; one without a row follows."""
+        return cls.model_validate(
+            {
+                "name": name,
+                "follows": follows if row is None else None,
+                "target": row.target if row is not None else None,
+                "resolves_to": resolved,
+                "created_at": row.created_at if row is not None else None,
+                "updated_at": row.updated_at if row is not None else None,
+            }
+        )

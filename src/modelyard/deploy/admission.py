@@ -1,0 +1,106 @@
+"""Whether a wish's adapters can be served at all, asked before the wish is written down: a refusal is the answer then,
+instead of a job that fails.
+
+It reads the store, the adapters' files and the command of the engine that would be changed in place. It writes nothing.
+What only an engine knows shows when it loads the adapter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from modelyard.db import Sessions
+from modelyard.deploy import actions, attempts, succession
+from modelyard.deploy.adapters import check_adapter, smallest_max_rank
+from modelyard.deploy.fitting import model_files
+from modelyard.deploy.schemas import DeployIn, EngineOptions
+from modelyard.deploy.tables import Deployment, Wanted
+from modelyard.errors import JobFailure, Unprocessable
+from modelyard.jobs import actions as jobs
+from modelyard.jobs.tables import ACTIVE
+from modelyard.models.tables import Model
+from modelyard.settings import Settings
+
+
+def wish_of(wanted: DeployIn, settings: Settings) -> actions.Wish:
+    """Return what a request wants, with what it leaves to the settings."""
+    idle_timeout_s = wanted.idle_timeout_s
+    return actions.Wish(
+        model_id=wanted.model_id,
+        adapter_ids=wanted.adapter_ids,
+        options=wanted.options.model_dump(exclude_none=True),
+        strategy=wanted.strategy,
+        keep_others=wanted.keep_others,
+        idle_timeout_s=settings.engine_idle_timeout_s if idle_timeout_s is None else idle_timeout_s,
+    )
+
+
+async def check(sessions: Sessions, settings: Settings, wish: actions.Wish) -> None:
+    """Refuse adapters that cannot be served on the model, or not by the engine that serves it now.
+
+    Raises:
+        ModelNotFound: the store lacks the model or an adapter.
+        Unprocessable: param `adapter_ids` or `model_id`; the message says what to do.
+    """
+    if not wish.adapter_ids:
+        return
+    async with sessions.read() as session:
+        model, adapters = await actions.wanted_models(session, wish.model_id, wish.adapter_ids)
+        running = await _running(session, wish)
+    if EngineOptions(**wish.options).over(settings).max_loras == 0:
+        where = "options.max_loras" if wish.options.get("max_loras") == 0 else "MODELYARD_ENGINE_MAX_LORAS"
+        raise Unprocessable(
+            f"{where} is 0, which leaves no room for adapters: deploy with options.max_loras {len(adapters)}.",
+            param="adapter_ids",
+        )
+    ranks = await asyncio.to_thread(_ranks, settings, model, adapters, running)
+    room = await asyncio.to_thread(_rank_of_engine, settings, running) if running is not None and ranks else None
+    for adapter_id, rank in ranks.items():
+        if room is not None and rank > room:
+            raise Unprocessable(
+                f"The adapter '{adapter_id}' has rank {rank}, and the engine of '{model.model_id}' was started for "
+                f"ranks up to {room}: deploy with options.max_lora_rank {smallest_max_rank(ranks.values())}, which "
+                "starts another engine beside it.",
+                param="adapter_ids",
+            )
+
+
+async def _running(session: AsyncSession, wish: actions.Wish) -> Deployment | None:
+    """Return the deployment with an engine that the wish would change in place."""
+    for one in await succession.live(session):
+        if one.wanted == Wanted.UP and one.engine_url and (one.model_id, one.options) == (wish.model_id, wish.options):
+            job = await jobs.get(session, one.job_id)
+            if job.status in ACTIVE and not job.interrupt_requested:
+                return one
+    return None
+
+
+def _ranks(settings: Settings, model: Model, adapters: Sequence[Model], running: Deployment | None) -> dict[str, int]:
+    """Return the rank of each adapter that the engine does not serve already, after checking its files."""
+    try:
+        files = model_files(settings, model)
+    except JobFailure as failure:
+        raise Unprocessable(f"{failure.message} {failure.hint}", param="model_id", code=failure.code) from failure
+    loaded = {one["path"] for one in running.loaded} if running is not None else set()
+    ranks = {}
+    for adapter in adapters:
+        path = settings.models_dir / adapter.path
+        if str(path) not in loaded:
+            facts = check_adapter(path, files.config, adapter_id=adapter.model_id, base_folder=files.path)
+            ranks[adapter.model_id] = facts.rank
+    return ranks
+
+
+def _rank_of_engine(settings: Settings, running: Deployment) -> int | None:
+    """Return the highest rank that a deployment's engine takes, by its command; None if there is no command yet."""
+    folder: Path | None = attempts.newest(settings.jobs_dir / str(running.job_id))
+    try:
+        argv = json.loads((folder / "spec.json").read_text("utf-8"))["argv"] if folder is not None else []
+        return int(argv[argv.index("--max-lora-rank") + 1])
+    except (FileNotFoundError, ValueError):
+        return None

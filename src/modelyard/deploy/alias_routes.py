@@ -1,0 +1,77 @@
+"""REST for aliases: list, get, create or move, delete."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import Path
+
+from modelyard.deploy import aliases
+from modelyard.deploy.routes import CurrentRouting
+from modelyard.deploy.routing import Routing
+from modelyard.deploy.schemas import AliasIn, AliasOut, ResolvedOut
+from modelyard.deploy.tables import Alias, DeploymentState
+from modelyard.http import Sessions, documented, router
+
+api = router("/api/v1/aliases", "Aliases")
+
+AliasName = Annotated[str, Path(description="The alias, which may hold slashes.", examples=["support/production"])]
+
+
+@api.get("/", summary="List aliases", responses=documented())
+async def list_aliases(sessions: Sessions, routing: CurrentRouting) -> list[AliasOut]:
+    """Return the built-in aliases and the users', with what each leads to right now."""
+    async with sessions.read() as session:
+        rows = {row.name: row for row in await aliases.all_aliases(session)}
+    return [await _out(name, rows.get(name), routing) for name in dict.fromkeys([*aliases.BUILT_IN, *rows])]
+
+
+@api.get("/{name:path}", summary="Get an alias", responses=documented(404, 422))
+async def get_alias(name: AliasName, sessions: Sessions, routing: CurrentRouting) -> AliasOut:
+    """Return an alias, with what it leads to right now."""
+    name = name.removesuffix("/")
+    async with sessions.read() as session:
+        row = await aliases.find(session, name)
+    return await _out(name, row, routing)
+
+
+@api.put("/{name:path}", summary="Create or move an alias", responses=documented(400, 404, 409, 413, 422))
+async def put_alias(name: AliasName, wanted: AliasIn, sessions: Sessions, routing: CurrentRouting) -> AliasOut:
+    """Have a name lead to a model or an adapter. Safe to repeat; a request finds the old target or the new one.
+
+    The target must be in the store but need not be in service: until it is, requests get a 404 that says so. If it is
+    deleted, the alias stays and leads nowhere. A name that is a model's or an adapter's answers 409 `alias_taken`; a
+    model that is added under an alias's name later wins as soon as it is in service. The built-in aliases can be
+    pinned to a target, too: they then no longer follow the current deployment. Requests that name no model still do.
+    """
+    name = name.removesuffix("/")
+    async with sessions.begin() as session:
+        row = await aliases.put(session, name, wanted.target)
+    routing.changed()
+    return await _out(name, row, routing)
+
+
+@api.delete("/{name:path}", summary="Delete an alias", responses=documented(404, 422))
+async def delete_alias(name: AliasName, sessions: Sessions, routing: CurrentRouting) -> AliasOut:
+    """Delete an alias and return what it was. A built-in one that was pinned follows again, and is returned so."""
+    name = name.removesuffix("/")
+    async with sessions.begin() as session:
+        row = await aliases.remove(session, name)
+    routing.changed()
+    if name in aliases.BUILT_IN:
+        return await _out(name, None, routing)
+    return AliasOut.of(name, None, row, None)
+
+
+async def _out(name: str, row: Alias | None, routing: Routing) -> AliasOut:
+    way = await routing.where(name)
+    resolved = None
+    if way is not None:
+        one = way.deployment
+        resolved = ResolvedOut(
+            model_id=one.model_id,
+            adapter_id=way.adapter_id,
+            deployment_id=one.id,
+            state=DeploymentState(one.state),
+        )
+    return AliasOut.of(name, aliases.BUILT_IN.get(name), row, resolved)
