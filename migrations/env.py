@@ -8,6 +8,7 @@ from alembic import context
 from sqlalchemy import URL, text
 
 import modelyard.deploy.tables
+import modelyard.gateway.tables
 import modelyard.jobs.tables
 import modelyard.models.tables
 import modelyard.states  # noqa: F401  # all tables, on one metadata

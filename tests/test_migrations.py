@@ -18,6 +18,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import URL, Engine, inspect, text
 
 import modelyard.deploy.tables
+import modelyard.gateway.tables
 import modelyard.jobs.tables
 import modelyard.models.tables
 import modelyard.states  # noqa: F401  # all tables, on one metadata

@@ -42,6 +42,8 @@ from modelyard.errors import (
 )
 from modelyard.foundation import Foundation, first_line
 from modelyard.gateway.metrics import Metrics
+from modelyard.gateway.raw import RawLane
+from modelyard.gateway.raw_routes import api as raw_api
 from modelyard.gateway.relay import Gateway
 from modelyard.gateway.routes import api as gateway_api
 from modelyard.gateway.upstream import Engines
@@ -64,6 +66,7 @@ Every path answers with and without its trailing slash. All errors have one form
 `{"error": {"message", "type", "param", "code"}}`."""
 TAGS = {
     "Models in service": "OpenAI's and Anthropic's interfaces: each request reaches the engine that serves its model.",
+    "Raw prompts": "Text from prompts as they are, one or many at once, continued by request id.",
     "Models": "The store: what was downloaded or imported, and is verified and scanned.",
     "Deploy": "Put a model into service, and take it out again.",
     "Aliases": "Names of your own for what is in service, which move from one model or adapter to another at once.",
@@ -96,6 +99,7 @@ def create_app(foundation: Foundation) -> FastAPI:
         app.state.hang_up = runner.news.end
         app.state.routing = routing
         app.state.gateway = Gateway(routing, engines, Metrics(app.state.registry), settings.max_body_mib * MIB)
+        app.state.raw_lane = RawLane(app.state.gateway, sessions, settings)
         async with sessions.begin() as session:
             await deployments.end_forgotten(session)
             await models.sweep(session, settings.models_dir)
@@ -132,7 +136,7 @@ def create_app(foundation: Foundation) -> FastAPI:
     app.state.settings = settings
     app.state.registry = _registry()
     # The gateway comes first: it answers OpenAI's clients at an address that the models room has too.
-    apis = (gateway_api, models_api, deploy_api, deployments_api, aliases_api, jobs_api, health_api)
+    apis = (gateway_api, raw_api, models_api, deploy_api, deployments_api, aliases_api, jobs_api, health_api)
     for api in apis:
         app.include_router(api)
     add_docs(app, OPEN_PATHS)
@@ -153,14 +157,14 @@ def _registry() -> CollectorRegistry:
     return registry
 
 
-async def _answer(_request: Request, error: Exception) -> Response:
+async def _answer(request: Request, error: Exception) -> Response:
     assert isinstance(error, ModelyardError)
-    return error_response(error)
+    return error_response(error, request.url.path)
 
 
-async def _answer_invalid(_request: Request, error: Exception) -> Response:
+async def _answer_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return error_response(describe_invalid(error.errors()))
+    return error_response(describe_invalid(error.errors()), request.url.path)
 
 
 #: What pydantic says in words of its own.
@@ -191,20 +195,19 @@ async def _answer_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = request.url.path
     if error.status_code == 404:
-        return error_response(
-            NotFound(f"There is nothing at {path}. GET /api/docs shows all paths.", code="no_such_path")
-        )
+        nothing = NotFound(f"There is nothing at {path}. GET /api/docs shows all paths.", code="no_such_path")
+        return error_response(nothing, path)
     if error.status_code == 405:
         allowed = _methods_at(request)
         answer = error_response(
-            MethodNotAllowed(f"{request.method} is not possible at {path}, but {' and '.join(allowed)}.")
+            MethodNotAllowed(f"{request.method} is not possible at {path}, but {' and '.join(allowed)}."), path
         )
         answer.headers["Allow"] = ", ".join(allowed)
         return answer
     if error.status_code == TooLarge.status:
-        return error_response(TooLarge(error.detail))
+        return error_response(TooLarge(error.detail), path)
     # FastAPI could not read the body, for another reason than its grammar.
-    return error_response(InvalidJson(f"The body is not JSON: {error.__cause__ or error.detail}."))
+    return error_response(InvalidJson(f"The body is not JSON: {error.__cause__ or error.detail}."), path)
 
 
 def _methods_at(request: Request) -> list[str]:
@@ -221,15 +224,16 @@ def _methods_at(request: Request) -> list[str]:
 
 async def _answer_database(request: Request, error: Exception) -> Response:
     """Tell a database that is away (it may come back) from a value that it cannot hold (which the client sent)."""
+    path = request.url.path
     if isinstance(error, DataError):
-        return error_response(Unprocessable(f"A value is not one that can be kept: {first_line(error)}."))
+        return error_response(Unprocessable(f"A value is not one that can be kept: {first_line(error)}."), path)
     if isinstance(error, OperationalError | InterfaceError | PoolTimeout):
-        log.error("the database did not answer %s %s: %s", request.method, request.url.path, first_line(error))
-        return error_response(DatabaseUnavailable())
+        log.error("the database did not answer %s %s: %s", request.method, path, first_line(error))
+        return error_response(DatabaseUnavailable(), path)
     raise error
 
 
 async def _answer_unexpected(request: Request, _error: Exception) -> Response:
     # The cause is in the log already: starlette hands it on to the server after this answer.
     message = f"Something failed inside the server itself while it answered {request.url.path}; its log has the cause."
-    return error_response(ModelyardError(message))
+    return error_response(ModelyardError(message), request.url.path)

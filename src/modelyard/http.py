@@ -14,7 +14,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import Message, Receive
 
 from modelyard import errors
@@ -24,6 +24,10 @@ from modelyard.settings import Settings as ServerSettings
 BODY_TOO_LARGE = "The body is larger than the 1 MiB that this path takes."
 #: The most that a management request may say. FastAPI holds it in memory whole before it looks at it.
 BODY_LIMIT = 1024 * 1024
+
+
+#: Here errors are a line of text: clients of the interface that these succeed know no other form.
+PLAIN_TEXT_PATHS = frozenset({"/api/generate-one", "/api/generate-batch"})
 
 
 class EitherSlashRoute(APIRoute):
@@ -130,13 +134,26 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
-def error_response(error: errors.ModelyardError) -> Response:
-    """Return the answer to an error: its envelope, and `Retry-After` where there is a time to name."""
+def documented_in_plain_text(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return the same for a route at one of `PLAIN_TEXT_PATHS`."""
+    return {
+        status: {
+            "description": FAMILIES[status],
+            "content": {"text/plain": {"schema": {"type": "string"}, "example": EXAMPLES[status].message}},
+        }
+        for status in sorted({401, 403, *statuses})
+    }
+
+
+def error_response(error: errors.ModelyardError, path: str = "") -> Response:
+    """Return the answer to an error: its form at this path, and `Retry-After` where there is a time to name."""
     headers = {}
     if isinstance(error, errors.Unavailable):
         headers["Retry-After"] = str(error.retry_after_s)
     if isinstance(error, errors.Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
+    if path.removesuffix("/") in PLAIN_TEXT_PATHS:
+        return PlainTextResponse(error.message, status_code=error.status, headers=headers)
     return Response(
         msgspec.json.encode(error.envelope()), status_code=error.status, headers=headers, media_type="application/json"
     )

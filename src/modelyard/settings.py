@@ -111,6 +111,29 @@ class Settings(BaseSettings):
     engine_drain_timeout_s: float = Field(default=120.0, ge=0.0)
     """Longest that an engine which leaves is kept for the requests that it still has, in seconds."""
 
+    generate_num_beams: int = Field(default=1, ge=1, le=10)
+    """Raw prompts: beams of a beam search; 1 is none. This and the next seven are what a request may leave out."""
+    generate_do_sample: bool = True
+    """Raw prompts: draw each token by its probability. false: always the likeliest."""
+    generate_temperature: float = Field(default=1.0, ge=0.0, le=2.0)
+    """Raw prompts: how much chance there is in the drawing; 0 is none."""
+    generate_top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Raw prompts: draw among the likeliest tokens that have this probability together."""
+    generate_top_k: int = Field(default=50, ge=-1, le=1_000_000_000)
+    """Raw prompts: draw among so many of the likeliest tokens; 0 or -1: among all."""
+    generate_max_new_tokens: int = Field(default=2048, ge=1, le=1_000_000_000)
+    """Raw prompts: tokens after which a text stops, or fewer where the model takes fewer."""
+    generate_repetition_penalty: float = Field(default=1.0, ge=0.01, le=100.0)
+    """Raw prompts: above 1 makes tokens that were there already less likely."""
+    generate_length_penalty: float = Field(default=1.0, ge=-10.0, le=10.0)
+    """Raw prompts: above 1 has a beam search prefer long texts, below 1 short ones."""
+    generate_seed: int | None = Field(default=None, ge=0, lt=2**32)
+    """Raw prompts: the seed of every drawing: the same prompt then gets the same text. Empty: each drawing is new."""
+    continuation_ttl_s: float = Field(default=3600.0, ge=1.0, le=31_536_000.0)
+    """Seconds from its last use for which a raw-prompt text that stopped can be continued."""
+    continuation_entries: int = Field(default=16384, ge=1, le=1_000_000_000)
+    """Raw-prompt texts (a batch counts as one) that are kept to be continued; the oldest go first."""
+
     hf_endpoint: str = Field(default="https://huggingface.co", validation_alias="HF_ENDPOINT")
     """Address of the Hugging Face hub or of a mirror."""
     hf_token: str | None = Field(default=None, validation_alias="HF_TOKEN", repr=False)
@@ -140,8 +163,8 @@ class Settings(BaseSettings):
 
     @field_validator(
         "s3_endpoint_url", "import_dir", "admin_key", "store_quota_gib", "engine_python", "engine_max_model_len",
-        "engine_max_num_seqs", "engine_cpu_kv_cache_gib", "engine_memory_gib", "engine_idle_timeout_s", "hf_token",
-        mode="before",
+        "engine_max_num_seqs", "engine_cpu_kv_cache_gib", "engine_memory_gib", "engine_idle_timeout_s", "generate_seed",
+        "hf_token", mode="before",
     )  # fmt: skip
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:

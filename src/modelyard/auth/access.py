@@ -10,6 +10,7 @@ Written as plain ASGI: it costs some microseconds and never touches a body.
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import re
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
@@ -25,6 +26,9 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+#: Where the scope of a request says who asks, for what belongs to its caller.
+CALLER = "modelyard.caller"
+THIS_MACHINE = "local"
 OPEN_PATHS = frozenset({"/health", "/health/"})
 #: The names under which this machine alone is known, with any port.
 OWN_HOST = re.compile(rb"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]{1,5})?", re.IGNORECASE)
@@ -39,6 +43,7 @@ class Access:
     def __init__(self, app: App, settings: Settings) -> None:
         self._app = app
         self._key = settings.admin_key.encode() if settings.admin_key is not None else None
+        self._caller = hashlib.sha256(self._key).hexdigest() if self._key is not None else THIS_MACHINE
         self._origins = frozenset(origin.encode("latin-1") for origin in settings.cors_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,8 +62,9 @@ class Access:
         try:
             self._check(scope, headers, origin)
         except ModelyardError as error:
-            await error_response(error)(scope, receive, send)
+            await error_response(error, scope["path"])(scope, receive, send)
             return
+        scope[CALLER] = self._caller
         await self._app(scope, receive, send)
 
     def _check(self, scope: Scope, headers: dict[bytes, bytes], origin: bytes | None) -> None:

@@ -39,7 +39,6 @@ class Envelope(msgspec.Struct):
     """The fields of a request that the gateway looks at; the rest is skipped without being built."""
 
     model: str | None = None
-    stream: bool | None = None
     messages: Any = None
     input: Any = None
     chat_template_kwargs: Any = None
@@ -66,11 +65,29 @@ def check_headers(content_type: bytes | None, content_length: bytes | None, limi
             sites without asking them first, so they are refused even where their content would do.
         TooLarge: it announces more than `limit_bytes`.
     """
+    check_type(content_type)
+    check_length(content_length, limit_bytes)
+
+
+def check_type(content_type: bytes | None) -> None:
+    """Refuse a body that says that it is something else than JSON.
+
+    Raises:
+        ContentTypeNotAllowed: it does.
+    """
     if content_type and content_type.partition(b";")[0].strip().lower() != b"application/json":
         kind = content_type[:100].decode("latin-1")
         raise ContentTypeNotAllowed(
             f"The body has the type {kind}; send JSON with the header Content-Type: application/json."
         )
+
+
+def check_length(content_length: bytes | None, limit_bytes: int) -> None:
+    """Refuse a body that is announced to be too large.
+
+    Raises:
+        TooLarge: it announces more than `limit_bytes`.
+    """
     if content_length is not None and content_length.isdigit() and int(content_length) > limit_bytes:
         raise _too_large(limit_bytes)
 
@@ -108,7 +125,7 @@ def parse(body: bytes) -> Envelope:
 
     Raises:
         InvalidJson: not JSON, or not an object.
-        BadRequest: `model` or `stream` of another type, or a field or a media address that is refused.
+        BadRequest: `model` is no text, or a field or a media address that is refused.
     """
     try:
         envelope = _decoder.decode(body)

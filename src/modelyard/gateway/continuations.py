@@ -1,0 +1,91 @@
+"""Texts that can go on: the tokens of what was asked and of what was generated so far, by caller and request ids.
+
+They are in the database, so that another process, or this one after a restart, continues them. Tokens are kept and not
+words, because a text that is tokenized anew need not have the tokens with which it was generated. An entry lives for a
+time from its last use; of too many entries those that were not used for longest go first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timedelta
+from hashlib import sha256
+from typing import Any
+
+import msgspec
+from sqlalchemy import delete, select, tuple_
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from modelyard.db import exclusively
+from modelyard.gateway.tables import Continuation
+
+
+@dataclass
+class Text:
+    """A prompt's tokens, and what was generated after them so far.
+
+    `given` counts the characters of it that the client has. It is less than all of them where the last tokens hold a
+    part of a character only.
+    """
+
+    prompt_ids: list[int]
+    ids: list[int] = field(default_factory=list)
+    given: int = 0
+    is_finished: bool = False
+
+    @property
+    def all_ids(self) -> list[int]:
+        """The tokens from which the text goes on."""
+        return [*self.prompt_ids, *self.ids]
+
+
+@dataclass
+class Kept:
+    """An entry: the texts of one request, the model that it named (None: the current one), and how it generated."""
+
+    asked_model: str | None
+    model_id: str
+    config: dict[str, Any]
+    texts: list[Text]
+
+
+def key_of(request_ids: Sequence[str]) -> str:
+    """Return the key of a request's ids. Their order counts, as does where one id ends and the next begins."""
+    return sha256(msgspec.json.encode(list(request_ids))).hexdigest()
+
+
+async def find(session: AsyncSession, caller: str, request_ids: Sequence[str], now: datetime) -> Kept | None:
+    """Return the caller's entry for these ids, if there is one that has not expired."""
+    row = await session.get(Continuation, (caller, key_of(request_ids)))
+    if row is None or row.expires_at <= now:
+        return None
+    return Kept(row.asked_model, row.model_id, row.config, [Text(**text) for text in row.texts])
+
+
+async def keep(
+    session: AsyncSession, caller: str, request_ids: Sequence[str], kept: Kept, now: datetime, ttl_s: float, limit: int
+) -> None:
+    """Write an entry in place of the one that is there, and drop what has expired or is more than `limit` entries."""
+    await exclusively(session, "continuations")
+    values = asdict(kept) | {"used_at": now, "expires_at": now + timedelta(seconds=ttl_s)}
+    await session.merge(Continuation(caller=caller, key=key_of(request_ids), **values))
+    await session.flush()
+    await session.execute(delete(Continuation).where(Continuation.expires_at <= now))
+    surplus = (
+        select(Continuation.caller, Continuation.key)
+        .order_by(Continuation.used_at.desc(), Continuation.key)
+        .offset(limit)
+        .limit(limit)
+    )
+    await session.execute(
+        delete(Continuation)
+        .where(tuple_(Continuation.caller, Continuation.key).in_(surplus))
+        .execution_options(synchronize_session=False)
+    )
+
+
+async def forget(session: AsyncSession, caller: str, request_ids: Sequence[str]) -> None:
+    """Remove the caller's entry for these ids. Safe to repeat."""
+    key = key_of(request_ids)
+    await session.execute(delete(Continuation).where(Continuation.caller == caller, Continuation.key == key))
