@@ -38,16 +38,16 @@ def test_what_is_not_a_json_object_is_refused(body: bytes) -> None:
     assert len(caught.value.message) < 200
 
 
-@pytest.mark.parametrize(("field", "value"), [("model", "3"), ("model", '["a"]'), ("stream", '"yes"'), ("stream", "1")])
-def test_a_field_of_the_wrong_type_is_named(field: str, value: str) -> None:
-    with pytest.raises(BadRequest, match=f"'{field}' has the wrong type") as caught:
-        parse(f'{{"{field}": {value}}}'.encode())
-    assert caught.value.param == field
+@pytest.mark.parametrize("value", ["3", '["a"]'])
+def test_a_model_that_is_no_text_is_refused(value: str) -> None:
+    with pytest.raises(BadRequest, match="'model' has the wrong type") as caught:
+        parse(f'{{"model": {value}}}'.encode())
+    assert caught.value.param == "model"
 
 
 def test_fields_that_the_gateway_does_not_know_are_left_to_the_engine() -> None:
-    envelope = parse(b'{"model": "a", "stream": true, "top_k": "x", "tools": [{"chat_template": 1}], "stop": null}')
-    assert (envelope.model, envelope.stream) == ("a", True)
+    envelope = parse(b'{"model": "a", "stream": "yes", "top_k": "x", "tools": [{"chat_template": 1}], "stop": null}')
+    assert envelope.model == "a"
 
 
 @pytest.mark.parametrize("field", sorted(REFUSED))
