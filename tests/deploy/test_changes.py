@@ -24,13 +24,15 @@ pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("on_each_databas
 async def ask(url: str, model: str, max_tokens: int = 1) -> tuple[int, dict[str, Any]]:
     """Ask an engine for some tokens, as the gateway would."""
     reader, writer = await asyncio.open_unix_connection(url.removeprefix("unix:"))
-    body = json.dumps({"model": model, "prompt": "x", "max_tokens": max_tokens}).encode()
-    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n")
-    writer.write(b"Content-Length: %d\r\n\r\n" % len(body) + body)
-    answer = await reader.read()
-    writer.close()
-    head, _, text = answer.partition(b"\r\n\r\n")
-    return int(head.split()[1]) if head else 0, json.loads(text) if text else {}
+    try:
+        body = json.dumps({"model": model, "prompt": "x", "max_tokens": max_tokens}).encode()
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+        writer.write(b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        head = (await reader.readuntil(b"\r\n\r\n")).lower()
+        length = int(head.partition(b"content-length:")[2].split()[0])
+        return int(head.split()[1]), json.loads(await reader.readexactly(length))
+    finally:
+        writer.close()
 
 
 async def served(yard: DeployYard, job_id: Any, *adapter_ids: str) -> None:
