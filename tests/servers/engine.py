@@ -1,8 +1,8 @@
 """An engine that generates nothing: a real process with the HTTP surface of vLLM 0.32 on a Unix socket.
 
 Started through `engine_python` with vLLM's own arguments; it heeds --model, --served-model-name A B, --uds, --runner,
---max-model-len, --enable-lora, --lora-modules and --max-lora-rank, and ignores the rest. Answers take max_tokens tokens
-(16 by default) of " tok0 tok1 ...", as Server-Sent Events where the request says `stream`.
+--max-model-len, --enable-lora, --lora-modules, --max-loras and --max-lora-rank, and ignores the rest. Answers take
+max_tokens tokens (16 by default) of " tok0 tok1 ...", as Server-Sent Events where the request says `stream`.
 
 A file `misbehave.json` in the model's folder makes it misbehave. All keys are optional:
   starts            list of start numbers (1 is the first) at which the rest holds; absent: at every start
@@ -16,9 +16,15 @@ A file `misbehave.json` in the model's folder makes it misbehave. All keys are o
   exit_code, signal how it dies in service: exit code (default 1) or a signal's number
   fail              {"status": 500, "message": text, "from_request": 1}: the engine's own error to every generation
   first_token_ms, chunk_ms   pauses before the first token and between tokens
+  fail_load         text: no adapter loads, and this is the worker's complaint; {"prefix": text}: none named so does
+  slow_load         seconds that it takes to load an adapter
+  fail_adapters     {"prefix": text}: a generation with an adapter whose name begins so is the engine's error
   ignore_sigterm    true: SIGTERM does nothing
   grandchild        true: it starts a process in its group that ignores SIGTERM, SIGINT and SIGHUP
   allocate_mib      memory that it takes and touches
+
+Adapters are as in vLLM: unloading takes the name away, and what has begun ends whole; no more than --max-loras of them
+generate at the same time, and a request for another one waits until one has nothing to do.
 
 Numbers of generation requests count the readiness probe too. It appends JSON lines to `engine-record.jsonl` (read them
 with `read_record`): start {number, pid, argv, env, grandchild}, request {number, connection, path, headers, body},
@@ -35,7 +41,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +95,12 @@ class Engine:
         self.max_lora_rank = int((options.get("--max-lora-rank") or ["16"])[0])
         modules = [json.loads(module) for module in options.get("--lora-modules", [])]
         self.loras: dict[str, str] = {module["name"]: module["path"] for module in modules}
+        self.max_loras = int((options.get("--max-loras") or ["1"])[0])
+        self.running: list[str | None] = []  # the adapter of each request that generates
+        self.waiting = 0
+        self.freed = asyncio.Event()
+        self.lora_info: dict[str, float] = {}
+        self.prompts = self.ended = 0
         self.connections = 0
         self.requests = 0
         self.generations = 0
@@ -109,6 +122,30 @@ class Engine:
             os.write(descriptor, line.encode())
         finally:
             os.close(descriptor)
+
+    @asynccontextmanager
+    async def slot(self, name: str) -> AsyncIterator[None]:
+        """Generate for a name: at once for the base, when few enough adapters generate for one of them."""
+        adapter = name if name in self.loras else None
+        self.waiting += 1
+        try:
+            while adapter and len({*self._adapters(), adapter}) > self.max_loras:
+                await self.freed.wait()
+        finally:
+            self.waiting -= 1
+        self.running.append(adapter)
+        self.lora_info[",".join(self._adapters())] = time.time()
+        try:
+            yield
+            self.ended += 1
+        finally:
+            self.running.remove(adapter)
+            self.lora_info[",".join(self._adapters())] = time.time()
+            self.freed.set()
+            self.freed = asyncio.Event()
+
+    def _adapters(self) -> list[str]:
+        return list(dict.fromkeys(name for name in self.running if name is not None))
 
     def die(self) -> None:
         if number := self.plan.get("signal"):
@@ -234,20 +271,38 @@ def _get(engine: Engine, path: str) -> tuple[int, bytes, str]:
         ]  # fmt: skip
         return 200, json.dumps({"object": "list", "data": data}).encode(), kind
     if path == "/metrics":
-        label = f'{{engine="0",model_name="{engine.names[0]}"}}'
-        text = (
-            "# HELP vllm:num_requests_running Number of requests in model execution batches.\n"
-            "# TYPE vllm:num_requests_running gauge\n"
-            f"vllm:num_requests_running{label} 0.0\n"
-            "# HELP vllm:generation_tokens_total Number of generation tokens processed.\n"
-            "# TYPE vllm:generation_tokens_total counter\n"
-            f"vllm:generation_tokens_total{label} {float(engine.tokens)}\n"
-            "# HELP vllm:request_success_total Count of successfully processed requests.\n"
-            "# TYPE vllm:request_success_total counter\n"
-            f"vllm:request_success_total{label} {float(engine.generations)}\n"
-        )
-        return 200, text.encode(), "text/plain; version=1.0.0; charset=utf-8"
+        return 200, _metrics(engine).encode(), "text/plain; version=1.0.0; charset=utf-8"
     return 404, b'{"detail":"Not Found"}', kind
+
+
+def _metrics(engine: Engine) -> str:
+    label = f'{{engine="0",model_name="{engine.names[0]}"}}'
+    # As in vLLM: a line for every set of adapters that ever ran together, with the time when it last did.
+    adapters = [
+        f'vllm:lora_requests_info{{max_lora="{engine.max_loras}",running_lora_adapters="{names}",'
+        f'waiting_lora_adapters="{names}"}} {at!r}\n'
+        for names, at in engine.lora_info.items()
+    ]
+    return (
+        "# HELP vllm:num_requests_running Number of requests in model execution batches.\n"
+        "# TYPE vllm:num_requests_running gauge\n"
+        f"vllm:num_requests_running{label} {float(len(engine.running))}\n"
+        "# HELP vllm:num_requests_waiting Number of requests waiting to be processed.\n"
+        "# TYPE vllm:num_requests_waiting gauge\n"
+        f"vllm:num_requests_waiting{label} {float(engine.waiting)}\n"
+        "# HELP vllm:prompt_tokens_total Number of prefill tokens processed.\n"
+        "# TYPE vllm:prompt_tokens_total counter\n"
+        f"vllm:prompt_tokens_total{label} {float(engine.prompts)}\n"
+        "# HELP vllm:generation_tokens_total Number of generation tokens processed.\n"
+        "# TYPE vllm:generation_tokens_total counter\n"
+        f"vllm:generation_tokens_total{label} {float(engine.tokens)}\n"
+        "# HELP vllm:request_success_total Count of successfully processed requests.\n"
+        "# TYPE vllm:request_success_total counter\n"
+        f'vllm:request_success_total{{engine="0",finished_reason="length",model_name="{engine.names[0]}"}} '
+        f"{float(engine.ended)}\n"
+        "# HELP vllm:lora_requests_info Running stats on lora requests.\n"
+        "# TYPE vllm:lora_requests_info gauge\n" + "".join(adapters)
+    )
 
 
 async def _post(
@@ -268,14 +323,20 @@ async def _post(
     if path in GENERATION:
         if name and name not in engine.names and name not in engine.loras:
             raise Refused(404, f"The model `{name}` does not exist.", "NotFoundError", "model")
-        await _misbehave(engine)
+        await _misbehave(engine, str(name))
         # As vLLM does: the answer names the first served name, or the adapter, never the alias that was asked for.
         request["model"] = name if name in engine.loras else engine.names[0]
+        async with engine.slot(request["model"]):
+            engine.prompts += 1
+            return await handler(link, engine, request, sent)
     return await handler(link, engine, request, sent)
 
 
-async def _misbehave(engine: Engine) -> None:
+async def _misbehave(engine: Engine, name: str) -> None:
     engine.generations += 1
+    for prefix, text in engine.plan.get("fail_adapters", {}).items():
+        if name in engine.loras and name.startswith(prefix):
+            raise Refused(500, text, "InternalServerError")
     if engine.plan.get("never") == "complete":
         await asyncio.Event().wait()
     if engine.generations == engine.plan.get("die_on_request"):
@@ -447,15 +508,24 @@ async def _load_lora(link: Connection, engine: Engine, request: Json, sent: list
     name, path = request.get("lora_name"), request.get("lora_path")
     if not name or not path:
         raise Refused(400, "Both 'lora_name' and 'lora_path' must be provided.", "InvalidUserInput")
-    if name in engine.loras or name in engine.names:
-        raise Refused(400, f"The lora adapter '{name}' has already been loaded.", "InvalidUserInput")
+    if name in engine.names:
+        raise Refused(400, f"The lora adapter '{name}' conflicts with a served base model.", "InvalidUserInput")
+    if name in engine.loras:
+        message = f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, "
+        raise Refused(400, f"{message}set 'load_inplace' to True.", "InvalidUserInput")
+    await asyncio.sleep(engine.plan.get("slow_load", 0))
     file = Path(path, "adapter_config.json")
     if not file.is_file():
-        raise Refused(404, f"Loading lora {name} failed: No adapter found for {path}", "NotFoundError")
+        raise Refused(404, f"Loading lora {name} failed: No adapter found for <path>", "NotFoundError")
+    complaint = engine.plan.get("fail_load")
+    if isinstance(complaint, dict):
+        complaint = next((text for prefix, text in complaint.items() if name.startswith(prefix)), None)
     rank = json.loads(file.read_text("utf-8")).get("r", 0)
     if rank > engine.max_lora_rank:
-        message = f"LoRA rank {rank} is greater than max_lora_rank {engine.max_lora_rank}."
-        raise Refused(500, message, "InternalServerError")
+        complaint = f"LoRA rank {rank} is greater than max_lora_rank {engine.max_lora_rank}."
+    if complaint:
+        said = f"Call to add_lora method failed: Worker failed with error '{complaint}', "
+        raise Refused(500, f"{said}please check the stack trace above for the root cause", "InternalServerError")
     engine.loras[name] = path
     engine.record("lora", action="load", name=name, path=path)
     link.reply(200, f"Success: LoRA adapter '{name}' added successfully.".encode(), "text/plain")
