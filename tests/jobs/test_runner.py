@@ -52,17 +52,18 @@ async def test_a_job_runs_and_finishes_with_its_events_and_moves(database_url: s
         assert yard.runner.running("TEST") == 0
 
 
-async def test_a_failure_is_recorded_with_its_code_message_and_hint(database_url: str, tmp_path: Path) -> None:
+async def test_a_failure_is_recorded_with_its_code_message_hint_and_evidence(database_url: str, tmp_path: Path) -> None:
     async with job_yard(database_url, tmp_path) as yard:
         job_id = await yard.create()
         await yard.runs(job_id)
-        yard.order(job_id, JobFailure("no_disk", "The disk is full.", "Free 4 GB."))
+        yard.order(job_id, JobFailure("no_disk", "The disk is full.", "Free 4 GB.", ["OSError: [Errno 28]"]))
         job = await yard.becomes(job_id, "FAILED")
         assert (job.failure_code, job.failure_message, job.failure_hint) == (
             "no_disk",
             "The disk is full.",
             "Free 4 GB.",
         )
+        assert job.failure_evidence == ["OSError: [Errno 28]"]
         last = (await yard.events(job_id))[-1]
         assert (last.level, last.message) == ("error", "Failed: The disk is full. Free 4 GB.")
         assert last.data == {"status": "FAILED", "code": "no_disk"}

@@ -56,7 +56,9 @@ def test_progress_and_failure_show_once_they_are_there() -> None:
         progress_done=3, progress_total=4, progress_unit="bytes", failure_code="no_disk", failure_message="Full."
     )
     assert out["progress"] == {"done": 3, "total": 4, "unit": "bytes"}
-    assert out["failure"] == {"code": "no_disk", "message": "Full.", "hint": ""}
+    assert out["failure"] == {"code": "no_disk", "message": "Full.", "hint": "", "evidence": []}
+    shown_failure = shown(failure_code="x", failure_evidence=["a", "b"])["failure"]
+    assert shown_failure == {"code": "x", "message": "", "hint": "", "evidence": ["a", "b"]}
 
 
 def test_an_event_shows_its_number_time_level_message_and_data() -> None:

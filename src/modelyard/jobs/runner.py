@@ -241,6 +241,7 @@ class JobRunner:
                 "failure_code": failure.code,
                 "failure_message": failure.message,
                 "failure_hint": failure.hint,
+                "failure_evidence": list(failure.evidence),
             }
             message, level = f"Failed: {failure.message} {failure.hint}".strip(), "error"
             data |= {"code": failure.code}

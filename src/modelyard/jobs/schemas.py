@@ -45,6 +45,10 @@ class FailureOut(BaseModel):
     code: str = Field(description="Stable: programs may match it.", examples=["gated_repository"])
     message: str = Field(examples=["The repository meta-llama/Llama-3.2-1B is gated, and no token was sent."])
     hint: str = Field(examples=["Accept its terms on the hub and set HF_TOKEN."])
+    evidence: list[str] = Field(
+        description="The lines of the log that show it, at most 20; none where there is nothing to show.",
+        examples=[["huggingface_hub.errors.GatedRepoError: 401 Client Error."]],
+    )
 
 
 class JobOut(BaseModel):
@@ -89,7 +93,12 @@ class JobOut(BaseModel):
                 done=job.progress_done or 0, total=job.progress_total, unit=job.progress_unit or "steps"
             )
         if job.failure_code is not None:
-            failure = FailureOut(code=job.failure_code, message=job.failure_message or "", hint=job.failure_hint or "")
+            failure = FailureOut(
+                code=job.failure_code,
+                message=job.failure_message or "",
+                hint=job.failure_hint or "",
+                evidence=job.failure_evidence or [],
+            )
         return cls(
             id=job.id,
             name=job.name,

@@ -71,6 +71,8 @@ class Job(Base):
     failure_code: Mapped[str | None] = mapped_column(String(64))
     failure_message: Mapped[str | None] = mapped_column(Text())
     failure_hint: Mapped[str | None] = mapped_column(Text())
+    #: The lines of a log that show the failure.
+    failure_evidence: Mapped[list[str] | None] = mapped_column(JSON(none_as_null=True))
 
 
 class JobEvent(Base):

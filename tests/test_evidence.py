@@ -1,0 +1,48 @@
+"""What is shown of a log: little, and nothing that should stay where it is."""
+
+from __future__ import annotations
+
+import pytest
+
+from modelyard.evidence import BYTES, LINES, clipped, redacted
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("with token hf_AbCdEfGhIjKlMnOpQrSt used", "with token [secret] used"),
+        ("Authorization: Bearer abc.def-123", "Authorization: Bearer [secret]"),
+        ("'X-API-Key': 'my-own-key'", "'X-API-Key': '[secret]'"),
+        ("HF_TOKEN=something password: hunter22, x", "HF_TOKEN=something password: [secret], x"),
+        ("postgresql://me:secret@db/x", "postgresql://[secret]@db/x"),
+        (
+            "GET https://cdn.example.org/a/b?X-Amz-Signature=123&e=4 failed",
+            "GET https://cdn.example.org/a/b?[...] failed",
+        ),
+        ('File "/srv/x/.venv/lib/python3.11/site-packages/vllm/a.py", line 3', 'File "vllm/a.py", line 3'),
+        ('File "/usr/lib/python3.11/json/decoder.py"', 'File "python3.11/json/decoder.py"'),
+        ("/home/ann/models/x and /root/y", "~/models/x and ~/y"),
+        ("max_num_batched_tokens (2048) and tokens: 17", "max_num_batched_tokens (2048) and tokens: 17"),
+        ("/srv/models/org--name/model.safetensors", "/srv/models/org--name/model.safetensors"),
+    ],
+)
+def test_secrets_and_this_machines_paths_are_not_shown(text: str, shown: str) -> None:
+    assert redacted(text) == shown
+
+
+def test_few_lines_are_shown_as_they_are() -> None:
+    assert clipped(["a", "b"]) == ("a", "b")
+
+
+def test_of_many_lines_the_beginning_and_the_end_are_shown() -> None:
+    shown = clipped(f"line {number}" for number in range(100))
+    assert len(shown) == LINES
+    assert (shown[0], shown[10], shown[-1]) == ("line 0", "...", "line 99")
+
+
+def test_long_lines_are_cut_so_that_all_stays_small() -> None:
+    shown = clipped(f"{number} " + "ä" * 1000 for number in range(100))
+    assert sum(len(line.encode()) + 1 for line in shown) <= BYTES
+    assert shown[0].startswith("0 ")
+    assert shown[-1].startswith("99 ")
+    assert "..." in shown
