@@ -134,7 +134,7 @@ class Routing:
             ModelNotFound: nothing in service has this name; the message says what does.
             EngineStarting: its engine is not ready yet, or did not come back in time.
         """
-        snapshot = self._snapshot if self._is_fresh() else await self._look()
+        snapshot = self._snapshot if self._is_fresh(self._changes) else await self._look()
         return snapshot.targets.get((name, task)) or await self._wait_for(name, task)
 
     def request(self, target: Address) -> OpenRequest:
@@ -224,12 +224,12 @@ class Routing:
 
     async def _look(self) -> Snapshot:
         """Return what is, no older than the last change that was told before this question."""
-        while not self._is_fresh():
+        asked = self._changes
+        if not self._is_fresh(asked):
             async with self._taking:
-                if not self._is_fresh():
+                # Not compared with changes since: where they never end, nobody would get an answer.
+                if not self._is_fresh(asked):
                     await self._take()
-                    if self._changes_seen == self._changes:
-                        break  # however long the reading took
         return self._snapshot
 
     async def _take(self) -> None:
@@ -242,8 +242,8 @@ class Routing:
         # What changed during the read may have been missed: such a snapshot is not fresh.
         self._changes_seen, self._taken_at = changes, taken_at
 
-    def _is_fresh(self) -> bool:
-        return self._changes_seen == self._changes and time.monotonic() - self._taken_at < FRESH_S
+    def _is_fresh(self, changes: int) -> bool:
+        return self._changes_seen >= changes and time.monotonic() - self._taken_at < FRESH_S
 
 
 class OpenRequest:
