@@ -75,6 +75,20 @@ async def test_adapters_come_and_go_on_the_running_engine(tmp_path: Path) -> Non
         assert len(yard.record("org/a", "start")) == 1, "the engine was never started again"
 
 
+async def test_a_job_of_more_adapters_than_its_name_holds_is_named_in_part(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/a")
+        adapter_ids = [f"org/{number}-{'x' * 150}" for number in range(4)]
+        for adapter_id in adapter_ids:
+            await yard.add_adapter(adapter_id, "org/a")
+        job_id = await yard.deploy("org/a", adapter_ids)
+        await yard.becomes(job_id, "READY")
+        name = (await yard.job(job_id)).name
+        assert len(name) == 512
+        assert name.startswith("DEPLOY_org/a_adapters_org/0-xxx")
+        assert name.endswith("...")
+
+
 async def test_an_adapter_is_probed_before_clients_can_name_it(tmp_path: Path) -> None:
     async with deploy_yard(tmp_path) as yard:
         await yard.add_model("org/a")

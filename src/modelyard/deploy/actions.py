@@ -20,11 +20,14 @@ from modelyard.models import actions as models
 from modelyard.models.tables import Model
 
 KIND = "DEPLOY"
+#: As many as a job's row keeps.
+JOB_NAME_CHARACTERS = 512
 
 
 def job_name(model_id: str, adapter_ids: Sequence[str]) -> str:
-    """Return the job's name in the source API's grammar: DEPLOY_<model>[_adapters_<a>_<b>]."""
-    return "_".join([KIND, model_id, *(["adapters", *adapter_ids] if adapter_ids else [])])
+    """Return the job's name in the source API's grammar: DEPLOY_<model>[_adapters_<a>_<b>], cut where it is too long."""
+    name = "_".join([KIND, model_id, *(["adapters", *adapter_ids] if adapter_ids else [])])
+    return name if len(name) <= JOB_NAME_CHARACTERS else name[: JOB_NAME_CHARACTERS - 3] + "..."
 
 
 @dataclass(frozen=True)
