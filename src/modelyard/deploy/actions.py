@@ -25,7 +25,7 @@ JOB_NAME_CHARACTERS = 512
 
 
 def job_name(model_id: str, adapter_ids: Sequence[str]) -> str:
-    """Return the job's name in the source API's grammar: DEPLOY_<model>[_adapters_<a>_<b>], cut where it is too long."""
+    """Return the job's name in the source API's grammar: DEPLOY_<model>[_adapters_<a>_<b>]; cut if too long."""
     name = "_".join([KIND, model_id, *(["adapters", *adapter_ids] if adapter_ids else [])])
     return name if len(name) <= JOB_NAME_CHARACTERS else name[: JOB_NAME_CHARACTERS - 3] + "..."
 
