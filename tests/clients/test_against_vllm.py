@@ -172,6 +172,7 @@ CASES = [
     _message("streamed", stream=True),
     _message("a system and parts", system="Be short.", messages=[{"role": "user", "content": [IMAGE[0]]}]),
     _message("without max_tokens", max_tokens=None),
+    Case("messages: counted", "/v1/messages/count_tokens", {"model": LLAMA, "messages": MESSAGES}),
     Case("tokenize", "/tokenize", {"model": LLAMA, "prompt": "The longest river", "return_token_strs": True}),
     Case("tokenize: a conversation", "/tokenize", {"model": LLAMA, "messages": MESSAGES}),
     Case("tokenize: of the embedding model", "/tokenize", {"model": MINILM, "prompt": "a river"}, "embed"),

@@ -126,6 +126,13 @@ PASSAGES = (
         ),
     ),
     Passed(
+        Endpoint("messages/count_tokens", "/v1/messages/count_tokens", "generate"),
+        "Count a message's tokens",
+        "Return how many tokens a conversation has before it is answered, in Anthropic's interface.",
+        schemas.request_schema(["messages"], {"model": "default", "messages": _CHAT}, messages=schemas.MESSAGES),
+        schemas.answer_schema({"input_tokens": 12}),
+    ),
+    Passed(
         Endpoint("tokenize", "/tokenize", ANY_TASK),
         "Turn a text into tokens",
         "Return the token ids of a prompt or of a conversation, as the model would see them.",
