@@ -201,7 +201,13 @@ def gateway_app(board: Board, registry: CollectorRegistry, max_body_bytes: int) 
 def gateway() -> Iterator[Running]:
     """A gateway with a body limit of 1 MiB and nothing in service yet."""
     board, registry = Board(), CollectorRegistry()
-    app = gateway_app(board, registry, 1 << 20)
+    with listening(gateway_app(board, registry, 1 << 20), board, registry) as running:
+        yield running
+
+
+@contextmanager
+def listening(app: FastAPI, board: Board, registry: CollectorRegistry) -> Iterator[Running]:
+    """Serve an application on a free port; at the end of the block its engines are killed."""
     config = uvicorn.Config(app, port=0, log_level="warning", ws="none", timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
     loops: list[asyncio.AbstractEventLoop] = []
@@ -214,11 +220,13 @@ def gateway() -> Iterator[Running]:
     thread.start()
     wait_until(lambda: server.started or not thread.is_alive(), "the gateway to listen")
     running = Running(server.servers[0].sockets[0].getsockname()[1], board, registry, loops[0], [], [])
-    yield running
-    server.should_exit = True
-    thread.join(DEADLINE_S)
-    assert not thread.is_alive()
-    for child in running.engines:
-        child.kill()
-    for folder in running.folders:
-        shutil.rmtree(folder)
+    try:
+        yield running
+    finally:
+        server.should_exit = True
+        thread.join(DEADLINE_S)
+        assert not thread.is_alive()
+        for child in running.engines:
+            child.kill()
+        for folder in running.folders:
+            shutil.rmtree(folder)

@@ -16,6 +16,9 @@ A file `misbehave.json` in the model's folder makes it misbehave. All keys are o
   exit_code, signal how it dies in service: exit code (default 1) or a signal's number
   fail              {"status": 500, "message": text, "from_request": 1}: the engine's own error to every generation
   first_token_ms, chunk_ms   pauses before the first token and between tokens
+  recites           {"part of a prompt": text, "": text}: completions recite a text, token by token (see recital.py),
+                    and end it with "</s>"; a prompt has the first one whose name is in it
+  stream_error      tokens of a recited stream after which it reports an error, as vLLM does
   fail_load         text: no adapter loads, and this is the worker's complaint; {"prefix": text}: none named so does
   slow_load         seconds that it takes to load an adapter
   fail_adapters     {"prefix": text}: a generation with an adapter whose name begins so is the engine's error
@@ -45,6 +48,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":
+    # Run by path and isolated: nothing else is on the search path.
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.servers import recital
 
 RECORD = "engine-record.jsonl"
 GENERATION = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages"})
@@ -421,7 +430,50 @@ async def _chat(link: Connection, engine: Engine, request: Json, sent: list[int]
 
 
 async def _text(link: Connection, engine: Engine, request: Json, sent: list[int]) -> int:
+    if "recites" in engine.plan:
+        return await _recite(link, engine, request, sent)
     return await _completions(link, engine, request, sent, chat=False)
+
+
+async def _recite(link: Connection, engine: Engine, request: Json, sent: list[int]) -> int:
+    request.setdefault("max_tokens", 16)
+    try:
+        recital.check(request, engine.max_model_len)
+        parts = recital.parts_of(request, engine.plan["recites"], engine.max_model_len)
+    except recital.Invalid as error:
+        raise Refused(400, error.message, param=error.param) from None
+    base = {"id": f"cmpl-{engine.generations}", "object": "text_completion", "created": int(time.time()),
+            "model": request["model"]}  # fmt: skip
+    streams = bool(request.get("stream"))
+    if streams:
+        link.start_stream()
+    for step in range(max(len(part.ids) for part in parts)):
+        pause = engine.plan.get("first_token_ms" if step == 0 else "chunk_ms", 0)
+        await asyncio.sleep(pause / 1000)
+        if step == engine.plan.get("die_mid_stream"):
+            engine.die()
+        running = sum(step < len(part.ids) for part in parts)
+        sent[0] += running
+        engine.tokens += running
+        if streams and step == engine.plan.get("stream_error"):
+            failure = {"message": "planned failure", "type": "InternalServerError", "param": None, "code": 500}
+            link.chunk(_sse({"error": failure}))
+            break
+        for event in recital.events(base, parts, step) if streams else ():
+            link.chunk(event)
+    if streams:
+        link.chunk(b"data: [DONE]\n\n")
+        link.transport.write(b"0\r\n\r\n")
+        return 200
+    if request.get("use_beam_search"):
+        width = request.get("n", 1)
+        pairs = [(part, number) for part in parts for number in range(width)]
+        choices = [part.beam(index, number) for index, (part, number) in enumerate(pairs)]
+    else:
+        choices = [part.choice(index) for index, part in enumerate(parts)]
+    usage = _usage(request["prompt"], sum(len(part.ids) for part in parts))
+    link.reply(200, json.dumps({**base, "choices": choices, "usage": usage}).encode())
+    return 200
 
 
 async def _embeddings(link: Connection, engine: Engine, request: Json, sent: list[int]) -> int:
@@ -492,15 +544,16 @@ async def _messages(link: Connection, engine: Engine, request: Json, sent: list[
 
 
 async def _tokenize(link: Connection, engine: Engine, request: Json, sent: list[int]) -> int:
-    text = request.get("prompt") or json.dumps(request.get("messages"))
-    tokens = list(text.encode())
+    text = request["prompt"] if "prompt" in request else json.dumps(request.get("messages"))
+    has_begin = "recites" in engine.plan and request.get("add_special_tokens", True)
+    tokens = recital.tokenize(text, has_begin=has_begin)
     body = {"count": len(tokens), "max_model_len": engine.max_model_len, "tokens": tokens, "token_strs": None}
     link.reply(200, json.dumps(body).encode())
     return 200
 
 
 async def _detokenize(link: Connection, engine: Engine, request: Json, sent: list[int]) -> int:
-    link.reply(200, json.dumps({"prompt": bytes(request["tokens"]).decode("utf-8", "replace")}).encode())
+    link.reply(200, json.dumps({"prompt": recital.decode(request["tokens"])}).encode())
     return 200
 
 
