@@ -60,10 +60,11 @@ async def put(session: AsyncSession, name: str, target: str) -> Alias:
     if await models.find(session, target) is None:
         known = (await session.scalars(select(Model.model_id).order_by(Model.model_id).limit(20))).all()
         raise ModelNotFound(target[:200], known=known, what="model or adapter", param="target")
-    values = {"target": target, "updated_at": utcnow()}
+    now = utcnow()
+    values = {"target": target, "updated_at": now}
     moved = (await session.scalars(update(Alias).where(Alias.name == name).values(values).returning(Alias))).first()
     if moved is None:
-        moved = Alias(name=name, target=target)
+        moved = Alias(name=name, target=target, created_at=now, updated_at=now)
         session.add(moved)
         await session.flush()
     return moved
