@@ -99,7 +99,7 @@ def test_the_schema_holds_every_route_once(schema: Json) -> None:
     for method, path in every_path(application()):
         if path.startswith(("/api/docs", "/api/openapi.json")):
             continue
-        path = re.sub(r"no/such|00000000-0000-4000-8000-000000000000", "*", path.rstrip("/"))
+        path = re.sub(r"no/such|7000000|00000000-0000-4000-8000-000000000000", "*", path.rstrip("/"))
         real.add((method, path))
     assert documented == real
     assert sum(len(methods) for methods in schema["paths"].values()) == len(documented)

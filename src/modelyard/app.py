@@ -26,7 +26,9 @@ from modelyard.auth.access import OPEN_PATHS, Access
 from modelyard.db import Sessions
 from modelyard.deploy import actions as deployments
 from modelyard.deploy.alias_routes import api as aliases_api
+from modelyard.deploy.attempt_routes import api as attempts_api
 from modelyard.deploy.deployment_routes import api as deployments_api
+from modelyard.deploy.plan_routes import api as plan_api
 from modelyard.deploy.routes import api as deploy_api
 from modelyard.deploy.routing import Routing
 from modelyard.deploy.supervisor import Supervisor
@@ -136,7 +138,10 @@ def create_app(foundation: Foundation) -> FastAPI:
     app.state.settings = settings
     app.state.registry = _registry()
     # The gateway comes first: it answers OpenAI's clients at an address that the models room has too.
-    apis = (gateway_api, raw_api, models_api, deploy_api, deployments_api, aliases_api, jobs_api, health_api)
+    apis = (
+        gateway_api, raw_api, models_api, deploy_api, plan_api, deployments_api, attempts_api, aliases_api, jobs_api,
+        health_api,
+    )  # fmt: skip
     for api in apis:
         app.include_router(api)
     add_docs(app, OPEN_PATHS)

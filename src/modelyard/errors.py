@@ -14,6 +14,7 @@
     │   ├── JobNotFound             404 job_not_found
     │   ├── ObjectNotFound          404 object_not_found
     │   ├── DeploymentNotFound      404 deployment_not_found
+    │   ├── AttemptNotFound         404 attempt_not_found
     │   ├── AliasNotFound           404 alias_not_found
     │   └── NothingDeployed         404 nothing_deployed
     ├── MethodNotAllowed            405 method_not_allowed
@@ -146,6 +147,14 @@ class DeploymentNotFound(NotFound):
 
     def __init__(self, deployment_id: object, *, param: str = "deployment_id") -> None:
         super().__init__(f"There is no deployment {deployment_id}. GET /api/v1/deployments/ lists them.", param=param)
+
+
+class AttemptNotFound(NotFound):
+    code = "attempt_not_found"
+
+    def __init__(self, number: int, known: int) -> None:
+        there = f"its engine was started {known} times" if known != 1 else "its engine was started once"
+        super().__init__(f"The deployment has no attempt {number}: {there}.", param="number")
 
 
 class AliasNotFound(NotFound):

@@ -343,12 +343,20 @@ def _open_keeper(folder: Path) -> tuple[int, int | None]:
 
 
 def _read_outcome(folder: Path, token: str) -> Outcome:
-    try:
-        known = json.loads((folder / "outcome.json").read_text("utf-8"))
-    except FileNotFoundError:
+    known = outcome_of(folder)
+    if known is None:
         _kill_by_token(token)
         _remove_scratch(folder)
         return Outcome(None, None)
+    return known
+
+
+def outcome_of(folder: Path) -> Outcome | None:
+    """Return how the child that was started in this folder ended; None if it runs, or nobody saw its end."""
+    try:
+        known = json.loads((folder / "outcome.json").read_text("utf-8"))
+    except FileNotFoundError:
+        return None
     return Outcome(known["exit_code"], known["signal"], known["stopped"], known["abandoned"])
 
 

@@ -6,16 +6,40 @@ command was run, so that a failure can be read after the next attempt began. All
 
 from __future__ import annotations
 
+import mmap
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from modelyard.db import utcnow
+from modelyard.processes import Outcome, outcome_of
 
 HEAD = "=== attempt "
+_TIME = "%Y-%m-%d %H:%M:%S"
+_HEAD_LINE = re.compile(rb"^=== attempt (\d+), (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) UTC: ([^\n]*)\n?", re.MULTILINE)
 TAIL_BYTES = 256 * 1024
+#: The most of one attempt's log that one answer carries.
+LOG_LIMIT = 8 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start. `start` and `end` are where its lines lie in the job's log, in bytes.
+
+    `outcome` is None while the engine runs, or where nobody saw how it ended.
+    """
+
+    number: int
+    started_at: datetime
+    command: str
+    start: int
+    end: int
+    outcome: Outcome | None
 
 
 def newest(job_folder: Path) -> Path | None:
@@ -38,7 +62,7 @@ def _number(folder: Path) -> int:
 def begin_log(log: Path, number: int, argv: Sequence[str]) -> None:
     """Head an attempt in the job's log with its command, as one could type it."""
     with log.open("a", encoding="utf-8") as file:
-        file.write(f"{HEAD}{number}, {utcnow():%Y-%m-%d %H:%M:%S} UTC: {shlex.join(argv)}\n")
+        file.write(f"{HEAD}{number}, {utcnow():{_TIME}} UTC: {shlex.join(argv)}\n")
 
 
 def newest_log(log: Path) -> str:
@@ -47,4 +71,43 @@ def newest_log(log: Path) -> str:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(0, end - TAIL_BYTES))
         return file.read().decode("utf-8", "replace").rpartition(HEAD)[2]
+    return ""
+
+
+def listing(job_folder: Path, log: Path) -> list[Attempt]:
+    """Return the attempts that the job's log has, the first first."""
+    try:
+        with log.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+            heads = [
+                (int(head[1]), head[2].decode(), head[3].decode("utf-8", "replace"), head.start(), head.end())
+                for head in _HEAD_LINE.finditer(text)
+            ]
+            size = len(text)
+    except (FileNotFoundError, ValueError):  # none, or one without a byte
+        return []
+    found: list[Attempt] = []
+    for number, started, command, start, end in heads:
+        if number != len(found) + 1:
+            continue  # an engine that wrote such a line: attempts are counted
+        if found:
+            found[-1] = _ended(found[-1], start)
+        moment = datetime.strptime(started, _TIME).replace(tzinfo=UTC)
+        outcome = outcome_of(job_folder / f"attempt-{number}")
+        found.append(Attempt(number, moment, command, end, size, outcome))
+    return found
+
+
+def _ended(attempt: Attempt, end: int) -> Attempt:
+    return Attempt(attempt.number, attempt.started_at, attempt.command, attempt.start, end, attempt.outcome)
+
+
+def log_of(log: Path, attempt: Attempt, limit: int = LOG_LIMIT) -> str:
+    """Return what an attempt wrote, at most its last `limit` bytes."""
+    with suppress(FileNotFoundError), log.open("rb") as file:
+        start = max(attempt.start, attempt.end - limit)
+        file.seek(start)
+        data = file.read(attempt.end - start)
+        if start > attempt.start:
+            data = data.partition(b"\n")[2] or data
+        return data.decode("utf-8", "replace")
     return ""

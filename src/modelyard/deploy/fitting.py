@@ -49,7 +49,7 @@ class Fitting:
         if row.strategy == Strategy.REPLACE and any(one.state in LIVE for one in replaced):
             return Room.COMING
         machine = left(await asyncio.to_thread(this_machine), row, live, self._settings)
-        found = await asyncio.to_thread(self._fit, row, model, adapters, machine)
+        found = await asyncio.to_thread(self.fit, row, model, adapters, machine)
         self.message = found.message
         # Where nothing tells how much memory a GPU has, one engine at a time is all that is safe.
         is_blind = machine.has_gpu and not machine.gpus and any(one.memory_bytes for one in live if one.id != row.id)
@@ -78,11 +78,16 @@ class Fitting:
             command = engine_command(
                 python, files, adapter_files, options, machine, scratch, self._settings.data_dir / "cache"
             )
-            return command, self._fit(row, model, adapters, machine).total_bytes
+            return command, self.fit(row, model, adapters, machine).total_bytes
 
         return await asyncio.to_thread(make)
 
-    def _fit(self, row: Deployment, model: Model, adapters: Sequence[Model], machine: Machine) -> Fit:
+    def fit(self, row: Deployment, model: Model, adapters: Sequence[Model], machine: Machine) -> Fit:
+        """Return what the deployment's engine takes of a machine. Blocks.
+
+        Raises:
+            JobFailure: the model's or an adapter's files cannot be read or served.
+        """
         rank = max((one.rank for one in self._adapter_files(model, adapters)), default=0)
         options = EngineOptions(**row.options).over(self._settings)
         return fit(model_files(self._settings, model), options, machine, rank)

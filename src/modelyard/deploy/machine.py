@@ -77,6 +77,19 @@ def left_for_engines(machine: Machine, given_bytes: int, starting_bytes: int, bu
     return replace(machine, gpus=tuple(sorted(gpus, key=lambda gpu: gpu.index)))
 
 
+def given_back(machine: Machine, size_bytes: int) -> Machine:
+    """Return the machine as it will be when engines have given that much memory back."""
+    if not machine.has_gpu:
+        return replace(machine, memory_available_bytes=machine.memory_available_bytes + size_bytes)
+    gpus = []
+    for gpu in sorted(machine.gpus, key=lambda gpu: (gpu.free_bytes, gpu.index)):
+        # Engines hold what is not free: the fullest GPUs first, as nobody wrote down which.
+        more = min(size_bytes, gpu.total_bytes - gpu.free_bytes)
+        size_bytes -= more
+        gpus.append(replace(gpu, free_bytes=gpu.free_bytes + more))
+    return replace(machine, gpus=tuple(sorted(gpus, key=lambda gpu: gpu.index)))
+
+
 @dataclass(frozen=True)
 class SeenGpu(Gpu):
     """A GPU as NVML tells of it, before it is decided whether this server may use it."""

@@ -129,6 +129,15 @@ def heads(config: Config) -> int | None:
     return _number(text_part(config), HEADS)
 
 
+def embedding_numbers(config: Config) -> int:
+    """Return how many numbers the embedding and the output have; 0 where the configuration does not tell."""
+    config = text_part(config)
+    hidden, vocabulary = _number(config, HIDDEN), config.get("vocab_size")
+    if not (hidden and isinstance(vocabulary, int)):
+        return 0
+    return hidden * vocabulary * (1 if config.get("tie_word_embeddings") or is_encoder(config) else 2)
+
+
 def adapter_numbers(config: Config, rank: int) -> int | None:
     """Return how many numbers vLLM sets aside for one LoRA adapter of that rank.
 

@@ -1,0 +1,165 @@
+"""What a deploy would take and do, without doing it.
+
+The wish is written as a deploy writes it, looked at, and taken back: what `actions` would decide is decided by the same
+lines. Whether the engine would start is asked of `fit` and of `vllm_args`, as the supervisor asks them, on the machine
+as it is now and as it will be when those that leave have given their memory back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+from uuid import UUID
+
+from modelyard.db import Sessions
+from modelyard.deploy import actions, succession
+from modelyard.deploy.fit import Fit
+from modelyard.deploy.fitting import Fitting, left, model_files
+from modelyard.deploy.machine import Machine, given_back, this_machine
+from modelyard.deploy.schemas import EngineOptions
+from modelyard.deploy.tables import Deployment, DeploymentState, Strategy
+from modelyard.deploy.vllm_args import check_length
+from modelyard.errors import JobFailure
+from modelyard.models.tables import Model
+from modelyard.settings import Settings
+
+#: States in which an engine has taken its memory, so that it will give it back.
+HOLDING = (DeploymentState.READY, DeploymentState.DRAINING, DeploymentState.STOPPING)
+Way = Literal["in_place", "side_by_side", "replace"]
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """A deployment that would leave. `first`: before the new one starts."""
+
+    deployment_id: UUID
+    model_id: str
+    memory_bytes: int
+    first: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a deploy would do. Memory in bytes; `free_bytes` is what engines may take now, None if nothing tells.
+
+    `fit` is None where the model's files cannot be read; `failure` is the one that the deploy's job would end with.
+    """
+
+    model: Model
+    adapters: Sequence[Model]
+    way: Way
+    fit: Fit | None
+    fits: bool
+    fits_beside: bool
+    free_bytes: int | None
+    free_after_bytes: int | None
+    disk_free_bytes: int
+    leaving: Sequence[Leaving]
+    failure: JobFailure | None
+
+
+async def plan(sessions: Sessions, settings: Settings, wish: actions.Wish) -> Plan:
+    """Work out what a deploy would do. Nothing is changed and nothing is started.
+
+    Raises:
+        ModelNotFound: the store lacks the model or an adapter.
+        Unprocessable: an adapter is given as the model, or does not belong to it.
+    """
+    row, model, adapters, live, leaving = await _decided(sessions, wish)
+    fitting = Fitting(settings, sessions)
+    return await asyncio.to_thread(_worked_out, fitting, settings, row, model, adapters, live, leaving)
+
+
+async def _decided(
+    sessions: Sessions, wish: actions.Wish
+) -> tuple[Deployment, Model, Sequence[Model], Sequence[Deployment], list[Leaving]]:
+    async with sessions.read() as session:
+        live = await succession.live(session)
+    async with sessions.begin() as session:
+        model, adapters = await actions.wanted_models(session, wish.model_id, wish.adapter_ids)
+        job, touched = await actions.deploy(session, wish)
+        row = await actions.of_job(session, job.id)
+        staying = {one.id for one in await succession.staying(session, row)}
+        # The rows keep what they say now, and the database what it said before.
+        session.expunge_all()
+        await session.rollback()
+    leaving = [
+        Leaving(one.id, one.model_id, one.memory_bytes or 0, first=one.job_id in touched)
+        for one in live
+        if one.id in staying or one.job_id in touched
+    ]
+    return row, model, adapters, live, leaving
+
+
+def _worked_out(
+    fitting: Fitting, settings: Settings, row: Deployment, model: Model, adapters: Sequence[Model],
+    live: Sequence[Deployment], leaving: Sequence[Leaving],
+) -> Plan:  # fmt: skip
+    look = _Look(this_machine(), live, row, settings)
+    is_same = any(one.id == row.id for one in live)
+    way: Way = "in_place" if is_same else "side_by_side"
+    found, fits, fits_beside, failure = None, False, False, None
+    machine = look.without([one for one in leaving if one.first])
+    try:
+        check_length(model_files(settings, model), EngineOptions(**row.options).over(settings))
+        found = fitting.fit(row, model, adapters, machine)
+        fits = fits_beside = is_same or (found.fits and not look.is_blind(leaving))
+        replaces = row.strategy == Strategy.REPLACE or (row.strategy == Strategy.AUTO and not fits)
+        if leaving and not is_same and replaces:
+            way = "replace"
+            leaving = [replace(one, first=True) for one in leaving]
+            machine = look.without(leaving)
+            found = fitting.fit(row, model, adapters, machine)
+            fits = found.fits
+        if not fits:
+            failure = JobFailure("not_enough_memory", found.message, " ".join(found.hints))
+    except JobFailure as error:
+        failure = error
+    after = _free(machine)
+    if after is not None and found is not None:
+        after = max(0, after - found.total_bytes)
+    return Plan(
+        model=model,
+        adapters=adapters,
+        way=way,
+        fit=found,
+        fits=fits,
+        fits_beside=fits_beside,
+        free_bytes=_free(left(look.machine, row, live, settings)),
+        free_after_bytes=after,
+        disk_free_bytes=shutil.disk_usage(settings.data_dir).free,
+        leaving=leaving,
+        failure=failure,
+    )
+
+
+class _Look:
+    """A machine as it is now, with the deployments that hold a part of it."""
+
+    def __init__(self, machine: Machine, live: Sequence[Deployment], row: Deployment, settings: Settings) -> None:
+        self.machine = machine
+        self._live = live
+        self._row = row
+        self._settings = settings
+
+    def without(self, leaving: Sequence[Leaving]) -> Machine:
+        """Return what is left for the deployment when others have given their memory back, and its own engine too."""
+        gone = {self._row.id, *(one.deployment_id for one in leaving)}
+        held = sum(one.memory_bytes or 0 for one in self._live if one.id in gone and one.state in HOLDING)
+        staying = [one for one in self._live if one.id not in gone]
+        return left(given_back(self.machine, held), self._row, staying, self._settings)
+
+    def is_blind(self, leaving: Sequence[Leaving]) -> bool:
+        """Whether nothing tells how much memory the GPUs have, and another engine is on them."""
+        gone = {self._row.id, *(one.deployment_id for one in leaving if one.first)}
+        others = any(one.memory_bytes for one in self._live if one.id not in gone)
+        return self.machine.has_gpu and not self.machine.gpus and others
+
+
+def _free(machine: Machine) -> int | None:
+    if machine.has_gpu:
+        return sum(gpu.free_bytes for gpu in machine.gpus) if machine.gpus else None
+    return machine.memory_available_bytes
