@@ -131,6 +131,25 @@ def test_a_client_that_leaves_before_the_first_byte_ends_its_generation(gateway:
     wait_until(lambda: gateway.sample("modelyard_gateway_requests_in_flight") == 0, "the gateway to count the end")
 
 
+def test_a_request_is_open_until_its_answer_has_ended_however_it_ends(gateway: Running) -> None:
+    """An engine that leaves is ended when none is open."""
+    engine = gateway.engine(misbehave={"chunk_ms": 10})
+    link = send(gateway, "/v1/chat/completions", {**STREAM, "max_tokens": 30})
+    assert link.recv(65536)
+    assert gateway.board.open_requests == 1
+    assert b"[DONE]" in read_all(link)
+    wait_until(lambda: gateway.board.open_requests == 0, "the end of a whole answer")
+    link = send(gateway, "/v1/chat/completions", {**STREAM, "max_tokens": 2000})
+    assert link.recv(65536)
+    assert gateway.board.open_requests == 1
+    link.close()
+    wait_until(lambda: gateway.board.open_requests == 0, "the end of a client")
+    assert ask(gateway, "/v1/embeddings", {"model": "acme/tiny", "input": "x"})[0] == 400
+    engine.kill()
+    assert ask(gateway, "/v1/chat/completions", CHAT)[0] == 502
+    assert gateway.board.open_requests == 0
+
+
 def test_a_client_that_leaves_within_its_own_body_reaches_no_engine(gateway: Running) -> None:
     engine = gateway.engine()
     link = send_head(gateway, "/v1/chat/completions", "Content-Length: 1000")
