@@ -26,7 +26,7 @@ serve:  ## The server alone, on http://127.0.0.1:8080
 	@exec $(BIN)/modelyard serve
 
 test:  ## All tests: the fast ones side by side, then those with real vLLM; ARGS= goes to pytest
-	$(INSTALL) server engine train dev
+	$(INSTALL) server engine train dev clients
 	@status=0; \
 	$(PYTEST) -n 2 -m "not engine" $(ARGS) || status=$$?; \
 	$(PYTEST) -m engine $(ARGS) || status=$$?; \

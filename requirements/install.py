@@ -1,4 +1,4 @@
-"""Make `.venv` at the repository's top and install into it what was asked for: `install.py server engine dev train`.
+"""Make `.venv` at the repository's top and install into it the parts that are asked for: `install.py server engine`.
 
 Run by any Python 3.11 or newer, with nothing but the standard library. Packages come from wherever pip is told
 to take them (pip's configuration files and PIP_*), because uv, which installs them, doesn't read those by itself;
@@ -36,7 +36,7 @@ UV = VENV / "bin" / "uv"
 STAMP = VENV / "modelyard-installed.json"
 #: There while an install runs; one that finds it repeats every package, since it can't know which are whole.
 UNFINISHED = VENV / "modelyard-unfinished"
-PARTS = ("server", "engine", "train", "dev")
+PARTS = ("server", "engine", "train", "dev", "clients")
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 NEWEST = (3, 13)
 HEARTBEAT_S = 3.0
@@ -98,7 +98,7 @@ def engine_kind(environ: Mapping[str, str]) -> str:
 
 
 def pin_files(part: str, engine: str) -> list[Path]:
-    names = {"server": ["build", "server"], "engine": [engine], "train": ["train"], "dev": ["dev"]}[part]
+    names = {"server": ["build", "server"], "engine": [engine]}.get(part, [part])
     return [HERE / f"{name}.txt" for name in names]
 
 

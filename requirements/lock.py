@@ -25,8 +25,9 @@ TITLES = {
     "build": "What installs the rest: uv, and modelyard's own build backend",
     "server": "The server",
     "cpu": "The engine where there is no GPU",
-    "train": "Fine-tuning, beside cpu.txt or gpu.txt, which bring torch",
+    "train": "Fine-tuning, beside an engine's file, which brings torch",
     "dev": "The server with its tests and checks",
+    "clients": "Other people's clients for the tests with real vLLM, beside an engine's file",
     "gpu": "The engine on NVIDIA GPUs",
 }
 HEADER = """\
@@ -70,7 +71,9 @@ def main(options: list[str]) -> None:
                 resolve([HERE / "gpu.in"], output, cuda, f"--constraint={without_own}", *options)
             else:
                 resolve([HERE / f"{name}.in"], output, env, f"--constraint={together}", "--override=overrides.txt")
-            pins = [pin for pin in read_pins([output]) if name != "train" or project_name(pin) != "torch"]
+            # Each engine's file brings its own versions of these.
+            left_out = CUDA_OWN if name in {"train", "clients"} else frozenset()
+            pins = [pin for pin in read_pins([output]) if project_name(pin) not in left_out]
             header = HEADER.format(title=TITLES[name], name=name)
             (HERE / f"{name}.txt").write_text(header + "\n".join(pins) + "\n", "utf-8")
             print(f"{name}.txt: {len(pins)} packages", flush=True)

@@ -25,7 +25,11 @@ from tests.server import serving
 
 ROOT = Path(__file__).resolve().parents[1]
 REQUIREMENTS = ROOT / "requirements"
-PINNED = ("build", "server", "cpu", "gpu", "train", "dev")
+PINNED = ("build", "server", "cpu", "gpu", "train", "dev", "clients")
+#: Lie beside an engine's file, and leave to it what both engines pin.
+BESIDE_ENGINE = {"train", "clients"}
+#: Taken out by overrides.txt.
+OVERRIDDEN = {"sentence-transformers"}
 #: Each of vLLM's two builds pins these for itself.
 CUDA_OWN = {"apache-tvm-ffi", "setuptools", "torch", "triton"}
 
@@ -75,6 +79,18 @@ def test_no_package_is_pinned_to_two_versions() -> None:
         for package, version in pins(name).items():
             if not (name == "gpu" and package in CUDA_OWN):
                 versions.setdefault(package, set()).add(version)
+    assert {package: found for package, found in versions.items() if len(found) > 1} == {}
+
+
+@pytest.mark.parametrize("engine", ["cpu", "gpu"])
+def test_what_is_installed_together_is_pinned_to_one_version(engine: str) -> None:
+    parts = ["server", "engine", "train", "dev", "clients"]
+    assert tuple(parts) == installer().PARTS
+    files = [file for part in parts for file in installer().pin_files(part, engine)]
+    versions: dict[str, set[str]] = {}
+    for file in files:
+        for package, version in pins(file.stem).items():
+            versions.setdefault(package, set()).add(version)
     assert {package: found for package, found in versions.items() if len(found) > 1} == {}
 
 
@@ -139,17 +155,18 @@ def test_the_server_runs_with_nothing_but_its_own_pins(tmp_path: Path) -> None:
         assert server.get("/metrics").status == 200
 
 
-@pytest.mark.parametrize("name", ["server", "dev", "train"])
+@pytest.mark.parametrize("name", ["server", "dev", "train", "clients"])
 def test_the_pins_are_complete_so_that_they_install_without_resolving(name: str) -> None:
     pinned = pins(name)
-    if name == "train" and importlib.util.find_spec("accelerate") is None:
-        missing("engine", "the training packages are not installed: make test installs them")
+    known = {"train": "accelerate", "clients": "llm"}.get(name)
+    if known and importlib.util.find_spec(known) is None:
+        missing("engine", f"{known} and what belongs to it are not installed: make test installs them")
     for package in pinned:
         for text in importlib.metadata.requires(package) or []:
             requirement = Requirement(text)
             needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-            # train.txt lies beside an engine's file, which brings torch.
-            if needed and not (name == "train" and requirement.name == "torch"):
+            left_out = CUDA_OWN | OVERRIDDEN if name in BESIDE_ENGINE else set()
+            if needed and normalised(requirement.name) not in left_out:
                 assert normalised(requirement.name) in pinned, f"{package} needs {requirement}"
 
 
