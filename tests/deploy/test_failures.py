@@ -11,6 +11,34 @@ from modelyard.processes import Outcome
 
 LOGS = Path(__file__).with_name("logs")
 EXITED = Outcome(exit_code=1, signal=None)
+RECORDED = [
+    ("unknown_model_type", "unsupported_architecture", ["frobnicator"]),
+    ("unknown_architecture", "unsupported_architecture", ["FrobnicatorForCausalLM"]),
+    ("longer_than_the_model", "model_too_long", ["100000", "2048"]),
+    ("cache_too_small", "not_enough_memory", ["2048 tokens"]),
+    ("cache_larger_than_memory", "not_enough_memory", ["372.53 GiB", "9.55 of 11.09 GiB"]),
+    ("truncated_weights", "broken_weights", ["incomplete metadata"]),
+    ("no_tokenizer", "broken_tokenizer", ["tokenizer"]),
+    ("unknown_argument", "engine_version", ["--frobnicate"]),
+    ("rank_too_high", "adapter_rank_too_high", ["64", "16"]),
+    ("no_lora_here", "adapters_unsupported", ["GPT2LMHeadModel", "max_loras"]),
+    ("no_weights", "broken_weights", ["no weights"]),
+    ("shape_mismatch", "broken_weights", ["other sizes"]),
+    ("broken_tokenizer", "broken_tokenizer", ["tokenizer"]),
+    ("remote_code", "remote_code", ["code of its own"]),
+    ("unknown_quantisation", "quantisation_unsupported", ["frobnicate"]),
+    ("dtype_unsupported", "dtype_unsupported", ["gemma2", "float16", "bfloat16 or float32"]),
+    ("heads_not_divisible", "bad_tensor_parallel_size", ["2 attention heads", "3 processes"]),
+    ("unknown_tool_parser", "unknown_tool_parser", ["frobnicate", "hermes"]),
+    ("unknown_reasoning_parser", "unknown_reasoning_parser", ["frobnicate", "deepseek_r1"]),
+    ("address_in_use", "address_in_use", ["socket"]),
+    ("allocation_refused", "not_enough_memory", ["out of memory"]),
+    ("shared_memory_full", "shared_memory_full", ["160 MiB", "2 MiB", "--shm-size"]),
+    ("disk_full", "disk_full", ["disk was full"]),
+    # SIGKILL to vLLM's worker, as the system does it: vLLM itself says nothing of a signal.
+    ("worker_killed", "engine_killed", ["memory ran out"]),
+    ("worker_killed_in_service", "engine_killed", ["memory ran out"]),
+]
 # Of rows for machines that could not be had, the line as vLLM's and PyTorch's sources write it.
 LINES = {
     "gpu_taken": (
@@ -37,10 +65,78 @@ LINES = {
         ["out of memory"],
     ),
     "no_gpu": ("RuntimeError: No CUDA GPUs are available", "no_gpu", ["GPU"]),
-    "no_lora": (
-        "ValueError: WhisperForConditionalGeneration does not support LoRA yet.",
-        "adapters_unsupported",
-        ["WhisperForConditionalGeneration"],
+    "no_device": (
+        "RuntimeError: Failed to infer device type, please set the environment variable `VLLM_LOGGING_LEVEL=DEBUG` to "
+        "turn on verbose logging to help debug the issue.",
+        "no_gpu",
+        ["GPU"],
+    ),
+    "old_driver": (
+        "RuntimeError: The NVIDIA driver on your system is too old (found version 11040). Please update your GPU "
+        "driver by downloading and installing a new version from the URL: http://www.nvidia.com/Download/index.aspx",
+        "gpu_driver_too_old",
+        ["11040"],
+    ),
+    "old_gpu_and_bfloat16": (
+        "ValueError: Bfloat16 is only supported on GPUs with compute capability of at least 8.0. Your Tesla T4 GPU has "
+        "compute capability 7.5. You can use float16 instead by explicitly setting the `dtype` flag in CLI, for "
+        "example: --dtype=half.",
+        "dtype_unsupported",
+        ["Tesla T4", "float16"],
+    ),
+    "old_gpu_and_quantisation": (
+        "ValueError: The quantization method fp8 is not supported for the current GPU. Minimum capability: 75. "
+        "Current capability: 70.",
+        "quantisation_unsupported",
+        ["fp8", "75", "70"],
+    ),
+    "quantisation_of_other_platform": (
+        "ValueError: gptq_marlin quantization is currently not supported in cpu.",
+        "quantisation_unsupported",
+        ["gptq_marlin"],
+    ),
+    "quantisation_and_dtype": (
+        "ValueError: torch.bfloat16 is not supported for quantization method awq. Supported dtypes: [torch.float16]",
+        "dtype_unsupported",
+        ["awq", "bfloat16", "one of: float16"],
+    ),
+    "no_kernels": (
+        "torch.AcceleratorError: CUDA error: no kernel image is available for execution on the device",
+        "gpu_unsupported",
+        ["GPU"],
+    ),
+    "too_few_gpus": (
+        "ValueError: World size (4) is larger than the number of available GPUs (2) in this node.",
+        "too_few_gpus",
+        ["4 GPUs", "2 or less"],
+    ),
+    "cpu_memory_at_startup": (
+        "ValueError: Available memory on node 0 (3.1/22.5 GiB) on startup is less than desired CPU memory utilization "
+        "(0.9, 20.3 GiB).",
+        "not_enough_memory",
+        ["3.1 of 22.5 GiB"],
+    ),
+    "weights_missing": (
+        "ValueError: Following weights were not initialized from checkpoint: {'model.norm.weight', 'lm_head.weight'}",
+        "broken_weights",
+        ["model.norm.weight"],
+    ),
+    "slow_start": (
+        "TimeoutError: Timed out waiting for engine core processes to start. This is often caused by slow weight "
+        "loading for large models. Waited 600s (configured by VLLM_ENGINE_READY_TIMEOUT_S).",
+        "engine_never_ready",
+        ["600 s"],
+    ),
+    "bus_error": ("Fatal Python error: Bus error", "shared_memory_full", ["/dev/shm"]),
+    "illegal_instruction": (
+        "Worker proc VllmWorker-0 died unexpectedly (exit code: -4), shutting down executor.",
+        "processor_unsupported",
+        ["instruction"],
+    ),
+    "worker_killed": (
+        "Worker proc VllmWorker-0 died unexpectedly (exit code: -9), shutting down executor.",
+        "engine_killed",
+        ["memory ran out"],
     ),
     "no_vllm": (
         "/usr/bin/python3: Error while finding module specification for 'vllm.entrypoints.openai.api_server' "
@@ -51,25 +147,20 @@ LINES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("log", "code", "told"),
-    [
-        ("unknown_model_type", "unsupported_architecture", ["frobnicator"]),
-        ("unknown_architecture", "unsupported_architecture", ["FrobnicatorForCausalLM"]),
-        ("longer_than_the_model", "model_too_long", ["100000", "2048"]),
-        ("cache_too_small", "not_enough_memory", ["2048 tokens"]),
-        ("cache_larger_than_memory", "not_enough_memory", ["372.53 GiB", "9.55 of 11.09 GiB"]),
-        ("truncated_weights", "broken_weights", ["incomplete metadata"]),
-        ("no_tokenizer", "broken_tokenizer", ["tokenizer"]),
-        ("unknown_argument", "engine_version", ["--frobnicate"]),
-        ("rank_too_high", "adapter_rank_too_high", ["64", "16"]),
-    ],
-)
-def test_a_real_log_is_explained(log: str, code: str, told: list[str]) -> None:
+@pytest.mark.parametrize(("log", "code", "told"), RECORDED)
+def test_a_real_log_is_explained_and_its_telling_lines_are_shown(log: str, code: str, told: list[str]) -> None:
     failure = explain((LOGS / f"{log}.txt").read_text("utf-8"), EXITED)
     assert failure.code == code
     assert all(part in failure.message + failure.hint for part in told), failure.message
     assert failure.hint
+    assert 1 <= len(failure.evidence) <= 20
+    shown = "\n".join(failure.evidence)
+    assert "Engine core initialization failed" not in shown
+    assert "site-packages" not in shown
+
+
+def test_every_recorded_log_is_tested() -> None:
+    assert {file.stem for file in LOGS.iterdir()} == {log for log, _, _ in RECORDED}
 
 
 @pytest.mark.parametrize("name", LINES)
@@ -89,20 +180,43 @@ def test_every_row_of_the_table_has_an_example() -> None:
 def test_an_unknown_failure_shows_its_telling_line_and_not_the_farewell() -> None:
     log = (
         "INFO 11-20 21:46:07 [launcher.py:1] fine\n"
+        "(EngineCore pid=2801) ERROR 11-20 21:46:07 [core.py:1510] Traceback (most recent call last):\n"
+        '(EngineCore pid=2801) ERROR 11-20 21:46:07 [core.py:1510]   File "/srv/lib/python3.11/site-packages/'
+        'vllm/a.py", line 7, in rise\n'
+        "(EngineCore pid=2801) ERROR 11-20 21:46:07 [core.py:1510]     raise ValueError(moon)\n"
         "(EngineCore pid=2801) ERROR 11-20 21:46:07 [core.py:1510] ValueError: the moon is full\n"
         "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}\n"
     )
     failure = explain(log, EXITED)
     assert failure.code == "engine_failed"
     assert failure.message == "The engine ended with exit code 1: ValueError: the moon is full"
+    assert failure.evidence == (
+        'File "vllm/a.py", line 7, in rise',
+        "  raise ValueError(moon)",
+        "ValueError: the moon is full",
+    )
 
 
-def test_a_silent_death_by_sigkill_points_to_memory() -> None:
-    assert explain("", Outcome(exit_code=None, signal=9)).code == "engine_killed"
+def test_a_failure_that_each_process_repeats_is_shown_once() -> None:
+    line = "ValueError: the moon is full"
+    log = "".join(f"(Worker_TP{rank} pid={rank}) ERROR 11-20 21:46:07 [a.py:1] {line}\n" for rank in range(8))
+    assert explain(log, EXITED).evidence == (line,)
+
+
+def test_a_secret_in_a_log_is_not_shown() -> None:
+    failure = explain("OSError: cannot read with token hf_AbCdEfGhIjKlMnOp\n", EXITED)
+    assert "hf_AbC" not in failure.message + "".join(failure.evidence)
+
+
+def test_a_silent_death_by_sigkill_points_to_memory_and_shows_the_last_words() -> None:
+    failure = explain("INFO 11-20 21:46:07 [a.py:1] loading\n", Outcome(exit_code=None, signal=9))
+    assert (failure.code, failure.evidence) == ("engine_killed", ("loading",))
 
 
 def test_a_silent_death_says_how_it_ended() -> None:
-    assert "SIGILL" in explain("", Outcome(exit_code=None, signal=4)).message
+    failure = explain("", Outcome(exit_code=None, signal=4))
+    assert "SIGILL" in failure.message
+    assert failure.evidence == ()
 
 
 def test_no_error_has_no_telling_line() -> None:

@@ -1,14 +1,17 @@
 """Why an engine did not start or died, from the end of its log: a table of real errors, most telling first.
 
 vLLM's own last words ('Engine core initialization failed. See root cause above.') say nothing; the cause stands
-further up. Each row is tested against a log of that failure.
+further up. Each row is tested against a log of that failure, or, where no machine could be had to provoke it, against
+the line as the sources write it. A failure that no row knows shows its telling lines as evidence.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from modelyard import evidence
 from modelyard.errors import JobFailure
 from modelyard.processes import Outcome
 
@@ -27,6 +30,7 @@ def _row(pattern: str, code: str, message: str, hint: str) -> Row:
     return Row(re.compile(pattern), code, message, hint)
 
 
+KILLED_HINT = "Look at the kernel's log (dmesg), and lower cpu_kv_cache_gib, max_num_seqs or max_model_len."
 TABLE = (
     _row(
         r"Model architectures \[?'?(?P<name>[^\]']+)'?\]? (?:are not supported|failed to be inspected)",
@@ -81,16 +85,101 @@ TABLE = (
         "Lower gpu_memory_utilization, max_num_seqs or max_model_len, or choose a smaller or quantised model.",
     ),
     _row(
+        r"Available memory on node \d+ \((?P<free>[\d.]+)/(?P<total>[\d.]+) GiB\) on startup is less than",
+        "not_enough_memory",
+        "{free} of {total} GiB is free, which is less than the engine was to take.",
+        "Free memory (other deployments hold some), or set cpu_kv_cache_gib.",
+    ),
+    _row(
         r"(?:DefaultCPUAllocator: can't allocate memory|Cannot allocate memory|MemoryError)",
         "not_enough_memory",
         "The machine ran out of memory while the engine loaded the model.",
         "Lower cpu_kv_cache_gib or max_model_len, free memory, or choose a smaller model.",
     ),
     _row(
-        r"(?:torch\.)?cuda\.is_available\(\).*False|No CUDA GPUs are available|Found no NVIDIA driver",
+        r"(?:torch\.)?cuda\.is_available\(\).*False|No CUDA GPUs are available|Found no NVIDIA driver"
+        r"|Failed to infer device type|libcuda\.so\.1: cannot open shared object file",
         "no_gpu",
         "The engine found no usable GPU.",
         "Check the driver with nvidia-smi, or install the engine for CPUs.",
+    ),
+    _row(
+        r"NVIDIA driver on your system is too old \(found version (?P<version>\w+)\)",
+        "gpu_driver_too_old",
+        "The NVIDIA driver is too old for this engine (it knows CUDA up to {version}).",
+        "Update the driver.",
+    ),
+    _row(
+        r"Bfloat16 is only supported on GPUs with compute capability of at least [\d.]+\. "
+        r"Your (?P<name>.+?) GPU",
+        "dtype_unsupported",
+        "{name} cannot compute in bfloat16.",
+        "Deploy with dtype float16.",
+    ),
+    _row(
+        r"quantization method (?P<method>[\w.-]+) is not supported for the current GPU\. "
+        r"Minimum capability: (?P<least>\d+)\. Current capability: (?P<have>\d+)",
+        "quantisation_unsupported",
+        "The quantisation {method} needs a GPU of compute capability {least}; this one has {have}.",
+        "Choose a version of the model in another quantisation, or a newer GPU.",
+    ),
+    _row(
+        r"no kernel image is available for execution on the device",
+        "gpu_unsupported",
+        "This vLLM has no code for the GPU of this machine.",
+        "The GPU is too old, or newer than this vLLM: use another GPU or another version of vLLM.",
+    ),
+    _row(
+        r"World size \((?P<asked>\d+)\) is larger than the number of available GPUs \((?P<have>\d+)\)",
+        "too_few_gpus",
+        "The model is to run on {asked} GPUs, but {have} can be used.",
+        "Lower tensor_parallel_size to {have} or less.",
+    ),
+    _row(
+        r"Total number of attention heads \((?P<heads>\d+)\) must be divisible by tensor parallel size "
+        r"\((?P<parts>\d+)\)",
+        "bad_tensor_parallel_size",
+        "The model's {heads} attention heads cannot be divided among {parts} processes.",
+        "Set tensor_parallel_size to a divisor of {heads}, or leave it out.",
+    ),
+    _row(
+        r"Unknown quantization method: (?P<method>[\w.-]+?)\. Must be one of"
+        r"|(?P<method2>[\w.-]+) quantization is currently not supported in (?P<where>\w+)",
+        "quantisation_unsupported",
+        "This vLLM cannot serve the quantisation {method}{method2}.",
+        "Choose a version of the model that is not quantised, or in a quantisation that this machine can serve.",
+    ),
+    _row(
+        r"The model type '(?P<name>[\w.-]+)' does not support (?P<dtype>\w+)\. Reason: (?P<why>[^.]+)\."
+        r"(?: Please use (?P<instead>[\w ]+?) instead)?",
+        "dtype_unsupported",
+        "Models of the type {name} cannot be served in {dtype}: {why}.",
+        "Set dtype to {instead}.",
+    ),
+    _row(
+        r"torch\.(?P<dtype>\w+) is not supported for quantization method (?P<method>[\w.-]+)\. "
+        r"Supported dtypes: \[(?P<instead>[^\]]*)\]",
+        "dtype_unsupported",
+        "The quantisation {method} cannot be served in {dtype}.",
+        "Set dtype to one of: {instead}.",
+    ),
+    _row(
+        r"invalid tool call parser: (?P<name>\w+) \(chose from \{ ?(?P<known>[^}]*?) ?\}",
+        "unknown_tool_parser",
+        "vLLM has no tool call parser {name}.",
+        "Set tool_call_parser to one of: {known}.",
+    ),
+    _row(
+        r"Reasoning parser '(?P<name>\w+)' not found\. Available parsers: (?P<known>[\w, -]+)",
+        "unknown_reasoning_parser",
+        "vLLM has no reasoning parser {name}.",
+        "Set reasoning_parser to one of: {known}.",
+    ),
+    _row(
+        r"contains custom code which must be executed to correctly load the model",
+        "remote_code",
+        "The model brings program code of its own, which is not run here.",
+        "Choose a version of the model in an architecture that vLLM has itself.",
     ),
     _row(
         r"(?P<name>\w+) does not support LoRA",
@@ -111,13 +200,34 @@ TABLE = (
         "Delete the model and add it again.",
     ),
     _row(
+        r"Following weights were not initialized from checkpoint: \{'(?P<name>[^']+)'",
+        "broken_weights",
+        "The model's files lack weights that its configuration asks for, such as {name}.",
+        "The repository is incomplete, or config.json is of another model: choose another revision.",
+    ),
+    _row(
+        r"Attempted to load weight \((?P<have>[^)]*\]?)\) into parameter \((?P<want>[^)]*\]?)\)"
+        r"|start \(\d+\) \+ length \(\d+\) exceeds dimension size \(\d+\)",
+        "broken_weights",
+        "The model's weights have other sizes than its configuration says.",
+        "config.json and the weights are of different models: choose another revision.",
+    ),
+    _row(
+        r"Cannot find any model weights with",
+        "broken_weights",
+        "The model's folder has no weights.",
+        "Delete the model and add it again.",
+    ),
+    _row(
         r"No module named '?vllm'?",
         "engine_not_installed",
         "vLLM is not installed for the Python that runs engines.",
         "Install it (make demo does), or set MODELYARD_ENGINE_PYTHON.",
     ),
     _row(
-        r"Can't load tokenizer|Couldn't instantiate the backend tokenizer|Unable to load vocabulary",
+        r"Can't load tokenizer|Couldn't instantiate the backend tokenizer|Unable to load vocabulary"
+        # Whatever goes wrong inside, this is what was being done.
+        r"|vllm/tokenizers/\w+\.py\", line \d+, in from_pretrained",
         "broken_tokenizer",
         "The model's tokenizer cannot be loaded.",
         "Check that the repository has tokenizer.json; delete the model and add it again if files are missing.",
@@ -128,12 +238,79 @@ TABLE = (
         "This vLLM does not know the arguments {arguments}.",
         "Install the vLLM version that the requirements name.",
     ),
+    _row(
+        r"\[Errno 98\] Address already in use",
+        "address_in_use",
+        "The engine's socket is taken by another process.",
+        "Deploy again: each start gets a new one. If it happens again, report it as a bug.",
+    ),
+    _row(
+        r"No space left on device",
+        "disk_full",
+        "A disk was full while the engine started.",
+        "Make room in the data folder, in the folder for temporary files and in /dev/shm, then deploy again.",
+    ),
+    _row(
+        r"Timed out waiting for engine core processes to start\..*?Waited (?P<seconds>\d+)",
+        "engine_never_ready",
+        "vLLM itself gave up waiting for its processes after {seconds} s.",
+        "Loading is too slow: check the disk, or choose a smaller or quantised model.",
+    ),
+    _row(
+        r"Insufficient space in /dev/shm for shared-memory allocation: (?P<asked>[\d.]+ \w+) required, "
+        r"(?P<free>[\d.]+ \w+) free",
+        "shared_memory_full",
+        "The engine needs {asked} of shared memory (/dev/shm), but {free} is free.",
+        "Give the container more of it: docker run --shm-size 2g, or --ipc host.",
+    ),
+    _row(
+        r"Fatal Python error: Bus error|Worker proc \S+ died unexpectedly \(exit code: -7\)",
+        "shared_memory_full",
+        "The engine's shared memory (/dev/shm) was full.",
+        "Give the container more of it: docker run --shm-size 2g, or --ipc host.",
+    ),
+    _row(
+        r"Fatal Python error: Illegal instruction|Worker proc \S+ died unexpectedly \(exit code: -4\)",
+        "processor_unsupported",
+        "The engine used an instruction that this processor does not have, or may not use.",
+        "vLLM for CPUs needs AVX-512 or AVX2; a container or a virtual machine may hide what the processor has.",
+    ),
+    _row(
+        r"Worker proc \S+ died unexpectedly \(exit code: -9\)",
+        "engine_killed",
+        "The engine's worker was killed by SIGKILL, most often by the system because memory ran out.",
+        KILLED_HINT,
+    ),
 )
-#: Lines of an unknown failure that are worth showing.
+#: vLLM's farewells when one of its processes ended without a word of its own.
+SILENT = re.compile(
+    r"WorkerProc initialization failed due to an exception in a background process"
+    r"|Worker proc \S+ died unexpectedly \(exit code: None\)|RuntimeError: Executor failed\."
+)
+#: What vLLM's logger and its processes put before each line.
+PREFIX = re.compile(
+    r"^(?:\([\w.: -]+?(?: pid=\d+)?\) )*(?:(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL) [\d-]+ [\d:]+ \[[^\]]+\] ?)?"
+)
+#: Lines that are worth showing: the ends of tracebacks, what a validation says, deaths.
 TELLING = re.compile(
-    r"^(?:\(.*?\) )?(?:ERROR \S+ \S+ \S+ )?(?P<line>\w*(?:\.\w+)*(?:Error|Exception|Interrupt|Killed)\b.*)$"
+    r"^(?:\w+(?:\.\w+)*(?:Error|Exception|Interrupt|Exit|Killed)\b(?!\w|\()"
+    r"|Value error, |\S+: error: |Fatal Python error|Segmentation fault|terminate called|Worker proc .* died)"
 )
-NOISE = ("Engine core initialization failed", "EngineDeadError", "See root cause above")
+FRAME = re.compile(r'^File "')
+NOISE = (
+    "Engine core initialization failed",
+    "EngineDeadError",
+    "See root cause above",
+    "See stack trace for root cause",
+    "died unexpectedly (exit code: None)",
+    "RuntimeError: Executor failed.",
+    "validation error for ",
+    "For further information visit",
+)
+#: What pydantic puts after each complaint: the beginning of all that it was given.
+TAIL = re.compile(r" \[type=\w+, input_value=.*$")
+#: Frames shown with the cause of an unknown failure, each of a line that says where and one that says what.
+FRAMES = 3
 
 
 def explain(log: str, outcome: Outcome | None) -> JobFailure:
@@ -141,25 +318,72 @@ def explain(log: str, outcome: Outcome | None) -> JobFailure:
     for row in TABLE:
         found = row.pattern.search(log)
         if found:
-            groups = {name: (value or "").strip().removesuffix(".0") for name, value in found.groupdict().items()}
-            return JobFailure(row.code, row.message.format(**groups), row.hint.format(**groups))
+            groups = {
+                name: (value or "").strip().removesuffix(".0").replace("torch.", "")
+                for name, value in found.groupdict().items()
+            }
+            lines = log[log.rfind("\n", 0, found.start()) + 1 : (log.find("\n", found.end()) + 1 or len(log) + 1) - 1]
+            return JobFailure(
+                row.code,
+                evidence.redacted(row.message.format(**groups)).strip(),
+                evidence.redacted(row.hint.format(**groups)),
+                evidence.clipped(_unique([*map(_bare, lines.splitlines()), *telling_lines(log)])),
+            )
+    shown = evidence.clipped(telling_lines(log, frames=FRAMES))
     line = telling_line(log)
     if outcome is not None and outcome.signal == 9 and not line:
-        return JobFailure(
-            "engine_killed",
-            "The engine was killed by SIGKILL, most often by the system because memory ran out.",
-            "Look at the kernel's log (dmesg), and lower cpu_kv_cache_gib, max_num_seqs or max_model_len.",
-        )
+        message = "The engine was killed by SIGKILL, most often by the system because memory ran out."
+        return JobFailure("engine_killed", message, KILLED_HINT, shown or _last_words(log))
+    if not line and SILENT.search(log):
+        message = "A process of the engine ended without a word, most often killed by the system as memory ran out."
+        farewells = _unique(_bare(one) for one in log.splitlines() if SILENT.search(one))
+        return JobFailure("engine_killed", message, KILLED_HINT, evidence.clipped(farewells))
     ended = f"ended with {outcome.describe()}" if outcome is not None else "did not get ready"
     message = f"The engine {ended}" + (f": {line}" if line else ".")
-    return JobFailure("engine_failed", message, "GET /api/v1/jobs/<id>/log has all that it wrote.")
+    hint = "GET /api/v1/jobs/<id>/log has all that it wrote."
+    return JobFailure("engine_failed", message, hint, shown or _last_words(log))
+
+
+def _last_words(log: str) -> tuple[str, ...]:
+    """Return the end of a log in which nothing tells: better than nothing."""
+    return evidence.clipped(_unique(map(_bare, log.splitlines()[-10:])))
 
 
 def telling_line(log: str) -> str:
     """Return the line of an unknown failure that says most: the last error that is not vLLM's farewell."""
-    found = ""
-    for line in log.splitlines():
-        match = TELLING.match(line.strip())
-        if match and not any(noise in line for noise in NOISE):
-            found = match["line"]
-    return found[:300]
+    found = telling_lines(log)
+    return evidence.redacted(found[-1])[:300] if found else ""
+
+
+def telling_lines(log: str, frames: int = 0) -> list[str]:
+    """Return each line of a log that tells of an error, once, without its prefix; vLLM's farewells are left out.
+
+    With `frames` the last one is led by so many of its traceback's innermost frames.
+    """
+    found: list[str] = []
+    stack: list[str] = []
+    where: list[str] = []
+    previous = ""
+    for text in log.splitlines():
+        bare = _bare(text)
+        if FRAME.match(bare):
+            stack.append(bare)
+        elif FRAME.match(previous) and stack:
+            stack[-1] += f"\n  {bare}"
+        elif TELLING.match(bare):
+            if not any(noise in bare for noise in NOISE):
+                if bare not in found:
+                    where = stack[-frames:] if frames else []
+                found.append(bare)
+            stack = []
+        previous = bare
+    lines = _unique(found)
+    return [*lines[:-1], *(line for frame in where for line in frame.split("\n")), *lines[-1:]]
+
+
+def _bare(line: str) -> str:
+    return TAIL.sub("", PREFIX.sub("", line.strip(), count=1)).strip()
+
+
+def _unique(lines: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(filter(None, lines)))
