@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import uvicorn
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
+from modelyard.deploy.routing import OpenRequest
 from modelyard.errors import ModelNotFound
 from modelyard.gateway.metrics import Metrics
-from modelyard.gateway.relay import Gateway
+from modelyard.gateway.relay import Gateway, Target
 from modelyard.gateway.routes import api
 from modelyard.gateway.upstream import Engines
 
@@ -29,6 +31,7 @@ class Only:
     state: str = "READY"
     root: str | None = None
     created_at: datetime = datetime(2026, 1, 1, tzinfo=UTC)
+    open: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     @property
     def model_id(self) -> str:
@@ -42,6 +45,9 @@ class Only:
         if name != self.name:
             raise ModelNotFound(name or "", where="in service", known=[self.name])
         return self
+
+    def request(self, target: Target) -> OpenRequest:
+        return OpenRequest(self.open, (target.url, target.served_name))
 
     async def listing(self) -> Sequence[Only]:
         return [self]
