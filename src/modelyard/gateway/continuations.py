@@ -14,7 +14,7 @@ from hashlib import sha256
 from typing import Any
 
 import msgspec
-from sqlalchemy import delete, select, tuple_
+from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from modelyard.db import exclusively
@@ -72,17 +72,9 @@ async def keep(
     await session.merge(Continuation(caller=caller, key=key_of(request_ids), **values))
     await session.flush()
     await session.execute(delete(Continuation).where(Continuation.expires_at <= now))
-    surplus = (
-        select(Continuation.caller, Continuation.key)
-        .order_by(Continuation.used_at.desc(), Continuation.key)
-        .offset(limit)
-        .limit(limit)
-    )
-    await session.execute(
-        delete(Continuation)
-        .where(tuple_(Continuation.caller, Continuation.key).in_(surplus))
-        .execution_options(synchronize_session=False)
-    )
+    oldest = select(Continuation.used_at).order_by(Continuation.used_at.desc()).offset(limit - 1).limit(1)
+    if (used_at := await session.scalar(oldest)) is not None:
+        await session.execute(delete(Continuation).where(Continuation.used_at < used_at))
 
 
 async def forget(session: AsyncSession, caller: str, request_ids: Sequence[str]) -> None:

@@ -37,7 +37,7 @@ class Range:
         return (self.least < value if self.is_above else self.least <= value) and value <= self.most
 
     def __str__(self) -> str:
-        return f"{'above' if self.is_above else 'at least'} {self.least:g} and at most {self.most:g}"
+        return f"{'above' if self.is_above else 'at least'} {_shown(self.least)} and at most {_shown(self.most)}"
 
 
 #: The penalties' ranges are wider than any use. Beyond them an engine's numbers overflow.
@@ -201,8 +201,13 @@ def _check(name: str, value: object) -> None:
         is_right = isinstance(value, range_.kind | int) and not isinstance(value, bool)
     if not is_right:
         raise BadRequest(BAD_DATA, param=f"generation_config.{name}")
-    if range_ is not None and not range_.holds(value):  # type: ignore[arg-type]  # a number, as was checked
-        raise out_of_range(name, f"must be {range_}; it is {value}")
+    if range_ is not None and not range_.holds(value):  # type: ignore[arg-type]  # a number, as was just checked
+        raise out_of_range(name, f"must be {range_}; it is {_shown(value)}")  # type: ignore[arg-type]
+
+
+def _shown(value: float) -> str:
+    # Not as 1e+09, and not by the thousand digits that a whole number may have.
+    return str(int(value) if value == int(value) else value)[:40]
 
 
 def out_of_range(name: str, problem: str) -> BadRequest:
