@@ -14,6 +14,7 @@ A file `misbehave.json` in the model's folder makes it misbehave. All keys are o
   die_on_request    number of the generation request (1 is the first) that ends it before a byte is answered
   die_mid_stream    tokens of an answer after which it dies
   exit_code, signal how it dies in service: exit code (default 1) or a signal's number
+  last_words        what it writes to its log before it dies in service
   fail              {"status": 500, "message": text, "from_request": 1}: the engine's own error to every generation
   first_token_ms, chunk_ms   pauses before the first token and between tokens
   recites           {"part of a prompt": text, "": text}: completions recite a text, token by token (see recital.py),
@@ -157,6 +158,8 @@ class Engine:
         return list(dict.fromkeys(name for name in self.running if name is not None))
 
     def die(self) -> None:
+        if words := self.plan.get("last_words"):
+            say(words)
         if number := self.plan.get("signal"):
             os.kill(os.getpid(), number)
         os._exit(int(self.plan.get("exit_code", 1)))
