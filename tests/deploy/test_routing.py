@@ -4,110 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
-from uuid import UUID
 
 import pytest
 from sqlalchemy import event
 
-from modelyard.db import Sessions
-from modelyard.deploy import aliases, roster
 from modelyard.deploy.routing import Routing
-from modelyard.deploy.tables import Alias, Deployment, DeploymentState, Wanted
+from modelyard.deploy.tables import Wanted
 from modelyard.errors import EngineStarting, ModelNotFound
-from modelyard.foundation import Foundation
-from modelyard.jobs.tables import Job, JobStatus
-from tests.deploy.yard import make_settings
+from tests.deploy.rows import NOON, State, rows
 from tests.eventually import eventually
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("on_each_database")]
-
-State = DeploymentState
-NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
-
-
-class Rows:
-    """A table of deployments that a test writes, and the routing that reads it."""
-
-    def __init__(self, sessions: Sessions, wake_timeout_s: float) -> None:
-        self.sessions = sessions
-        self.routing = Routing(sessions, wake_timeout_s)
-        self.stirs = 0
-        self.routing.stir = self._stirred
-        self.count = 0
-
-    def _stirred(self) -> None:
-        self.stirs += 1
-
-    async def add(
-        self,
-        model_id: str,
-        state: State = State.READY,
-        *,
-        adapter_ids: Sequence[str] = (),
-        loaded: Mapping[str, str] | None = None,
-        **columns: Any,
-    ) -> UUID:
-        """Add a deployment, later asked to be current than those before it; `loaded` maps adapters to their names."""
-        self.count += 1
-        has_engine = state in (State.STARTING, State.READY, State.DRAINING)
-        values = {
-            "task": "generate",
-            "current_at": NOON + timedelta(seconds=self.count),
-            "engine_url": f"unix:/engine-{self.count}" if has_engine else None,
-            "loaded": [{"adapter_id": one, "name": name, "path": "/p"} for one, name in (loaded or {}).items()],
-            "adapter_ids": list(adapter_ids),
-            **columns,
-        }
-        async with self.sessions.begin() as session:
-            job = Job(kind="DEPLOY", name=f"DEPLOY_{model_id}", spec={}, status=JobStatus.RUNNING)
-            session.add(job)
-            await session.flush()
-            row = Deployment(job_id=job.id, model_id=model_id, state=state, **values)
-            session.add(row)
-        self.routing.changed()
-        return row.id
-
-    async def change(self, deployment_id: UUID, **columns: Any) -> None:
-        async with self.sessions.begin() as session:
-            row = await roster.get(session, deployment_id)
-            for name, value in columns.items():
-                setattr(row, name, value)
-        self.routing.changed()
-
-    async def row(self, deployment_id: UUID) -> Deployment:
-        async with self.sessions.read() as session:
-            return await roster.get(session, deployment_id)
-
-    async def alias(self, name: str, target: str | None) -> None:
-        async with self.sessions.begin() as session:
-            row = await session.get(Alias, name)
-            if target is None:
-                await aliases.remove(session, name)
-            elif row is None:
-                session.add(Alias(name=name, target=target))
-            else:
-                row.target = target
-        self.routing.changed()
-
-    async def url(self, name: str | None, task: str = "generate") -> str:
-        return (await self.routing.resolve(name, task)).url
-
-
-@asynccontextmanager
-async def rows(data_dir: Path, wake_timeout_s: float = 30.0) -> AsyncIterator[Rows]:
-    foundation = Foundation(make_settings(data_dir))
-    foundation.lay()
-    sessions = Sessions(foundation.url)
-    try:
-        yield Rows(sessions, wake_timeout_s)
-    finally:
-        await sessions.close()
-        foundation.close()
 
 
 async def test_with_nothing_deployed_every_name_is_unknown(tmp_path: Path) -> None:

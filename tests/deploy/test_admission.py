@@ -1,0 +1,73 @@
+"""Adapters that cannot be served are refused before the wish is written, as far as the store and settings tell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modelyard.deploy import actions, admission
+from modelyard.deploy.schemas import DeployIn
+from modelyard.deploy.tables import Strategy
+from modelyard.errors import ModelNotFound, Unprocessable
+from tests.deploy.yard import DeployYard, deploy_yard, make_settings
+
+pytestmark = pytest.mark.timeout(60)
+
+
+async def check(yard: DeployYard, *adapter_ids: str, **options: Any) -> None:
+    await admission.check(yard.sessions, yard.settings, actions.Wish("org/a", adapter_ids, options))
+
+
+async def test_what_a_request_leaves_out_comes_from_the_settings(tmp_path: Path) -> None:
+    settings = make_settings(tmp_path, engine_idle_timeout_s=60.0)
+    left_out = admission.wish_of(DeployIn(model_id="org/a"), settings)
+    assert left_out == actions.Wish("org/a", [], {}, idle_timeout_s=60.0)
+    said = DeployIn.model_validate(
+        {"model_id": "org/a", "adapter_ids": ["x"], "options": {"seed": 1, "dtype": None}, "strategy": "replace",
+         "keep_others": True, "idle_timeout_s": 5}
+    )  # fmt: skip
+    assert admission.wish_of(said, settings) == actions.Wish("org/a", ["x"], {"seed": 1}, Strategy.REPLACE, True, 5.0)
+    assert admission.wish_of(DeployIn(model_id="org/a"), make_settings(tmp_path)).idle_timeout_s is None
+
+
+async def test_adapters_want_room(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path, engine_max_loras=0) as yard:
+        await yard.add_model("org/a")
+        await yard.add_adapter("org/poems", "org/a")
+        await check(yard)
+        with pytest.raises(Unprocessable, match=r"MODELYARD_ENGINE_MAX_LORAS is 0.*options\.max_loras 1\."):
+            await check(yard, "org/poems")
+        await check(yard, "org/poems", max_loras=1)
+        with pytest.raises(Unprocessable, match=r"^options\.max_loras is 0"):
+            await check(yard, "org/poems", max_loras=0)
+        with pytest.raises(ModelNotFound):
+            await check(yard, "org/nowhere")
+
+
+async def test_a_running_engine_is_judged_by_its_own_command_and_a_new_one_by_nothing(tmp_path: Path) -> None:
+    """The settings may have changed since it was started, and an adapter that it was started with may be gone."""
+    async with deploy_yard(tmp_path, engine_max_lora_rank=16) as yard:
+        await yard.add_model("org/a")
+        for rank in (16, 64, 128):
+            await yard.add_adapter(f"org/{rank}", "org/a", rank=rank)
+        for rank in (16, 64, 128):
+            await check(yard, f"org/{rank}")
+        job_id = await yard.deploy("org/a", ["org/64"])
+        await yard.becomes(job_id, "READY")
+        await yard.deploy("org/a", [])
+        await check(yard, "org/16", "org/64")
+        with pytest.raises(Unprocessable, match=r"'org/128' has rank 128.* up to 64: .*options\.max_lora_rank 128"):
+            await check(yard, "org/16", "org/128")
+        await check(yard, "org/128", seed=1)
+
+
+async def test_a_model_whose_files_are_broken_is_named(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        folder = await yard.add_model("org/a")
+        await yard.add_adapter("org/poems", "org/a")
+        (folder / "config.json").write_text("{", "utf-8")
+        with pytest.raises(Unprocessable, match="configuration of org/a cannot be read") as refusal:
+            await check(yard, "org/poems")
+        assert (refusal.value.code, refusal.value.param) == ("broken_model", "model_id")
