@@ -88,6 +88,7 @@ async def test_a_disk_that_fails_mid_file_is_said_and_what_arrived_stays(hub: Hu
     failure = result_of(tmp_path)["failure"]
     assert failure["code"] == "disk_failed"
     assert "File too large" in failure["message"]
+    assert any("[Errno 27]" in line for line in failure["evidence"]), failure["evidence"]
     assert not failure["transient"]
     assert store.bytes_below(tmp_path / "models") >= 300_000
     hub.behave()

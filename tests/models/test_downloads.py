@@ -140,6 +140,7 @@ async def test_an_unknown_model_fails_at_once_and_leaves_nothing(hub: Hub, tmp_p
         assert failure.code == "unknown_model"
         assert "acme/misspelt" in failure.message
         assert "HF_TOKEN" in failure.hint
+        assert any("RepositoryNotFoundError" in line for line in failure.evidence), failure.evidence
         assert await yard.model("acme/misspelt") is None
         assert not yard.partial("acme/misspelt").exists()
 
@@ -150,6 +151,7 @@ async def test_an_unknown_revision_is_named(hub: Hub, tmp_path: Path) -> None:
         failure = failure_of(await yard.bring(TINY, "v9"))
         assert failure.code == "unknown_revision"
         assert "'v9'" in failure.message
+        assert any("RevisionNotFoundError" in line for line in failure.evidence), failure.evidence
 
 
 @pytest.mark.parametrize(("token", "says"), [("", "no token was sent"), ("hf_stranger", "has no access")])
@@ -159,6 +161,8 @@ async def test_a_gated_model_says_what_to_do(hub: Hub, tmp_path: Path, token: st
         failure = failure_of(await yard.bring(TINY))
         assert failure.code == "gated_repository"
         assert says in failure.message
+        assert any("GatedRepoError" in line for line in failure.evidence), failure.evidence
+        assert "hf_stranger" not in str(failure)
         assert hub.sent(TINY, WEIGHTS) == 0
 
 
@@ -171,6 +175,7 @@ async def test_no_network_is_tried_again_and_then_said(tmp_path: Path) -> None:
             failure = failure_of(job)
             assert failure.code == "no_network"
             assert endpoint in failure.message
+            assert any("ConnectError" in line for line in failure.evidence), failure.evidence
             retries = [event for event in await yard.events(job.id) if event.level == "warning"]
             assert len(retries) == 1
 

@@ -3,7 +3,7 @@
 It resolves the revision, chooses the files, checks the disk, fetches and scans the configuration (so that a bad
 model is refused before gigabytes of it arrive), fetches and checks the weights, and moves the whole folder into place
 by one rename. It writes progress lines and one result file: `{"commit", "size_bytes", "adapter", "base_model_id",
-"task", "path"}` or `{"failure": {"code", "message", "hint", "transient"}}`. It never touches the database.
+"task", "path"}` or `{"failure": {"code", "message", "hint", "evidence", "transient"}}`. It never touches the database.
 
 Killing it at any moment loses nothing: what has arrived lies in the partial folder, nothing is buffered here, and the
 default action of SIGTERM is the quickest way out. A lock on the partial folder, which the kernel gives back, keeps
@@ -20,11 +20,13 @@ import os
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from modelyard import evidence
 from modelyard.errors import JobFailure
 from modelyard.models import ids, scan, transfer
 from modelyard.models.download_spec import GIB, Spec
@@ -283,15 +285,16 @@ def _result(spec: Spec, progress: Progress) -> dict[str, Any]:
         return _failure(failure)
     except OSError as error:
         log.exception("the disk failed")
-        return _failure(_disk_failure(error, spec))
-    except Exception:  # the edge of the process: whatever a repository holds, the job says that it ended
+        return _failure(_disk_failure(error, spec), error)
+    except Exception as error:  # the edge of the process: whatever a repository holds, the job says that it ended
         log.exception("the download failed inside Modelyard itself")
         return _failure(
             JobFailure(
                 "internal_error",
                 f"The download of {spec.model_id} failed inside Modelyard itself.",
                 "Its cause is in the job's log; report it as a bug.",
-            )
+            ),
+            error,
         )
     shutil.rmtree(partial, ignore_errors=True)
     return result
@@ -311,15 +314,26 @@ def _disk_failure(error: OSError, spec: Spec) -> JobFailure:
     )
 
 
-def _failure(failure: JobFailure) -> dict[str, Any]:
+def _failure(failure: JobFailure, cause: BaseException | None = None) -> dict[str, Any]:
     return {
         "failure": {
             "code": failure.code,
             "message": failure.message,
             "hint": failure.hint,
+            "evidence": evidence.clipped(_words_of(cause or failure.__cause__)),
             "transient": isinstance(failure, TryAgain),
         }
     }
+
+
+def _words_of(error: BaseException | None) -> list[str]:
+    """Return what an exception says, and what caused it."""
+    lines: list[str] = []
+    while error is not None:
+        said = "".join(traceback.format_exception_only(error)).splitlines()
+        lines += [line for line in said if line.strip()]
+        error = error.__cause__
+    return lines
 
 
 def main(argv: list[str]) -> None:

@@ -12,11 +12,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+from modelyard import evidence
 from modelyard.db import Sessions
 from modelyard.errors import JobFailure
 from modelyard.jobs.runner import JobContext, JobInterrupted
@@ -32,6 +34,8 @@ MAX_PAUSE_S = 15.0
 READ_TIMEOUT_S = 20
 #: A busy machine may take its time to start a process: that is no stall.
 START_TIMEOUT_S = 60.0
+#: How much of its log shows how a child died.
+LAST_LINES, LAST_BYTES = 5, 4096
 
 _PHASES = {
     "configuration": "Fetching and checking the configuration.",
@@ -87,7 +91,7 @@ class Downloads:
             best, child = max(present, best), None
             xet = xet and failure["code"] != "stalled"
             if not failure["transient"] or fruitless >= self._settings.download_attempts:
-                raise JobFailure(failure["code"], failure["message"], failure["hint"])
+                raise JobFailure(failure["code"], failure["message"], failure["hint"], failure.get("evidence", ()))
             await job.event(f"{failure['message']} Trying again.", level="warning", data={"code": failure["code"]})
             pause_s = min(0.25 * 2**fruitless, MAX_PAUSE_S)
             with contextlib.suppress(TimeoutError):
@@ -149,7 +153,7 @@ class Downloads:
         except asyncio.CancelledError:
             await child.stop()
             raise
-        return await asyncio.to_thread(_result_of, child, self._settings.models_dir)
+        return await asyncio.to_thread(_result_of, child, self._settings.models_dir, job.log)
 
 
 class _Teller:
@@ -187,19 +191,29 @@ def _leave_if_interrupted(job: JobContext) -> None:
         raise JobInterrupted
 
 
-def _result_of(child: Child, models_dir: Path) -> dict[str, Any]:
+def _result_of(child: Child, models_dir: Path, log: Path) -> dict[str, Any]:
     try:
         result: dict[str, Any] = json.loads((child.folder / "result.json").read_text("utf-8"))
     except FileNotFoundError:
         how = child.outcome.describe() if child.outcome is not None else "unknown"
-        return _transient(
+        died = _transient(
             "download_died",
             f"The download process ended before its work was done ({how}).",
             "Look at the job's log; if the machine is short of memory, free some. Then add the model again.",
         )
+        died["failure"]["evidence"] = evidence.clipped(_last_words(log))
+        return died
     if "failure" not in result and not (models_dir / result["path"]).is_dir():
         return _transient("download_lost", "The model's folder vanished before its job ended.", "Add it again.")
     return result
+
+
+def _last_words(log: Path) -> list[str]:
+    """Return the last lines of a log that may not be there."""
+    with contextlib.suppress(FileNotFoundError), log.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - LAST_BYTES))
+        return file.read().decode("utf-8", "replace").splitlines()[-LAST_LINES:]
+    return []
 
 
 def _stalled(seconds: float) -> dict[str, Any]:
