@@ -49,7 +49,7 @@ ENGINE = {
     # Threads that wait for one another, on cores that they share with proxy and client, would stand still in turn.
     "VLLM_CPU_OMP_THREADS_BIND": "0",
     # As Modelyard runs its engines on a CPU; without, all places stand still for seconds (see RESULTS.md).
-    "VLLM_PLUGINS": "modelyard_amx,modelyard_sleep",
+    "VLLM_PLUGINS": "modelyard_amx,modelyard_sleep,modelyard_lora",
 }
 LITELLM = HERE.parent / ".venv-litellm"
 

@@ -46,7 +46,7 @@ def test_remote_code_is_never_trusted_and_plugins_are_ours_alone() -> None:
     assert not any("remote-code" in argument for argument in command.argv)
     assert command.env["VLLM_PLUGINS"] == "modelyard_amx"
     on_cpu = engine_command(Path("/python"), MODEL, [], EngineOptions(), CPU, SCRATCH, CACHE)
-    assert on_cpu.env["VLLM_PLUGINS"] == "modelyard_amx,modelyard_sleep"
+    assert on_cpu.env["VLLM_PLUGINS"] == "modelyard_amx,modelyard_sleep,modelyard_lora"
     assert command.env["HF_HUB_OFFLINE"] == "1"
     assert "VLLM_SERVER_DEV_MODE" not in command.env
 

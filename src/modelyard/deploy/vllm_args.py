@@ -69,7 +69,7 @@ def engine_command(
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         # Only our own plugins: what else is installed must not run inside an engine unasked.
-        "VLLM_PLUGINS": "modelyard_amx" if machine.has_gpu else "modelyard_amx,modelyard_sleep",
+        "VLLM_PLUGINS": "modelyard_amx" if machine.has_gpu else "modelyard_amx,modelyard_sleep,modelyard_lora",
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
         "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
         # vLLM's own sockets lie beside ours, so that they go when the engine goes, however it goes.
