@@ -247,6 +247,25 @@ async def test_a_child_that_hangs_is_ended_by_the_watchdog_and_resumed_without_x
         assert yard.log(job_id).count("xet: off") == 1
 
 
+async def test_a_child_that_dies_shows_its_last_words(hub: Hub, tmp_path: Path) -> None:
+    hub.add(TINY, llama(SIZE))
+    hub.misbehave(TINY, WEIGHTS, Fault("stall", after=700_000))
+    async with open_yard(make_settings(tmp_path, hub.endpoint, download_attempts=1)) as yard:
+        job_id = await yard.add(TINY)
+        await fetched(yard, TINY, 700_000)
+        hub.misbehave(TINY, WEIGHTS, Fault("stall", after=0))
+        folder = yard.runner.log_of(job_id).parent
+        os.kill(child_pid(folder), signal.SIGABRT)
+        # The first one brought something, so there is a second.
+        await eventually((folder / "attempt-2" / "progress.jsonl").exists, "the next attempt")
+        os.kill(child_pid(folder), signal.SIGABRT)
+        failure = failure_of(await yard.ended(job_id))
+        assert failure.code == "download_died"
+        assert "SIGABRT" in failure.message
+        assert failure.evidence
+        assert any("File " in line or "Fatal Python error" in line for line in failure.evidence), failure.evidence
+
+
 async def test_files_in_xet_storage_come_from_there(hub: Hub, tmp_path: Path, xet: XetStore) -> None:
     content = llama(SIZE)
     xet.put(content[WEIGHTS])
