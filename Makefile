@@ -44,11 +44,13 @@ check:  ## What needs no running: ruff, mypy (strict), import-linter
 	@$(BIN)/lint-imports
 
 bench:  ## Measure; writes benchmarks/RESULTS.md
-	$(INSTALL) server engine dev
+	$(INSTALL) server engine train dev
 	@$(BIN)/python benchmarks/startup.py --write
 	@$(BIN)/python benchmarks/jobs.py --write
 	@$(BIN)/python benchmarks/jobs.py --postgres --write
 	@$(BIN)/python benchmarks/deploy.py --write
+	@$(BIN)/python benchmarks/changes.py --write
+	@$(BIN)/python benchmarks/raw.py --write
 	@$(BIN)/python benchmarks/gateway.py --vllm tiny --write $(ARGS)
 
 lock:  ## Pin the requirements again after a change to requirements/*.in; ARGS=--upgrade for newer versions

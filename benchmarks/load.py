@@ -37,7 +37,7 @@ class Address:
                 "stream": True,
             }
         ).encode()
-        lines = [f"POST {self.path} HTTP/1.1", "Host: bench", "Content-Type: application/json",
+        lines = [f"POST {self.path} HTTP/1.1", "Host: localhost", "Content-Type: application/json",
                  f"Content-Length: {len(body)}", *(f"{name}: {value}" for name, value in self.headers)]  # fmt: skip
         return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
@@ -51,6 +51,8 @@ class Result:
     seconds: float = 0.0
     first_s: list[float] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    #: The largest time between two chunks of each stream, if its reader looks at that.
+    gaps_s: list[float] = field(default_factory=list)
 
 
 class Reader(asyncio.Protocol):
@@ -62,6 +64,7 @@ class Reader(asyncio.Protocol):
         self.until = until
         self.result = result
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.tail = b""
         self.events = 0
         self.began = 0.0
@@ -74,6 +77,7 @@ class Reader(asyncio.Protocol):
         if not self.ended.done():
             self.result.failures.append(f"connection lost: {exc}")
             self.ended.set_result(None)
+        self.closed.set_result(None)
 
     def ask(self) -> None:
         self.tail = b""
@@ -107,7 +111,7 @@ class Reader(asyncio.Protocol):
                 self.transport.close()
 
 
-async def run(address: Address, clients: int, max_tokens: int, seconds: float) -> Result:
+async def run(address: Address, clients: int, max_tokens: int, seconds: float, kind: type[Reader] = Reader) -> Result:
     """Keep `clients` streams busy: each asks again until `seconds` are over, and ends what it has begun.
 
     So all that was generated is counted, also by an engine that puts several tokens into one event when it is late.
@@ -118,7 +122,7 @@ async def run(address: Address, clients: int, max_tokens: int, seconds: float) -
     began = time.perf_counter()
 
     def reader() -> Reader:
-        return Reader(request, max_tokens, began + seconds, result)
+        return kind(request, max_tokens, began + seconds, result)
 
     readers: list[Reader] = []
     for _ in range(clients):
@@ -128,4 +132,5 @@ async def run(address: Address, clients: int, max_tokens: int, seconds: float) -
             readers.append((await loop.create_connection(reader, "127.0.0.1", address.port))[1])
     await asyncio.wait_for(asyncio.gather(*(one.ended for one in readers)), seconds + 120)
     result.seconds = time.perf_counter() - began
+    await asyncio.gather(*(one.closed for one in readers))
     return result

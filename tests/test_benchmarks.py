@@ -1,0 +1,143 @@
+"""What the benchmarks say must be so: that they see a stream that stood still, one cut short, and a request refused."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+
+import aiohttp
+import pytest
+from benchmarks import raw
+from benchmarks.changes import Names, Yard, adapter_lines, measure_adapters, measure_switch, switch_lines
+from benchmarks.load import Address, Result, run
+from benchmarks.watching import Askers, Watched
+
+from tests.deploy.live import POEMS, PROSE, WIDE, A, B, LiveYard, live_yard
+
+HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nContent-Type: text/event-stream\r\n\r\n"
+REFUSAL = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 2\r\n\r\n{}"
+PAUSE_S = 0.3
+
+
+def chunk(text: str) -> bytes:
+    data = text.encode()
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+def event(text: str, finish: str | None = None) -> bytes:
+    return chunk("data: " + json.dumps({"choices": [{"delta": {"content": text}, "finish_reason": finish}]}) + "\n\n")
+
+
+LAST = event("end", "length")
+END = chunk("data: [DONE]\n\n") + b"0\r\n\r\n"
+
+
+@asynccontextmanager
+async def answering(*parts: bytes) -> AsyncIterator[int]:
+    """Serve one answer to everybody, with a pause before each part but the first; closed after the last."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(65536)
+        for number, part in enumerate(parts):
+            await asyncio.sleep(PAUSE_S if number else 0)
+            writer.write(part)
+            await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+
+    server = await asyncio.start_server(answer, "127.0.0.1")
+    async with server:
+        yield server.sockets[0].getsockname()[1]
+
+
+async def one_stream(port: int) -> Result:
+    return await run(Address("/v1/chat/completions", "m", port=port), 1, 8, 0.0, Watched)
+
+
+async def test_the_largest_gap_of_a_stream_is_the_time_for_which_it_stood_still() -> None:
+    async with answering(HEAD + event("") + event("a"), event("b") + event("c"), LAST + END) as port:
+        found = await one_stream(port)
+    assert found.failures == []
+    [gap] = found.gaps_s
+    assert PAUSE_S * 0.9 < gap < PAUSE_S * 1.9
+
+
+async def test_the_wait_for_the_first_token_is_no_gap() -> None:
+    async with answering(HEAD + event(""), event("a") + LAST + END) as port:
+        found = await one_stream(port)
+    assert found.gaps_s == [0.0]
+    assert found.first_s[0] > PAUSE_S * 0.9
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ([HEAD + event("") + event("a"), event("b")], "connection lost"),
+        ([HEAD + event("") + event("a"), event("b", "abort") + END], "ended short"),
+        ([HEAD + event("") + event("a"), LAST + b"0\r\n\r\n"], "ended short"),
+        ([REFUSAL], "503"),
+    ],
+    ids=["broken off", "ended by the engine", "without its mark", "refused"],
+)
+async def test_a_stream_without_its_whole_answer_is_a_failure(parts: list[bytes], said: str) -> None:
+    async with answering(*parts) as port:
+        found = await one_stream(port)
+    [failure] = found.failures
+    assert said in failure
+
+
+async def test_clients_that_are_refused_or_cut_short_count_it_and_ask_on() -> None:
+    short = json.dumps({"model": "m", "usage": {"completion_tokens": 3}}).encode()
+    answer = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(short), short)
+    for part, said in ((REFUSAL, "status 503"), (answer, ""), (HEAD + event("a"), "ClientPayloadError")):
+        async with answering(part) as port:
+            askers = Askers(port, "default", clients=1, rest_s=0.01)
+            asking = asyncio.ensure_future(askers.run())
+            while len(askers.answers) < 4:
+                await asyncio.sleep(0.01)
+            askers.is_over = True
+            await asking
+        assert all(one.failure for one in askers.answers)
+        assert said in askers.answers[0].failure
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveYard]:
+    with live_yard(tmp_path_factory.mktemp("live")) as found:
+        yield found
+
+
+@pytest.mark.slow
+async def test_changes_are_measured_on_a_whole_server_and_cost_no_request(live: LiveYard) -> None:
+    for model_id in (A, B):
+        live.misbehave(model_id, chunk_ms=2)
+    live.deploy(A, WIDE)
+    async with aiohttp.ClientSession(live.server.address) as session:
+        yard = Yard(session, live.server.port, Names(A, B, WIDE, POEMS, PROSE))
+        changes = await measure_adapters(yard, 1, 5.0, clients=4)
+        assert [*changes.still.failures, *changes.changing.failures, *changes.leaving.failures] == []
+        assert all(changes.seconds.values()), "each kind of change was made"
+        assert len(changes.leaving.gaps_s) >= 2
+        assert "| load | 1 |" in "\n".join(adapter_lines(changes, 4))
+        found = await measure_switch(yard, clients=4, around_s=0.5, requests=20)
+    assert found.failures == []
+    assert {one.model for one in found.answers} == {A, B}
+    assert all(found.phases().values())
+    assert "| failed | 0 (goal 0) |" in "\n".join(switch_lines(found, 4))
+    live.clear()
+
+
+def test_a_ratio_is_of_the_same_round_and_above_one_where_the_server_is_faster() -> None:
+    seconds = {raw.MODELYARD: [1.0, 2.0, 4.0], raw.VLLM: [2.0, 2.0, 2.0], raw.TRANSFORMERS: [10.0, 20.0, 40.0]}
+    lines = raw.batch_lines(seconds, {raw.VLLM: 1.0, raw.TRANSFORMERS: 0.5})
+    [vllm] = [line for line in lines if line.startswith(f"| {raw.VLLM}")]
+    assert "1.00 (0.50 to 2.00), goal 0.95 | 100% |" in vllm
+    [transformers] = [line for line in lines if line.startswith(f"| {raw.TRANSFORMERS}")]
+    assert "10.00 (10.00 to 10.00)" in transformers
+
+
+def test_prompts_are_the_same_in_every_run_and_no_two_alike() -> None:
+    assert raw.prompts(64) == raw.prompts(64)
+    assert len(set(raw.prompts(64))) == 64
