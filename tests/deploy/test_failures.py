@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from modelyard.deploy.failures import TABLE, explain, telling_line
+from modelyard.deploy.failure_table import TABLE
+from modelyard.deploy.failures import explain, telling_line
 from modelyard.processes import Outcome
 
 LOGS = Path(__file__).with_name("logs")
@@ -99,6 +100,23 @@ LINES = {
         "ValueError: torch.bfloat16 is not supported for quantization method awq. Supported dtypes: [torch.float16]",
         "dtype_unsupported",
         ["awq", "bfloat16", "one of: float16"],
+    ),
+    "sampler": (
+        "RuntimeError: CUDA out of memory occurred when warming up sampler with 256 dummy requests. Please try "
+        "lowering `max_num_seqs` or `gpu_memory_utilization` when initializing the engine.",
+        "not_enough_memory",
+        ["256 requests", "max_num_seqs"],
+    ),
+    "driver_and_cuda": (
+        "RuntimeError: Unexpected error from cudaGetDeviceCount(). Did you run some cuda functions before calling "
+        "NumCudaDevices() that might have already set an error? Error 802: system not yet initialized",
+        "gpu_driver_broken",
+        ["Error 802: system not yet initialized", "fabricmanager"],
+    ),
+    "nccl": (
+        "RuntimeError: NCCL error: unhandled system error (run with NCCL_DEBUG=INFO for details)",
+        "gpus_cannot_talk",
+        ["unhandled system error", "--ipc host"],
     ),
     "no_kernels": (
         "torch.AcceleratorError: CUDA error: no kernel image is available for execution on the device",
