@@ -7,6 +7,7 @@ from typing import Any, Literal
 from alembic import context
 from sqlalchemy import URL, text
 
+import modelyard.datasets.tables
 import modelyard.deploy.tables
 import modelyard.gateway.tables
 import modelyard.jobs.tables

@@ -10,6 +10,7 @@ health              /health, /ready, /metrics
 gateway             the OpenAI-compatible API: requests to engines, bytes back
 deploy              models in service: wishes, one supervisor per deployment, vLLM's command line, routing
 models              the store: downloads, checks, imports, removal
+datasets            conversations to learn from: validated while they arrive, kept in storage
 jobs                pieces of work with status, events and log, and the runner that runs them
 auth, docs          the gate before every route; Swagger UI
 http                what routes share: either slash, documented errors, limits on bodies

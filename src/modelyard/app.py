@@ -23,6 +23,9 @@ from starlette.routing import Match, Route
 import modelyard
 from modelyard import tasks
 from modelyard.auth.access import OPEN_PATHS, Access
+from modelyard.datasets import actions as datasets
+from modelyard.datasets import intake
+from modelyard.datasets.routes import api as datasets_api
 from modelyard.db import Sessions
 from modelyard.deploy import actions as deployments
 from modelyard.deploy.alias_routes import api as aliases_api
@@ -70,6 +73,7 @@ TAGS = {
     "Models in service": "OpenAI's and Anthropic's interfaces: each request reaches the engine that serves its model.",
     "Raw prompts": "Text from prompts as they are, one or many at once, continued by request id.",
     "Models": "The store: what was downloaded or imported, and is verified and scanned.",
+    "Datasets": "Conversations to learn from: validated while they arrive, never changed after.",
     "Deploy": "Put a model into service, and take it out again.",
     "Aliases": "Names of your own for what is in service, which move from one model or adapter to another at once.",
     "Jobs": "Everything that takes time is a job: follow it, read its log, interrupt it.",
@@ -105,6 +109,7 @@ def create_app(foundation: Foundation) -> FastAPI:
         async with sessions.begin() as session:
             await deployments.end_forgotten(session)
             await models.sweep(session, settings.models_dir)
+            forgotten = await datasets.leftovers(session)
         keep = await runner.folders_in_use()
         await children.end_strays(keep)
         await supervisor.check_before_serving()
@@ -115,10 +120,12 @@ def create_app(foundation: Foundation) -> FastAPI:
             *foundation.complaints(),
             *(["The job runner has stopped; the server is ending."] if task.done() else []),
         ]
+        # Not waited for: a store that is away must not keep the server from starting.
+        sweep = tasks.spawn("sweep of datasets", intake.sweep(sessions, storage, forgotten))
         try:
             yield
         finally:
-            await tasks.end(task)
+            await tasks.end(task, sweep)
             await engines.close()
             await storage.close()
             await sessions.close()
@@ -139,7 +146,8 @@ def create_app(foundation: Foundation) -> FastAPI:
     app.state.registry = _registry()
     # The gateway comes first: it answers OpenAI's clients at an address that the models room has too.
     apis = (
-        gateway_api, raw_api, models_api, deploy_api, plan_api, deployments_api, attempts_api, aliases_api, jobs_api,
+        gateway_api, raw_api, models_api, datasets_api, deploy_api, plan_api, deployments_api, attempts_api, aliases_api,
+        jobs_api,
         health_api,
     )  # fmt: skip
     for api in apis:

@@ -13,6 +13,7 @@
     │   ├── ModelNotFound           404 model_not_found
     │   ├── JobNotFound             404 job_not_found
     │   ├── ObjectNotFound          404 object_not_found
+    │   ├── DatasetNotFound         404 dataset_not_found
     │   ├── DeploymentNotFound      404 deployment_not_found
     │   ├── AttemptNotFound         404 attempt_not_found
     │   ├── AliasNotFound           404 alias_not_found
@@ -23,9 +24,12 @@
     │   ├── JobFinished             409 job_finished
     │   ├── DeploymentEnded         409 deployment_ended
     │   ├── AliasTaken              409 alias_taken
-    │   └── ModelInUse              409 model_in_use
+    │   ├── ModelInUse              409 model_in_use
+    │   └── DatasetInUse            409 dataset_in_use
     ├── TooLarge                    413 body_too_large
+    ├── RangeNotSatisfiable         416 range_not_satisfiable   (with Content-Range)
     ├── Unprocessable               422 invalid_value
+    │   └── InvalidDataset          422 invalid_dataset     (with the report, where there is one)
     ├── BadGateway                  502 engine_failed
     └── Unavailable                 503 unavailable         (with Retry-After)
         ├── DatabaseUnavailable     503 database_unavailable
@@ -41,7 +45,8 @@ answer to a request.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 class ModelyardError(Exception):
@@ -66,7 +71,7 @@ class ModelyardError(Exception):
             return "permission_error"
         return "server_error" if self.status >= 500 else "invalid_request_error"
 
-    def envelope(self) -> dict[str, dict[str, str | None]]:
+    def envelope(self) -> dict[str, Any]:
         """Return the body of the answer: `{"error": {"message", "type", "param", "code"}}`."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
@@ -142,6 +147,13 @@ class ObjectNotFound(NotFound):
         super().__init__(f"There is no object '{key}' in the storage.")
 
 
+class DatasetNotFound(NotFound):
+    code = "dataset_not_found"
+
+    def __init__(self, dataset_id: object, *, param: str = "dataset_id") -> None:
+        super().__init__(f"There is no dataset {dataset_id}. GET /api/v1/datasets/ lists them.", param=param)
+
+
 class DeploymentNotFound(NotFound):
     code = "deployment_not_found"
 
@@ -215,14 +227,43 @@ class ModelInUse(Conflict):
     code = "model_in_use"
 
 
+class DatasetInUse(Conflict):
+    code = "dataset_in_use"
+
+
 class TooLarge(ModelyardError):
     status = 413
     code = "body_too_large"
 
 
+class RangeNotSatisfiable(ModelyardError):
+    """None of the bytes that were asked for exist; the answer says how many there are."""
+
+    status = 416
+    code = "range_not_satisfiable"
+
+    def __init__(self, size_bytes: int) -> None:
+        super().__init__(f"There is no such part: the file has {size_bytes} bytes.", param="Range")
+        self.size_bytes = size_bytes
+
+
 class Unprocessable(ModelyardError):
     status = 422
     code = "invalid_value"
+
+
+class InvalidDataset(Unprocessable):
+    """A file that cannot be learnt from. With a `report`, the answer has it beside the error."""
+
+    code = "invalid_dataset"
+
+    def __init__(self, message: str, *, report: Mapping[str, Any] | None = None, code: str | None = None) -> None:
+        super().__init__(message, param="file", code=code)
+        self.report = report
+
+    def envelope(self) -> dict[str, Any]:
+        """Return the body of the answer, with the report."""
+        return super().envelope() | ({"report": self.report} if self.report is not None else {})
 
 
 class BadGateway(ModelyardError):

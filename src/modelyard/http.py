@@ -101,6 +101,7 @@ FAMILIES = {
     405: "Not with this method; `Allow` names those that are possible.",
     409: "Not in the present state.",
     413: "The body is larger than this path takes.",
+    416: "There is no such part of the file; `Content-Range` says how long it is.",
     422: "A parameter or a field has a value that it cannot have.",
     502: "The engine failed.",
     503: "Not now; `Retry-After` says when to try again.",
@@ -115,6 +116,7 @@ EXAMPLES: dict[int, errors.ModelyardError] = {
     405: errors.MethodNotAllowed("PUT is not possible at /api/v1/jobs/.", code="method_not_allowed"),
     409: errors.JobFinished("3f2b8a94-5c1d-4e6f-9a70-b1c2d3e4f506", "FINISHED"),
     413: errors.TooLarge(BODY_TOO_LARGE),
+    416: errors.RangeNotSatisfiable(2048),
     422: errors.Unprocessable("query limit: Input should be greater than or equal to 1.", param="limit"),
     502: errors.BadGateway("The engine of 'Qwen/Qwen3-0.6B' broke off before it answered."),
     503: errors.EngineStarting("The engine of 'Qwen/Qwen3-0.6B' is starting."),
@@ -150,6 +152,8 @@ def error_response(error: errors.ModelyardError, path: str = "") -> Response:
     headers = {}
     if isinstance(error, errors.Unavailable):
         headers["Retry-After"] = str(error.retry_after_s)
+    if isinstance(error, errors.RangeNotSatisfiable):
+        headers["Content-Range"] = f"bytes */{error.size_bytes}"
     if isinstance(error, errors.Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
     if path.removesuffix("/") in PLAIN_TEXT_PATHS:

@@ -58,6 +58,10 @@ class Settings(BaseSettings):
     """Web pages that may call this server from a browser, comma-separated, such as https://chat.example.org."""
     max_body_mib: int = Field(default=32, ge=1, le=4096)
     """Largest body of a request to an engine, in MiB."""
+    max_dataset_gib: float = Field(default=10.0, gt=0.0, le=150.0)
+    """Largest dataset, in GiB."""
+    dataset_line_mib: int = Field(default=16, ge=1, le=256)
+    """Longest line of a dataset, in MiB."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """How much the server writes to its log."""
     grace_s: float = Field(default=120.0, ge=1.0, le=86400.0)

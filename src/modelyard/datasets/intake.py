@@ -1,0 +1,192 @@
+"""How a dataset comes in and goes out: the file is hashed, validated and stored in one pass, then its row is written.
+
+Nothing is left of what was refused, broke off or could not be stored. What a killed server leaves is noted in the
+database, and `sweep` removes it at the next start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterable, Sequence
+from contextlib import aclosing
+from typing import Any, Literal
+from uuid import UUID, uuid4
+
+import msgspec
+
+from modelyard.datasets import actions
+from modelyard.datasets.tables import Dataset, data_key, metadata_key, prefix
+from modelyard.datasets.validation import Validation
+from modelyard.db import Sessions
+from modelyard.errors import InvalidDataset, ModelyardError, TooLarge
+from modelyard.storage import Storage, delete_prefix
+from modelyard.storage.streams import to_the_end
+
+log = logging.getLogger(__name__)
+
+MIB = 1024 * 1024
+BLOCK_BYTES = MIB
+OnError = Literal["refuse", "skip"]
+
+
+async def take_in(
+    sessions: Sessions,
+    storage: Storage,
+    chunks: AsyncIterable[bytes],
+    *,
+    name: str,
+    description: str | None = None,
+    parent_id: UUID | None = None,
+    on_error: OnError = "refuse",
+    max_bytes: int,
+    max_line_bytes: int,
+) -> Dataset:
+    """Store and validate a file as it arrives, and return the row of the dataset that it has become.
+
+    Raises:
+        InvalidDataset: it has bad lines (unless `on_error` is skip), or no good ones; with the report.
+        TooLarge: it is longer than `max_bytes`.
+        StorageUnavailable: it cannot be stored.
+    """
+    dataset_id = uuid4()
+    async with sessions.begin() as session:
+        if parent_id is not None:
+            await actions.get(session, parent_id, param="parent_id")
+        await actions.note(session, dataset_id)
+    reader = _Reader(max_line_bytes, max_bytes, on_error)
+    try:
+        async with aclosing(reader.blocks(chunks)) as blocks:
+            stored = await storage.put(data_key(dataset_id), blocks)
+        dataset = Dataset(
+            id=dataset_id,
+            name=name,
+            description=description,
+            parent_id=parent_id,
+            size_bytes=stored.size_bytes,
+            sha256=stored.sha256,
+            format=reader.report["format"],
+            rows=reader.report["rows"],
+            skipped_lines=reader.report["bad_lines"],
+        )
+        about = {
+            "id": str(dataset_id),
+            "name": name,
+            "description": description,
+            "parent_id": str(parent_id) if parent_id else None,
+            "file": data_key(dataset_id),
+            "size_bytes": stored.size_bytes,
+            "sha256": stored.sha256,
+            "report": reader.report,
+            "index": reader.index,
+        }
+        await storage.put(metadata_key(dataset_id), _once(msgspec.json.encode(about)))
+        async with sessions.begin() as session:
+            await actions.add(session, dataset)
+    except BaseException:
+        await clear(sessions, storage, dataset_id)
+        raise
+    return dataset
+
+
+async def take_out(sessions: Sessions, storage: Storage, dataset_id: UUID) -> Dataset:
+    """Delete a dataset and return what it was: its row first, so that nobody finds a row without its objects.
+
+    Raises:
+        DatasetNotFound: there is none.
+        DatasetInUse: something refers to it.
+    """
+    async with sessions.begin() as session:
+        dataset = await actions.delete(session, dataset_id)
+    await clear(sessions, storage, dataset_id)
+    return dataset
+
+
+async def clear(sessions: Sessions, storage: Storage, dataset_id: UUID) -> None:
+    """Remove the objects of a dataset that has no row, then their note. What fails is left to the next start."""
+    try:
+        await delete_prefix(storage, prefix(dataset_id))
+        async with sessions.begin() as session:
+            await actions.strike(session, dataset_id)
+    except ModelyardError as error:
+        log.warning("what is left of dataset %s stays until the next start: %s", dataset_id, error)
+
+
+async def sweep(sessions: Sessions, storage: Storage, forgotten: Sequence[UUID]) -> None:
+    """Remove what uploads and deletions left that a crash cut short: `actions.leftovers` of before the start."""
+    for dataset_id in forgotten:
+        await clear(sessions, storage, dataset_id)
+
+
+class _Reader:
+    """Validates blocks in a thread while they are stored; `report` and `index` are there after the last one."""
+
+    def __init__(self, max_line_bytes: int, max_bytes: int, on_error: OnError) -> None:
+        self._validation = Validation(max_line_bytes)
+        self._max_bytes = max_bytes
+        self._on_error = on_error
+        self.report: dict[str, Any] = {}
+        self.index: list[tuple[int, int, int]] = []
+
+    async def blocks(self, chunks: AsyncIterable[bytes]) -> AsyncGenerator[bytes]:
+        """Yield the file in blocks; the last one only once the whole file is known to be good."""
+        loop = asyncio.get_running_loop()
+        working: asyncio.Future[None] | None = None
+        try:
+            async with aclosing(_regrouped(chunks, self._max_bytes)) as regrouped:
+                async for block in regrouped:
+                    if working is not None:
+                        await asyncio.shield(working)
+                    working = loop.run_in_executor(None, self._validation.feed, block)
+                    yield block
+            if working is not None:
+                await asyncio.shield(working)
+            working = loop.run_in_executor(None, self._finish)
+            await asyncio.shield(working)
+        finally:
+            # A thread cannot be cancelled, and what it works on is about to be closed.
+            if working is not None:
+                await to_the_end(working)
+            self._validation.close()
+
+    def _finish(self) -> None:
+        self.report = report = self._validation.finish()
+        self.index = self._validation.index
+        bad = report["bad_lines"]
+        if not bad or (self._on_error == "skip" and report["rows"]):
+            return
+        if not report["rows"]:
+            said = "None of its lines can be learnt from"
+        else:
+            said = f"{bad} of its {report['lines']} lines cannot be learnt from"
+        first = report["problems"]["listed"][0]
+        hint = "" if self._on_error == "skip" or not report["rows"] else " (on_error=skip leaves bad lines out)"
+        raise InvalidDataset(
+            f"{said}; line {first['line']}: {first['path']}: {first['reason']}. The report has them all{hint}.",
+            report=report,
+        )
+
+
+async def _regrouped(chunks: AsyncIterable[bytes], max_bytes: int) -> AsyncGenerator[bytes]:
+    pieces: list[bytes] = []
+    length = total = 0
+    async for chunk in chunks:
+        pieces.append(chunk)
+        length += len(chunk)
+        if total + length > max_bytes:
+            raise TooLarge(
+                f"The file is longer than the {max_bytes / (1024 * MIB):g} GiB that a dataset may have "
+                "(MODELYARD_MAX_DATASET_GIB).",
+                param="file",
+                code="dataset_too_large",
+            )
+        if length >= BLOCK_BYTES:
+            yield b"".join(pieces)
+            total += length
+            pieces, length = [], 0
+    if length:
+        yield b"".join(pieces)
+
+
+async def _once(data: bytes) -> AsyncGenerator[bytes]:
+    yield data

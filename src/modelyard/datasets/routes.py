@@ -1,0 +1,169 @@
+"""REST for datasets: list, upload, download, report, rows, delete."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Annotated, Any
+from uuid import UUID
+
+from fastapi import Depends, Header, Path, Query, Request
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response, StreamingResponse
+
+from modelyard.datasets import actions, intake
+from modelyard.datasets.download import content_disposition, part_of
+from modelyard.datasets.multipart import FormFile
+from modelyard.datasets.schemas import DatasetOut
+from modelyard.errors import BadRequest, TooLarge
+from modelyard.http import Sessions, Settings, documented, router
+from modelyard.storage import Storage as ObjectStorage
+
+api = router("/api/v1/datasets", "Datasets")
+
+GIB = 1024**3
+MIB = 1024**2
+#: What a form adds to its file, at most.
+FORM_BYTES = 64 * 1024
+MEDIA_TYPE = "application/jsonl"
+FORM: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file"],
+                    "properties": {"file": {"type": "string", "format": "binary", "description": "The JSONL file."}},
+                }
+            }
+        },
+    }
+}
+
+
+def _storage(request: Request) -> ObjectStorage:
+    found: ObjectStorage = request.app.state.storage
+    return found
+
+
+Storage = Annotated[ObjectStorage, Depends(_storage)]
+DatasetId = Annotated[UUID, Path(description="The dataset's id.", examples=["01be6d68-f790-434b-aa6d-5bd492aef202"])]
+
+
+@api.get("/", summary="List datasets", responses=documented())
+async def list_datasets(sessions: Sessions) -> list[DatasetOut]:
+    """Return all datasets, oldest first."""
+    async with sessions.read() as session:
+        return [DatasetOut.model_validate(dataset) for dataset in await actions.all_datasets(session)]
+
+
+@api.post("/upload/", summary="Upload a dataset", responses=documented(400, 404, 413, 422, 503), openapi_extra=FORM)
+async def upload_dataset(
+    request: Request,
+    sessions: Sessions,
+    storage: Storage,
+    settings: Settings,
+    description: Annotated[str | None, Query(max_length=10_000, description="A word on what it is.")] = None,
+    parent_id: Annotated[UUID | None, Query(description="The dataset that this one was made from.")] = None,
+    on_error: Annotated[
+        intake.OnError, Query(description="skip: leave bad lines out of what is learnt from, instead of a refusal.")
+    ] = "refuse",
+) -> DatasetOut:
+    """Upload a JSONL file of conversations, one on each line, as the field `file` of a form.
+
+    A row is `{"messages": [{"role", "content"}, ...]}`; ShareGPT's form, prompt/completion and
+    instruction/input/output are recognised too. A file with lines that cannot be learnt from is refused as a whole:
+    422, with the error and a `report` that has each problem as line, path and reason. Nothing of it is kept.
+    """
+    max_bytes = int(settings.max_dataset_gib * GIB)
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > max_bytes + FORM_BYTES:
+        raise TooLarge(
+            f"The upload is longer than the {settings.max_dataset_gib:g} GiB that a dataset may have "
+            "(MODELYARD_MAX_DATASET_GIB).",
+            param="file",
+            code="dataset_too_large",
+        )
+    form = FormFile(request.headers.get("content-type", ""), _body(request))
+    await form.open()
+    dataset = await intake.take_in(
+        sessions,
+        storage,
+        form.chunks(),
+        name=form.name,
+        description=description,
+        parent_id=parent_id,
+        on_error=on_error,
+        max_bytes=max_bytes,
+        max_line_bytes=settings.dataset_line_mib * MIB,
+    )
+    return DatasetOut.model_validate(dataset)
+
+
+async def _body(request: Request) -> AsyncGenerator[bytes]:
+    try:
+        async for chunk in request.stream():
+            yield chunk
+    except ClientDisconnect:
+        raise BadRequest("The connection broke off within the upload.", code="upload_broken_off") from None
+
+
+@api.get(
+    "/{dataset_id}/",
+    summary="Download a dataset",
+    response_class=Response,
+    responses={
+        200: {
+            "description": "The file as it was uploaded.",
+            "content": {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}},
+        },
+        206: {"description": "The part that `Range` asked for."},
+        304: {"description": "It is what `If-None-Match` names."},
+        **documented(404, 416, 422, 503),
+    },
+)
+async def download_dataset(
+    dataset_id: DatasetId,
+    sessions: Sessions,
+    storage: Storage,
+    range: Annotated[str | None, Header(description="A part of it, such as bytes=0-1023.")] = None,
+    if_range: Annotated[str | None, Header(description="The ETag that `Range` is meant for.")] = None,
+    if_none_match: Annotated[str | None, Header(description="The ETag that is there already.")] = None,
+) -> Response:
+    """Return the file byte for byte. A download that broke goes on with `Range`; the ETag is the file's SHA-256."""
+    async with sessions.read() as session:
+        dataset = await actions.get(session, dataset_id)
+    etag = f'"{dataset.sha256}"'
+    headers = {
+        "ETag": etag,
+        "Accept-Ranges": "bytes",
+        "Content-Disposition": content_disposition(dataset.name),
+        "X-Content-Type-Options": "nosniff",
+        "Cache-Control": "private, no-cache",
+    }
+    if if_none_match is not None and (if_none_match.strip() == "*" or etag in if_none_match):
+        return Response(status_code=304, headers=headers)
+    part = part_of(range, dataset.size_bytes) if if_range is None or if_range.strip() == etag else None
+    start, length = part or (0, dataset.size_bytes)
+    headers["Content-Length"] = str(length)
+    if part is not None:
+        headers["Content-Range"] = f"bytes {start}-{start + length - 1}/{dataset.size_bytes}"
+    blocks = storage.get(dataset.data_key, start=start, length=length)
+    first = await anext(blocks, b"")  # a store that is away is an answer, not a stream that breaks
+    return StreamingResponse(
+        _rest(first, blocks), status_code=206 if part is not None else 200, headers=headers, media_type=MEDIA_TYPE
+    )
+
+
+async def _rest(first: bytes, blocks: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    async with aclosing(blocks):
+        yield first
+        async for block in blocks:
+            yield block
+
+
+@api.delete("/{dataset_id}/", summary="Delete a dataset", responses=documented(404, 409, 422))
+async def delete_dataset(dataset_id: DatasetId, sessions: Sessions, storage: Storage) -> DatasetOut:
+    """Delete a dataset, its file included, and return what it was. 409 while it is in use."""
+    return DatasetOut.model_validate(await intake.take_out(sessions, storage, dataset_id))

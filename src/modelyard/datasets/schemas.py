@@ -1,0 +1,157 @@
+"""What datasets look like on the wire."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_serializer
+
+from modelyard.datasets.conversations import Form, Kind
+
+EXAMPLE: dict[str, JsonValue] = {
+    "id": "01be6d68-f790-434b-aa6d-5bd492aef202",
+    "name": "train.jsonl",
+    "s3_path": "01be6d68-f790-434b-aa6d-5bd492aef202/metadata.json",
+    "description": "My Description",
+    "created_at": "2026-11-20T21:15:00Z",
+    "size_bytes": 1048576,
+    "sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+    "format": "messages",
+    "rows": 50,
+    "skipped_lines": 0,
+    "parent_id": None,
+}
+
+
+class DatasetOut(BaseModel):
+    """A dataset."""
+
+    model_config = ConfigDict(
+        from_attributes=True, use_attribute_docstrings=True, json_schema_extra={"examples": [EXAMPLE]}
+    )
+
+    id: UUID
+    """Its id, by which a training names it."""
+    name: str
+    """The name of the file that was uploaded."""
+    s3_path: str
+    """The key of the object that describes it; the file lies beside it."""
+    description: str | None
+    """What the upload said of it."""
+    created_at: datetime
+    """When it was uploaded, in UTC."""
+    size_bytes: int = Field(ge=0)
+    """The size of the file."""
+    sha256: str
+    """The hash of the file."""
+    format: Form | str
+    """How its rows are written: messages, sharegpt, prompt_completion, instruction, or mixed."""
+    rows: int = Field(ge=0)
+    """Conversations that can be learnt from."""
+    skipped_lines: int = Field(ge=0)
+    """Bad lines that are left out of what is learnt from (`on_error=skip`)."""
+    parent_id: UUID | None
+    """The dataset that it was made from."""
+
+    @field_serializer("created_at")
+    def _utc(self, value: datetime) -> str:
+        return value.astimezone(UTC).isoformat().replace("+00:00", "Z")
+
+
+class Problem(BaseModel):
+    """What is wrong with a line."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    line: int = Field(examples=[3596])
+    """The line, from 1."""
+    path: str = Field(examples=["$.messages[1].role"])
+    """Where in it: a JSON path; `$` is the line itself."""
+    reason: str = Field(examples=["is 'human', but must be one of system, user, assistant, tool"])
+    """What is wrong there."""
+    kind: Kind
+    """Stable: programs may match it."""
+
+
+class Problems(BaseModel):
+    """All that is wrong, counted, and the first 1,000 of it one by one."""
+
+    total: int
+    kinds: dict[Kind, int]
+    listed: list[Problem]
+    unlisted: int
+
+
+class Warned(BaseModel):
+    """Something that is no error but may be a mistake: how many rows have it, and the first lines."""
+
+    kind: str = Field(examples=["not_alternating"])
+    rows: int
+    lines: list[int]
+
+
+class Bucket(BaseModel):
+    """Rows whose length is below this power of two, and not below the one before."""
+
+    below: int
+    rows: int
+
+
+class Characters(BaseModel):
+    """Lengths of the rows' contents, in characters."""
+
+    total: int
+    shortest: int
+    longest: int
+    histogram: list[Bucket]
+
+
+class Duplicates(BaseModel):
+    """Rows whose bytes are those of an earlier one. Not exact above 3 million different rows: then it may miss some."""
+
+    rows: int
+    lines: list[int]
+    is_exact: bool
+
+
+class ReportOut(BaseModel):
+    """What is in a dataset."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    format: str | None
+    """The form of its rows, or mixed."""
+    formats: dict[Form, int]
+    """Rows by their form."""
+    rows: int
+    """Conversations that can be learnt from."""
+    lines: int
+    """Lines of the file, blank and bad ones included."""
+    blank_lines: int
+    bad_lines: int
+    """Lines that cannot be learnt from."""
+    turns: int
+    """Messages of all rows."""
+    roles: dict[str, int]
+    """Messages by role."""
+    characters: Characters
+    duplicates: Duplicates
+    nothing_to_learn: int
+    """Lines without a message of the assistant that has anything in it."""
+    warnings: list[Warned]
+    problems: Problems
+    byte_order_mark: bool
+    """Whether the file begins with one."""
+    crlf_lines: int
+    """Lines that end as on Windows."""
+
+
+class RowOut(BaseModel):
+    """A row in the canonical form."""
+
+    line: int
+    format: Form
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None

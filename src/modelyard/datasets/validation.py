@@ -1,0 +1,309 @@
+"""One pass over the bytes of a dataset, in blocks as they come, that ends in its report.
+
+Memory is bounded by the longest line that is allowed and by the table of duplicates, however long the file is. Nothing
+is kept of a line but what the report says of it. Everything here is computation: it blocks, and knows no storage and
+no loop. Rows that are exactly the same bytes are found by a 64-bit hash, which is seeded anew for each process, in a
+table that takes the first 3 million different rows; rows behind them are compared with those.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from modelyard.datasets.conversations import Fault, Faults, Form, Kind, diagnose, examine, read_row
+from modelyard.datasets.recognition import BYTE_ORDER_MARK, HEAD_BYTES, recognise
+from modelyard.errors import InvalidDataset
+
+LISTED_PROBLEMS = 1000
+LISTED_LINES = 20
+#: So much of a file lies between two entries of the index, at least.
+INDEX_STEP_BYTES = 4 * 1024 * 1024
+_SLOTS = 1 << 22
+_MOST_KEPT = _SLOTS * 3 // 4
+
+
+class Duplicates:
+    """Which rows were there before. Exact for the first 3 million different ones, in 32 MiB at most."""
+
+    def __init__(self) -> None:
+        # Memory that nobody has touched yet costs nothing: a small dataset pays for its own rows only.
+        self._memory = mmap.mmap(-1, _SLOTS * 8)
+        self._slots = memoryview(self._memory).cast("q")
+        self._kept = 0
+        self.rows = 0
+        self.lines: list[int] = []
+
+    @property
+    def is_full(self) -> bool:
+        """Whether rows came that nothing could be compared with later."""
+        return self._kept >= _MOST_KEPT
+
+    def see(self, line: bytes, number: int) -> None:
+        """Count the row if its bytes were seen before."""
+        value = hash(line) or 1
+        slots, at = self._slots, value & (_SLOTS - 1)
+        while (found := slots[at]) != 0:
+            if found == value:
+                self.rows += 1
+                if len(self.lines) < LISTED_LINES:
+                    self.lines.append(number)
+                return
+            at = (at + 1) & (_SLOTS - 1)
+        if self._kept < _MOST_KEPT:
+            slots[at] = value
+            self._kept += 1
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._slots.release()
+        self._memory.close()
+
+
+class Validation:
+    """The state of one pass: `feed` it the file's bytes in order, then ask it to `finish`."""
+
+    def __init__(self, max_line_bytes: int) -> None:
+        self._max_line_bytes = max_line_bytes
+        self._rest: list[bytes] = []
+        self._rest_bytes = 0
+        self._is_begun = False
+        self._overlong = False
+        self._offset = 0
+        self._likely = Form.MESSAGES
+        self._lines = self._blank = self._rows = self._crlf = 0
+        self._has_mark = False
+        self._forms: Counter[Form] = Counter()
+        self._shapes: Counter[tuple[str, ...]] = Counter()
+        self._sizes: Counter[int] = Counter()
+        self._characters = self._longest = 0
+        self._shortest: int | None = None
+        self._warnings: dict[str, list[int]] = {}
+        self._warned: Counter[str] = Counter()
+        self._problems: list[dict[str, Any]] = []
+        self._kinds: Counter[Kind] = Counter()
+        self._bad_lines = 0
+        self._first_bad: list[int] = []
+        self._duplicates = Duplicates()
+        self.index: list[tuple[int, int, int]] = []
+
+    def feed(self, block: bytes) -> None:
+        """Take the next bytes of the file, of any length (a MiB is a good one).
+
+        Raises:
+            InvalidDataset: the file is of another kind altogether, which its first bytes show.
+        """
+        if not self._is_begun:
+            self._rest.append(block)
+            self._rest_bytes += len(block)
+            if self._rest_bytes < HEAD_BYTES:
+                return
+            block = self._begin()
+        end = block.rfind(b"\n") + 1
+        if end == 0:
+            self._keep(block)
+            return
+        start = 0
+        if self._overlong:
+            start = block.find(b"\n") + 1
+            self._overlong = False
+        elif self._rest:
+            first = block.find(b"\n") + 1
+            if self._rest_bytes + first > self._max_line_bytes + 2:
+                self._drop_overlong(self._rest_bytes + first)
+            else:
+                self._rest.append(block[:first])
+                line = b"".join(self._rest)
+                self._rest, self._rest_bytes = [], 0
+                self._take(line)
+            start = first
+        if end > start:
+            self._take(block[start:end] if start or end < len(block) else block)
+        if end < len(block):
+            self._keep(block[end:])
+
+    def finish(self) -> dict[str, Any]:
+        """Return the report, once all bytes were fed.
+
+        Raises:
+            InvalidDataset: the file is of another kind altogether, or there is nothing in it.
+        """
+        if not self._is_begun:
+            block = self._begin()
+            if block:
+                self._is_begun = True
+                self.feed(block)
+        if self._rest:
+            line = b"".join(self._rest)
+            self._rest = []
+            self._take(line + b"\n", at_the_end=True)
+        if not self._lines:
+            raise InvalidDataset("The file is empty.", code="dataset_empty")
+        if not self._rows and not self._bad_lines:
+            raise InvalidDataset(f"The file has {self._lines} lines, and all of them are blank.", code="dataset_empty")
+        return self._report()
+
+    def close(self) -> None:
+        """Give back what is held. Safe to repeat."""
+        self._duplicates.close()
+
+    def _begin(self) -> bytes:
+        block = b"".join(self._rest)
+        self._rest, self._rest_bytes, self._is_begun = [], 0, True
+        if (what := recognise(block[:HEAD_BYTES])) is not None:
+            raise InvalidDataset(what, code="not_jsonl")
+        if block.startswith(BYTE_ORDER_MARK):
+            self._has_mark = True
+            self._offset = len(BYTE_ORDER_MARK)
+            return block[len(BYTE_ORDER_MARK) :]
+        return block
+
+    def _keep(self, piece: bytes) -> None:
+        """Keep the beginning of a line whose end is to come, unless it is too long already."""
+        if self._overlong:
+            self._offset += len(piece)
+            return
+        if self._rest_bytes + len(piece) > self._max_line_bytes + 1:
+            self._drop_overlong(self._rest_bytes + len(piece))
+            self._overlong = True
+            return
+        self._rest.append(piece)
+        self._rest_bytes += len(piece)
+
+    def _drop_overlong(self, length: int) -> None:
+        self._rest, self._rest_bytes = [], 0
+        self._offset += length
+        self._lines += 1
+        self._refuse(self._lines, [self._too_long()])
+
+    def _too_long(self) -> Fault:
+        mib = self._max_line_bytes / (1024 * 1024)
+        return Fault(
+            Kind.LINE_TOO_LONG, "$", f"is longer than the {mib:g} MiB that a line may have (MODELYARD_DATASET_LINE_MIB)"
+        )
+
+    def _take(self, whole: bytes, at_the_end: bool = False) -> None:
+        """Take some lines, each with its end."""
+        if not self.index or self._offset - self.index[-1][0] >= INDEX_STEP_BYTES:
+            self.index.append((self._offset, self._lines, self._rows))
+        self._offset += len(whole) - at_the_end
+        is_text = whole.isascii() or _is_utf8(whole)
+        lines = whole.split(b"\n")
+        lines.pop()
+        number = self._lines
+        self._lines += len(lines)
+        see, sizes, forms, shapes = self._duplicates.see, self._sizes, self._forms, self._shapes
+        likely = self._likely
+        for line in lines:
+            number += 1
+            if line.endswith(b"\r"):
+                self._crlf += 1
+                line = line[:-1]
+            if not line or line.isspace():
+                self._blank += 1
+                continue
+            if len(line) > self._max_line_bytes:
+                self._refuse(number, [self._too_long()])
+                continue
+            try:
+                if not is_text and not _is_utf8(line):
+                    raise Faults(diagnose(line))
+                likely, row = read_row(line, likely)
+                shape, characters, warnings = examine(row, likely)
+            except Faults as wrong:
+                self._refuse(number, wrong.faults)
+                continue
+            see(line, number)
+            self._rows += 1
+            forms[likely] += 1
+            shapes[shape.roles] += 1
+            sizes[characters.bit_length()] += 1
+            self._characters += characters
+            if characters > self._longest:
+                self._longest = characters
+            if self._shortest is None or characters < self._shortest:
+                self._shortest = characters
+            for warning in warnings:
+                self._warned[warning] += 1
+                if len(self._warnings.setdefault(warning, [])) < LISTED_LINES:
+                    self._warnings[warning].append(number)
+        self._likely = likely
+        if len(shapes) > 4096:
+            self._merge_shapes()
+
+    def _merge_shapes(self) -> None:
+        """Keep the counts of many different shapes by role only: conversations may all be different."""
+        merged: Counter[tuple[str, ...]] = Counter()
+        for roles, count in self._shapes.items():
+            for role in roles:
+                merged[(role,)] += count
+        self._shapes = merged
+
+    def _refuse(self, number: int, faults: Any) -> None:
+        self._bad_lines += 1
+        if len(self._first_bad) < LISTED_PROBLEMS:
+            self._first_bad.append(number)
+        for fault in faults:
+            self._kinds[fault.kind] += 1
+            if len(self._problems) < LISTED_PROBLEMS:
+                self._problems.append(
+                    {"line": number, "path": fault.path, "reason": fault.reason, "kind": str(fault.kind)}
+                )
+
+    def _report(self) -> dict[str, Any]:
+        roles: Counter[str] = Counter()
+        for shape, count in self._shapes.items():
+            for role in shape:
+                roles[role] += count
+        forms = {str(form): self._forms[form] for form in Form if self._forms[form]}
+        total = sum(self._kinds.values())
+        return {
+            "format": next(iter(forms)) if len(forms) == 1 else "mixed" if forms else None,
+            "formats": forms,
+            "rows": self._rows,
+            "lines": self._lines,
+            "blank_lines": self._blank,
+            "bad_lines": self._bad_lines,
+            "turns": sum(roles.values()),
+            "roles": dict(sorted(roles.items())),
+            "characters": {
+                "total": self._characters,
+                "shortest": self._shortest or 0,
+                "longest": self._longest,
+                "histogram": [{"below": 1 << bits, "rows": self._sizes[bits]} for bits in sorted(self._sizes)],
+            },
+            "duplicates": {
+                "rows": self._duplicates.rows,
+                "lines": self._duplicates.lines,
+                "is_exact": not self._duplicates.is_full,
+            },
+            "nothing_to_learn": self._kinds[Kind.NOTHING_TO_LEARN],
+            "warnings": [
+                {"kind": kind, "rows": self._warned[kind], "lines": lines}
+                for kind, lines in sorted(self._warnings.items())
+            ],
+            "problems": {
+                "total": total,
+                "kinds": {str(kind): self._kinds[kind] for kind in Kind if self._kinds[kind]},
+                "listed": self._problems,
+                "unlisted": total - len(self._problems),
+            },
+            "byte_order_mark": self._has_mark,
+            "crlf_lines": self._crlf,
+        }
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def lines_of(block: bytes) -> Iterator[bytes]:
+    """Yield the lines of a block without their ends."""
+    for line in block.split(b"\n"):
+        yield line.removesuffix(b"\r")
