@@ -146,9 +146,8 @@ def create_app(foundation: Foundation) -> FastAPI:
     app.state.registry = _registry()
     # The gateway comes first: it answers OpenAI's clients at an address that the models room has too.
     apis = (
-        gateway_api, raw_api, models_api, datasets_api, deploy_api, plan_api, deployments_api, attempts_api, aliases_api,
-        jobs_api,
-        health_api,
+        gateway_api, raw_api, models_api, datasets_api, deploy_api, plan_api, deployments_api, attempts_api,
+        aliases_api, jobs_api, health_api,
     )  # fmt: skip
     for api in apis:
         app.include_router(api)
