@@ -23,7 +23,7 @@ def upgrade() -> None:
         sa.Column("asked_model", sa.String(length=200), nullable=True),
         sa.Column("model_id", sa.String(length=200), nullable=False),
         sa.Column("config", sa.JSON(), nullable=False),
-        sa.Column("texts", sa.JSON(), nullable=False),
+        sa.Column("texts", sa.LargeBinary(), nullable=False),
         sa.Column("used_at", sa.DateTime(), nullable=False),
         sa.Column("expires_at", sa.DateTime(), nullable=False),
         sa.PrimaryKeyConstraint("caller", "key", name=op.f("pk_continuations")),

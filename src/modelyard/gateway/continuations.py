@@ -8,7 +8,7 @@ time from its last use; of too many entries those that were not used for longest
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from hashlib import sha256
 from typing import Any
@@ -50,6 +50,9 @@ class Kept:
     texts: list[Text]
 
 
+_texts = msgspec.json.Decoder(list[Text])
+
+
 def key_of(request_ids: Sequence[str]) -> str:
     """Return the key of a request's ids. Their order counts, as does where one id ends and the next begins."""
     return sha256(msgspec.json.encode(list(request_ids))).hexdigest()
@@ -60,7 +63,7 @@ async def find(session: AsyncSession, caller: str, request_ids: Sequence[str], n
     row = await session.get(Continuation, (caller, key_of(request_ids)))
     if row is None or row.expires_at <= now:
         return None
-    return Kept(row.asked_model, row.model_id, row.config, [Text(**text) for text in row.texts])
+    return Kept(row.asked_model, row.model_id, row.config, _texts.decode(row.texts))
 
 
 async def keep(
@@ -68,8 +71,12 @@ async def keep(
 ) -> None:
     """Write an entry in place of the one that is there, and drop what has expired or is more than `limit` entries."""
     await exclusively(session, "continuations")
-    values = asdict(kept) | {"used_at": now, "expires_at": now + timedelta(seconds=ttl_s)}
-    await session.merge(Continuation(caller=caller, key=key_of(request_ids), **values))
+    row = Continuation(
+        caller=caller, key=key_of(request_ids), asked_model=kept.asked_model, model_id=kept.model_id,
+        config=kept.config, texts=msgspec.json.encode(kept.texts), used_at=now,
+        expires_at=now + timedelta(seconds=ttl_s),
+    )  # fmt: skip
+    await session.merge(row)
     await session.flush()
     await session.execute(delete(Continuation).where(Continuation.expires_at <= now))
     oldest = select(Continuation.used_at).order_by(Continuation.used_at.desc()).offset(limit - 1).limit(1)

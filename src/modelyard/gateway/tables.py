@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import JSON, Index, String
+from sqlalchemy import JSON, Index, LargeBinary, String
 from sqlalchemy.orm import Mapped, mapped_column
 
 from modelyard.db import Base, UtcDateTime
@@ -26,7 +26,8 @@ class Continuation(Base):
     #: The model whose tokens these are.
     model_id: Mapped[str] = mapped_column(String(200))
     config: Mapped[dict[str, Any]] = mapped_column(JSON())
-    #: One object per prompt: {"prompt_ids", "ids", "given", "is_finished"}.
-    texts: Mapped[list[dict[str, Any]]] = mapped_column(JSON())
+    #: JSON, one object per prompt: {"prompt_ids", "ids", "given", "is_finished"}. As bytes, since a batch may have
+    #: millions of tokens, and what writes a JSON column would hold the server up for a second.
+    texts: Mapped[bytes] = mapped_column(LargeBinary())
     used_at: Mapped[datetime] = mapped_column(UtcDateTime())
     expires_at: Mapped[datetime] = mapped_column(UtcDateTime())
