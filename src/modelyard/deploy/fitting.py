@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from uuid import UUID
 
 from modelyard.db import Sessions
 from modelyard.deploy import actions, succession
 from modelyard.deploy.adapters import check_adapter
 from modelyard.deploy.fit import Fit, fit
-from modelyard.deploy.machine import GIB, Machine, left_for_engines, this_machine
+from modelyard.deploy.machine import GIB, Machine, given_back, left_for_engines, this_machine
 from modelyard.deploy.schemas import EngineOptions
 from modelyard.deploy.steps import Room
 from modelyard.deploy.tables import LIVE, Deployment, DeploymentState, Strategy, Wanted
@@ -24,6 +25,9 @@ from modelyard.errors import JobFailure, Unprocessable
 from modelyard.models.tables import Model
 from modelyard.processes import Command
 from modelyard.settings import Settings
+
+#: States in which an engine has taken its memory, so that it will give it back.
+HOLDING = (DeploymentState.READY, DeploymentState.DRAINING, DeploymentState.STOPPING)
 
 
 class Fitting:
@@ -46,9 +50,10 @@ class Fitting:
             live = await succession.live(session)
             replaced = await succession.replaced_by(session, row)
             model, adapters = await actions.model_rows(session, row)
-        if row.strategy == Strategy.REPLACE and any(one.state in LIVE for one in replaced):
+        if row.strategy == Strategy.REPLACE and any(one.state in LIVE and one.wanted != Wanted.UP for one in replaced):
             return Room.COMING
-        machine = left(await asyncio.to_thread(this_machine), row, live, self._settings)
+        now = await asyncio.to_thread(this_machine)
+        machine = left(now, row, live, self._settings)
         found = await asyncio.to_thread(self.fit, row, model, adapters, machine)
         self.message = found.message
         # Where nothing tells how much memory a GPU has, one engine at a time is all that is safe.
@@ -57,9 +62,13 @@ class Fitting:
             return Room.THERE
         if any(one.wanted != Wanted.UP and one.id != row.id for one in live):
             return Room.COMING
-        stays = any(one.wanted == Wanted.UP and one.state in LIVE for one in replaced)
+        staying = {one.id for one in replaced if one.wanted == Wanted.UP and one.state in LIVE}
+        if staying and row.strategy == Strategy.AUTO:
+            alone = left_when_gone(now, row, live, staying, self._settings)
+            if (await asyncio.to_thread(self.fit, row, model, adapters, alone)).fits:
+                return Room.TO_BE_MADE
         # Nobody leaves for what then cannot start all the same: the command refuses it, with the numbers.
-        return Room.TO_BE_MADE if stays and row.strategy == Strategy.AUTO else Room.THERE
+        return Room.THERE
 
     async def command(self, row: Deployment, python: Path, scratch: Path) -> tuple[Command, int]:
         """Return the engine's command, and the bytes of memory that it gets.
@@ -97,13 +106,15 @@ class Fitting:
         found = []
         for one in adapters:
             path = self._settings.models_dir / one.path
-            try:
-                facts = check_adapter(path, config)
-            except Unprocessable as error:
-                raise JobFailure(
-                    "adapter_unservable", f"{one.model_id}: {error.message}", "Deploy without it."
-                ) from error
-            found.append(AdapterFiles(one.model_id, path, facts.rank, facts.size_bytes))
+            if path not in self._checked:
+                try:
+                    facts = check_adapter(path, config)
+                except Unprocessable as error:
+                    raise JobFailure(
+                        "adapter_unservable", f"{one.model_id}: {error.message}", "Deploy without it."
+                    ) from error
+                self._checked[path] = AdapterFiles(one.model_id, path, facts.rank, facts.size_bytes)
+            found.append(self._checked[path])
         return found
 
 
@@ -132,3 +143,11 @@ def left(machine: Machine, row: Deployment | None, live: Sequence[Deployment], s
     starting = sum(one.memory_bytes or 0 for one in others if one.state == DeploymentState.STARTING)
     budget_gib = settings.engine_memory_gib
     return left_for_engines(machine, given, starting, int(budget_gib * GIB) if budget_gib else None)
+
+
+def left_when_gone(
+    machine: Machine, row: Deployment, live: Sequence[Deployment], gone: Collection[UUID], settings: Settings
+) -> Machine:
+    """Return what a machine will have left for one deployment's engine when others have given their memory back."""
+    held = sum(one.memory_bytes or 0 for one in live if one.id in gone and one.state in HOLDING)
+    return left(given_back(machine, held), row, [one for one in live if one.id not in gone], settings)

@@ -17,17 +17,15 @@ from uuid import UUID
 from modelyard.db import Sessions
 from modelyard.deploy import actions, succession
 from modelyard.deploy.fit import Fit
-from modelyard.deploy.fitting import Fitting, left, model_files
-from modelyard.deploy.machine import Machine, given_back, this_machine
+from modelyard.deploy.fitting import Fitting, left, left_when_gone, model_files
+from modelyard.deploy.machine import Machine, this_machine
 from modelyard.deploy.schemas import EngineOptions
-from modelyard.deploy.tables import Deployment, DeploymentState, Strategy
+from modelyard.deploy.tables import Deployment, Strategy
 from modelyard.deploy.vllm_args import check_length
 from modelyard.errors import JobFailure
 from modelyard.models.tables import Model
 from modelyard.settings import Settings
 
-#: States in which an engine has taken its memory, so that it will give it back.
-HOLDING = (DeploymentState.READY, DeploymentState.DRAINING, DeploymentState.STOPPING)
 Way = Literal["in_place", "side_by_side", "replace"]
 
 
@@ -107,13 +105,17 @@ def _worked_out(
         check_length(model_files(settings, model), EngineOptions(**row.options).over(settings))
         found = fitting.fit(row, model, adapters, machine)
         fits = fits_beside = is_same or (found.fits and not look.is_blind(leaving))
-        replaces = row.strategy == Strategy.REPLACE or (row.strategy == Strategy.AUTO and not fits)
-        if leaving and not is_same and replaces:
-            way = "replace"
-            leaving = [replace(one, first=True) for one in leaving]
-            machine = look.without(leaving)
-            found = fitting.fit(row, model, adapters, machine)
-            fits = found.fits
+        if (
+            leaving
+            and not is_same
+            and (row.strategy == Strategy.REPLACE or (row.strategy == Strategy.AUTO and not fits))
+        ):
+            alone = look.without(leaving)
+            instead = fitting.fit(row, model, adapters, alone)
+            # Nobody leaves first for what then cannot start all the same, unless that was asked for.
+            if instead.fits or row.strategy == Strategy.REPLACE:
+                way, machine, found, fits = "replace", alone, instead, instead.fits
+                leaving = [replace(one, first=True) for one in leaving]
         if not fits:
             failure = JobFailure("not_enough_memory", found.message, " ".join(found.hints))
     except JobFailure as error:
@@ -148,9 +150,7 @@ class _Look:
     def without(self, leaving: Sequence[Leaving]) -> Machine:
         """Return what is left for the deployment when others have given their memory back, and its own engine too."""
         gone = {self._row.id, *(one.deployment_id for one in leaving)}
-        held = sum(one.memory_bytes or 0 for one in self._live if one.id in gone and one.state in HOLDING)
-        staying = [one for one in self._live if one.id not in gone]
-        return left(given_back(self.machine, held), self._row, staying, self._settings)
+        return left_when_gone(self.machine, self._row, self._live, gone, self._settings)
 
     def is_blind(self, leaving: Sequence[Leaving]) -> bool:
         """Whether nothing tells how much memory the GPUs have, and another engine is on them."""
