@@ -17,6 +17,7 @@ from modelyard.deploy.tables import Deployment, Strategy
 from modelyard.errors import ModelNotFound, Unprocessable
 from modelyard.jobs.tables import Job, JobEvent
 from tests.deploy.yard import DeployYard, deploy_yard
+from tests.eventually import eventually
 
 pytestmark = [pytest.mark.usefixtures("on_each_database"), pytest.mark.timeout(120)]
 
@@ -55,6 +56,11 @@ async def test_a_plan_leaves_the_database_and_the_yard_as_they_were(tmp_path: Pa
         await yard.add_model("org/other")
         job_id = await yard.deploy("org/tiny")
         before = await yard.becomes(job_id, "READY")
+
+        async def is_told() -> bool:
+            return (await yard.events(job_id))[-1].message.startswith("Ready")
+
+        await eventually(is_told, "the last event of the start is written")
         counted = await rows(yard)
         for strategy in Strategy:
             await planned(yard, "org/other", strategy=strategy)
@@ -102,6 +108,23 @@ async def test_where_both_do_not_fit_the_old_one_leaves_first_as_the_deploy_then
         assert (await yard.deployment(old.job_id)).state == "STOPPED"
         assert found.fit is not None
         assert (await yard.deployment(job_id)).memory_bytes == found.fit.total_bytes
+
+
+async def test_nobody_leaves_for_what_would_not_fit_in_its_place_either(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path, **ONE_ENGINE) as yard:
+        await yard.add_model("org/tiny")
+        await yard.add_model("org/other")
+        old = await yard.becomes(await yard.deploy("org/tiny"), "READY")
+        wish = {"cpu_kv_cache_gib": 4000.0}
+        found = await planned(yard, "org/other", options=wish)
+        assert (found.way, found.fits, [one.first for one in found.leaving]) == ("side_by_side", False, [False])
+
+        ended = await yard.ended(await yard.deploy("org/other", options=wish))
+        assert ended.failure is not None
+        assert found.failure is not None
+        assert ended.failure.code == found.failure.code == "not_enough_memory"
+        after = await yard.deployment(old.job_id)
+        assert (after.state, after.wanted, after.ready_at) == ("READY", "UP", old.ready_at)
 
 
 async def test_other_adapters_on_the_same_model_change_the_engine_that_runs(tmp_path: Path) -> None:
