@@ -51,6 +51,11 @@ def test_remote_code_is_never_trusted_and_plugins_are_ours_alone() -> None:
     assert "VLLM_SERVER_DEV_MODE" not in command.env
 
 
+def test_vllm_does_not_give_up_a_start_before_the_supervisor_does() -> None:
+    command = engine_command(Path("/python"), MODEL, [], EngineOptions(), CPU, SCRATCH, CACHE)
+    assert int(command.env["VLLM_ENGINE_READY_TIMEOUT_S"]) >= 86400
+
+
 def test_a_generative_engine_starts_with_room_for_adapters() -> None:
     assert value(argv(), "--max-loras") == "4"
     assert value(argv(max_loras=2, max_lora_rank=16), "--max-lora-rank") == "16"

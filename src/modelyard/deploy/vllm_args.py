@@ -72,6 +72,8 @@ def engine_command(
         "VLLM_PLUGINS": "modelyard_amx" if machine.has_gpu else "modelyard_amx,modelyard_sleep,modelyard_lora",
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
         "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
+        # How long a start may take is the supervisor's to say: vLLM itself would give up after ten minutes.
+        "VLLM_ENGINE_READY_TIMEOUT_S": "86400",
         # vLLM's own sockets lie beside ours, so that they go when the engine goes, however it goes.
         "VLLM_RPC_BASE_PATH": str(scratch),
         "VLLM_CACHE_ROOT": str(cache / "vllm"),
