@@ -95,7 +95,7 @@ class Settings(BaseSettings):
     engine_tensor_parallel_size: int = Field(default=1, ge=1, le=64)
     """GPUs that share one model."""
     engine_max_loras: int = Field(default=4, ge=0, le=64)
-    """LoRA adapters that an engine holds at the same time. 0: engines start without room for adapters."""
+    """LoRA adapters that an engine works with at the same time; more of them take turns. 0: no room for adapters."""
     engine_max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = 64
     """Highest rank of a LoRA adapter."""
     engine_enforce_eager: bool = False

@@ -37,7 +37,10 @@ class EngineOptions(BaseModel):
     )
     tensor_parallel_size: int | None = Field(default=None, ge=1, le=64, description="GPUs that share the model.")
     max_loras: int | None = Field(
-        default=None, ge=0, le=64, description="Adapters that the engine holds at the same time; 0: none."
+        default=None,
+        ge=0,
+        le=64,
+        description="Adapters that the engine works with at the same time; more of them take turns. 0: none.",
     )
     max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] | None = Field(
         default=None, description="Highest rank of an adapter."
