@@ -31,7 +31,7 @@ from tests.server import Answer, Server, serving
 
 LLAMA = "local:tiny-llama"
 MINILM = "local:all-minilm-l6-v2"
-START_S = 420.0
+START_S = 600.0
 #: Tools need a parser, whichever; compiling the small embedding model takes longer than it saves here.
 DEPLOYS = (
     {"model_id": LLAMA, "options": {"tool_call_parser": "hermes"}},

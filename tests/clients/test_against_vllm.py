@@ -20,7 +20,7 @@ from modelyard.gateway.envelope import REFUSED
 from tests.clients.service import LLAMA, MINILM, Service
 from tests.server import Answer
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
 README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
 #: What is another with every request, wherever it stands; it must be of the same type in both answers.

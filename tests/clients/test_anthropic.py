@@ -9,7 +9,7 @@ import pytest
 
 from tests.clients.service import LLAMA, Service
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ASKED: Any = {
     "extra_body": {"temperature": 0},

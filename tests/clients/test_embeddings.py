@@ -13,7 +13,7 @@ import pytest
 
 from tests.clients.service import MINILM, Service
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
 STORY = "a river runs from the hills past mills and meadows under nine bridges to the grey sea"
 WORDS = STORY.split()

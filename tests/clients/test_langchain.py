@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from tests.clients.service import LLAMA, MINILM, Service
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
 QUESTION = "Name three rivers."
 

@@ -17,7 +17,7 @@ import yaml
 from tests.clients.service import LLAMA, Service, openai_client
 from tests.fixtures import missing
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
 QUESTION = "Name three rivers."
 Llm = Callable[..., str]

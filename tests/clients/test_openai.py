@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 
 from tests.clients.service import LLAMA, MINILM, Service, until
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
 MESSAGES: Any = [{"role": "user", "content": "Name three rivers."}]
 LONG: Any = {"ignore_eos": True}
