@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from modelyard.auth import access
+from modelyard.http import PLAIN_TEXT_PATHS
 from modelyard.settings import Settings
 from tests.server import Server, run_modelyard, serving
 from tests.walk import application, every_path, other_ending
@@ -177,7 +178,9 @@ def test_with_a_key_every_route_but_health_wants_it(locked_server: Server, ways:
                 let_in.add(way)
                 continue
             assert bare.headers["www-authenticate"] == "Bearer"
-            if method != "HEAD":
+            if way.removesuffix("/") in PLAIN_TEXT_PATHS:
+                assert bare.headers["content-type"].startswith("text/plain")
+            elif method != "HEAD":
                 assert bare.error_code == wrong.error_code == "unauthorized"
                 assert bare.json()["error"]["type"] == "authentication_error"
     assert let_in == {"/health", "/health/"}
