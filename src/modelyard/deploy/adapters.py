@@ -28,9 +28,10 @@ WEIGHTS = "adapter_model.safetensors"
 #: What vLLM takes as --max-lora-rank.
 MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 #: Weights above this size are not read for numbers that are none: a request waits for the check.
-MAX_READ_BYTES = 1024**3
+MAX_READ_BYTES = 256 * 1024**2
 _MAX_CONFIG_BYTES = 1024**2
-_READ_BYTES = 4 * 1024**2
+# Small, since nothing else of the server runs while a block is looked at.
+_READ_BYTES = 512 * 1024
 
 _MERGE = "Merge it into its base (PEFT: merge_and_unload) and deploy the result, or train it again without."
 _DAMAGED = "Save or download it again."
