@@ -13,8 +13,10 @@ import pytest
 
 from modelyard.deploy import actions, succession
 from modelyard.deploy.tables import Strategy, Wanted
-from modelyard.errors import EngineStarting, ModelNotFound
+from modelyard.errors import Conflict, EngineStarting, ModelNotFound
+from modelyard.jobs import actions as jobs
 from modelyard.jobs.tables import JobStatus
+from modelyard.models import actions as models
 from tests.deploy.yard import DeployYard, deploy_yard
 from tests.eventually import eventually
 
@@ -398,3 +400,165 @@ async def test_a_server_killed_while_an_old_model_drains_ends_it_all_the_same(tm
     async with deploy_yard(tmp_path) as again:
         assert (await again.ended(first)).status == JobStatus.KILLED
         assert (await again.deployment(first)).state == "STOPPED"
+
+
+async def test_an_adapter_whose_wish_was_taken_back_can_be_deleted_while_its_model_serves(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/a", misbehave={"slow_load": 0.5, "fail_load": {"org/bad": "no"}})
+        for adapter_id in ("org/bad", "org/poems"):
+            await yard.add_adapter(adapter_id, "org/a")
+        job_id = await yard.deploy("org/a")
+        await yard.becomes(job_id, "READY")
+        await yard.deploy("org/a", ["org/bad"])
+        await eventually(lambda: _refused(yard, job_id), "the adapter is refused")
+
+        async def deleted(adapter_id: str) -> bool:
+            try:
+                async with yard.sessions.begin() as session:
+                    await models.delete(session, adapter_id)
+            except Conflict:
+                return False
+            return True
+
+        await eventually(lambda: deleted("org/bad"), "what did not load is not held any more")
+        async with yard.sessions.begin() as session:  # both wishes are there before the task looks
+            await actions.deploy(session, actions.Wish("org/a", ["org/poems"]))
+            await actions.deploy(session, actions.Wish("org/a"))
+        yard.told()
+        await eventually(lambda: deleted("org/poems"), "what was wanted for a moment is not held any more")
+        assert (await yard.deployment(job_id)).state == "READY"
+
+
+async def _refused(yard: DeployYard, job_id: Any) -> bool:
+    return (await yard.deployment(job_id)).adapter_failure is not None
+
+
+async def test_an_engine_that_dies_while_it_loads_an_adapter_does_not_take_the_wish_with_it(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/a", misbehave={"slow_load": 1.0, "starts": [1]})
+        await yard.add_adapter("org/poems", "org/a")
+        job_id = await yard.deploy("org/a")
+        await yard.becomes(job_id, "READY")
+        await yard.deploy("org/a", ["org/poems"])
+        await eventually(
+            lambda: any(one["path"].endswith("load_lora_adapter") for one in yard.record("org/a", "request")),
+            "the adapter is being loaded",
+        )
+        os.kill(yard.record("org/a", "start")[0]["pid"], signal.SIGKILL)
+        await served(yard, job_id, "org/poems")
+        assert (await yard.deployment(job_id)).adapter_failure is None
+
+
+async def test_other_adapters_wanted_while_an_engine_restarts_without_one_are_not_forgotten(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        bad = {"slow_load": 1.0, "fail_load": {"org/poems": "not this time"}, "starts": [2]}
+        await yard.add_model("org/a", misbehave=bad)
+        await yard.add_adapter("org/poems", "org/a")
+        await yard.add_adapter("org/prose", "org/a")
+        job_id = await yard.deploy("org/a", ["org/poems"])
+        await yard.becomes(job_id, "READY")
+        loads = len(yard.record("org/a", "request"))
+        os.kill(yard.record("org/a", "start")[0]["pid"], signal.SIGKILL)
+        await eventually(
+            lambda: any("load_lora" in one["path"] for one in yard.record("org/a", "request")[loads:]),
+            "the adapter is being loaded again",
+        )
+        await yard.deploy("org/a", ["org/prose"])
+        await served(yard, job_id, "org/prose")
+        assert (await yard.deployment(job_id)).adapter_ids == ["org/prose"]
+
+
+async def test_nobody_leaves_for_a_model_that_was_interrupted_before_it_was_ready(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/a")
+        await yard.add_model("org/b", misbehave={"start_delay_s": 0.5})
+        first = await yard.deploy("org/a")
+        await yard.becomes(first, "READY")
+        second = await yard.deploy("org/b")
+        await eventually(lambda: yard.record("org/b", "start"), "the second engine starts")
+        async with yard.sessions.begin() as session:  # the wish is there, and its task has not heard of it
+            await jobs.interrupt(session, second)
+        assert (await yard.ended(second)).status == JobStatus.KILLED
+        row = await yard.deployment(first)
+        assert (row.state, row.wanted) == ("READY", Wanted.UP)
+
+
+@pytest.mark.parametrize("strategy", [Strategy.AUTO, Strategy.REPLACE])
+async def test_a_model_that_is_to_be_kept_after_all_stays(tmp_path: Path, strategy: Strategy) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/a")
+        await yard.add_model("org/b", misbehave={"start_delay_s": 0.5})
+        first = await yard.deploy("org/a")
+        await yard.becomes(first, "READY")
+        second = await yard.deploy("org/b")
+        assert await yard.deploy("org/b", strategy=strategy, keep_others=True) == second
+        await yard.becomes(second, "READY")
+        row = await yard.deployment(first)
+        assert (row.state, row.wanted) == ("READY", Wanted.UP)
+
+
+async def test_an_idle_deployment_that_is_deployed_again_starts_and_takes_the_others_place(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/a")
+        await yard.add_model("org/b")
+        first = await yard.deploy("org/a", idle_timeout_s=0.3)
+        second = await yard.deploy("org/b", keep_others=True)
+        await yard.becomes(second, "READY")
+        await yard.becomes(first, "IDLE")
+        assert await yard.deploy("org/a") == first
+        await yard.becomes(first, "READY")
+        assert (await yard.ended(second)).status == JobStatus.KILLED
+
+
+async def test_a_deployment_about_to_rest_that_is_deployed_again_takes_the_others_place(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/a")
+        await yard.add_model("org/b")
+        second = await yard.deploy("org/b")
+        await yard.becomes(second, "READY")
+        first = await yard.deploy("org/a", keep_others=True, idle_timeout_s=0.3)
+        await yard.becomes(first, "DRAINING")
+        assert await yard.deploy("org/a") == first
+        assert (await yard.ended(second)).status == JobStatus.KILLED
+        assert (await yard.deployment(first)).state == "READY"
+
+
+async def test_a_request_that_reached_a_deployment_about_to_rest_ends_whole_when_another_takes_its_place(
+    tmp_path: Path,
+) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/a", misbehave={"chunk_ms": 100})
+        await yard.add_model("org/b")
+        first = await yard.deploy("org/a", idle_timeout_s=0.3)
+        await yard.becomes(first, "READY")
+        target = await yard.routing.resolve("default", "generate")
+        await yard.becomes(first, "DRAINING")
+        with yard.routing.request(target):
+            answer = asyncio.create_task(ask(target.url, "org/a", max_tokens=15))
+            await yard.deploy("org/b")
+            assert (await answer)[0] == 200
+        assert (await yard.ended(first)).status == JobStatus.KILLED
+
+
+async def test_a_server_killed_right_after_a_failure_brings_back_what_had_left_for_it(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/a")
+        await yard.add_model("org/bad", misbehave={"die_at_start": {"stderr": "ValueError: no"}})
+        first = await yard.deploy("org/a")
+        await yard.becomes(first, "READY")
+        await yard.take_down(first)
+        await yard.ended(first)
+    async with deploy_yard(tmp_path) as yard, yard.sessions.begin() as session:
+        # As such a server leaves it: what failed is written down, and nothing that follows from it.
+        job, _ = await actions.deploy(session, actions.Wish("org/bad"))
+        row = await actions.of_job(session, job.id)
+        old = await actions.of_job(session, first)
+        row.state, row.wanted, row.replaces = "FAILED", Wanted.DOWN, [str(old.id)]
+    async with deploy_yard(tmp_path) as yard:
+        assert (await yard.ended(job.id)).status == JobStatus.FAILED
+
+        async def back() -> bool:
+            async with yard.sessions.read() as session:
+                return [one.model_id for one in await succession.live(session)] == ["org/a"]
+
+        await eventually(back, "the first model is wanted again")

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -163,7 +164,7 @@ async def test_an_engine_that_keeps_dying_is_given_up_with_its_cause(tmp_path: P
 
 async def test_restarts_wait_twice_as_long_each_time(tmp_path: Path) -> None:
     async with deploy_yard(tmp_path, engine_max_restarts=3, engine_restart_delay_s=0.2) as yard:
-        await yard.add_model("org/tiny", misbehave={"die_after_s": 0.2})
+        await yard.add_model("org/tiny", misbehave={"die_after_s": 1.0})  # by then it has been ready
         job_id = await yard.deploy("org/tiny")
         await yard.ended(job_id)
         events = await yard.events(job_id)
@@ -381,3 +382,15 @@ async def test_an_engine_is_ended_when_its_health_stays_bad(tmp_path: Path, monk
         await yard.becomes(job_id, "READY")
         warnings = [event.message for event in await yard.events(job_id) if event.level == "warning"]
         assert "silent" in warnings[0]
+
+
+async def test_the_private_folder_of_an_engine_that_was_about_to_start_is_not_left_behind(tmp_path: Path) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="modelyard-engine-"))
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/tiny")
+        async with yard.sessions.begin() as session:  # as a server leaves it that was killed before it started one
+            job, _ = await actions.deploy(session, actions.Wish("org/tiny"))
+            (await actions.of_job(session, job.id)).engine_url = f"unix:{folder}/engine.sock"
+        yard.told()
+        await yard.becomes(job.id, "READY")
+        assert not folder.exists()

@@ -207,14 +207,19 @@ class DeployYard:
 
 @asynccontextmanager
 async def deploy_yard(data_dir: Path, **values: Any) -> AsyncIterator[DeployYard]:
-    """Run the parts for as long as the block lasts, and end them in good order."""
+    """Run the parts, started as the server starts them, for as long as the block lasts; end them in good order."""
     settings = make_settings(data_dir, **values)
     foundation = Foundation(settings)
     foundation.lay()
     sessions = Sessions(foundation.url)
-    routing = Routing(sessions)
-    supervisor = Supervisor(settings, sessions, Children(foundation.owner_lock, settings.grace_s), routing)
+    routing = Routing(sessions, settings.engine_wake_timeout_s)
+    children = Children(foundation.owner_lock, settings.grace_s)
+    supervisor = Supervisor(settings, sessions, children, routing)
     runner = JobRunner(sessions, {actions.KIND: supervisor.serve}, {}, settings.jobs_dir)
+    async with sessions.begin() as session:
+        await actions.end_forgotten(session)
+    await children.end_strays(await runner.folders_in_use())
+    await supervisor.check_before_serving()
     running = tasks.spawn("runner", runner.run(), eternal=True)
     try:
         yield DeployYard(settings, sessions, routing, runner, supervisor)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import delete, select
+from sqlalchemy import ColumnElement, and_, delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from modelyard.db import exclusively, utcnow
@@ -76,6 +76,10 @@ async def deploy(session: AsyncSession, wish: Wish) -> tuple[Job, list[UUID]]:
         job = await jobs.get(session, same.job_id)
         same.strategy, same.idle_timeout_s = wish.strategy, wish.idle_timeout_s
         same.current_at = utcnow()
+        if same.state in (DeploymentState.IDLE, DeploymentState.DRAINING):
+            same.wake_requested = True  # whoever deploys waits for READY
+        if wish.keep_others:
+            await succession.keep_those_that_stay(session, same)
         if same.adapter_ids != adapter_ids:
             await _want_adapters(session, same, job, adapter_ids)
     touched = await succession.take_the_place_of(session, same, job, others)
@@ -173,14 +177,20 @@ async def _hold(session: AsyncSession, deployment_id: UUID, model_ids: Sequence[
     await session.flush()
 
 
+async def holds_more_than_it_needs(session: AsyncSession, deployment: Deployment) -> bool:
+    """Whether a deployment holds adapters that it neither wants nor serves."""
+    more = select(DeploymentModel.model_id).where(_not_needed(deployment)).limit(1)
+    return (await session.scalar(more)) is not None
+
+
 async def let_go_of_adapters(session: AsyncSession, deployment: Deployment) -> None:
     """Let go of the adapters that a deployment neither wants nor serves."""
+    await session.execute(delete(DeploymentModel).where(_not_needed(deployment)))
+
+
+def _not_needed(deployment: Deployment) -> ColumnElement[bool]:
     needed = {deployment.model_id, *deployment.adapter_ids, *(one["adapter_id"] for one in deployment.loaded)}
-    await session.execute(
-        delete(DeploymentModel).where(
-            DeploymentModel.deployment_id == deployment.id, DeploymentModel.model_id.not_in(needed)
-        )
-    )
+    return and_(DeploymentModel.deployment_id == deployment.id, DeploymentModel.model_id.not_in(needed))
 
 
 async def current(session: AsyncSession, task: str | None = None) -> Deployment:
@@ -201,6 +211,16 @@ async def _last_failure(session: AsyncSession) -> str:
     if job is None or job.failure_message is None:
         return ""
     return f"The last deployment, {job.name} (job {job.id}), failed: {job.failure_message} {job.failure_hint}".strip()
+
+
+async def is_wanted(session: AsyncSession, deployment: Deployment) -> bool:
+    """Whether a deployment is wanted in service: neither it nor its job was asked to end."""
+    return deployment.wanted == Wanted.UP and not (await jobs.get(session, deployment.job_id)).interrupt_requested
+
+
+def no_engine() -> dict[str, Any]:
+    """Return what a deployment without an engine has in the columns that tell of one."""
+    return {"engine_url": None, "memory_bytes": None, "loaded": []}
 
 
 async def of_job(session: AsyncSession, job_id: UUID) -> Deployment:
@@ -241,5 +261,7 @@ async def end_forgotten(session: AsyncSession) -> None:
     for deployment in (await session.scalars(forgotten)).all():
         deployment.wanted = Wanted.DOWN
         deployment.state = DeploymentState.FAILED
-        deployment.engine_url = None
+        deployment.ended_at = utcnow()
+        for name, value in no_engine().items():
+            setattr(deployment, name, value)
         await release(session, deployment.id)

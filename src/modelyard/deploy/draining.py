@@ -36,6 +36,10 @@ class Requests:
         self._leaving.clear()
         self.asked()
 
+    def engine_is_gone(self) -> None:
+        """Nothing waits for the requests of an engine that has ended."""
+        self._leaving.clear()
+
     def asked(self) -> None:
         """Note that somebody asks right now."""
         self._asked_at = time.monotonic()

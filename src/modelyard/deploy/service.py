@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Awaitable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from modelyard.db import utcnow
-from modelyard.deploy import actions, attempts, loading, succession
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from modelyard.db import exclusively, utcnow
+from modelyard.deploy import actions, attempts, loading, scratch, succession
 from modelyard.deploy.draining import Requests
 from modelyard.deploy.engine_client import EngineClient, Health
 from modelyard.deploy.failures import explain
@@ -80,6 +80,7 @@ class Service:
         if self.row.state == DeploymentState.STOPPED:
             raise JobInterrupted  # the server was killed between the end of the deployment and that of its job
         if self.row.state == DeploymentState.FAILED:
+            await self._restore_what_left()
             raise await self._cause()
         try:
             await self._take_up()
@@ -97,7 +98,8 @@ class Service:
         except Exception as error:  # whatever it was, no engine may be left without a deployment
             if self.child is not None:
                 await self.child.stop()
-            await self._end(DeploymentState.FAILED, error.code if isinstance(error, JobFailure) else "internal_error")
+            to = DeploymentState.STOPPED if self.row.state == DeploymentState.STOPPING else DeploymentState.FAILED
+            await self._end(to, error.code if isinstance(error, JobFailure) else "internal_error")
             await self._restore_what_left()
             raise
 
@@ -119,14 +121,16 @@ class Service:
         elif step == Step.CHECK_HEALTH:
             await self._check_health()
         elif step == Step.BACK_OFF:
-            await self._back_off()
+            assert self.child is not None
+            self.outcome = await self.child.wait()
+            await self._back_off(await self._cause())
         elif step == Step.DRAIN:
             await self._drain()
         elif step == Step.RESUME:
-            await self._move(DeploymentState.READY, "a request came", wake_requested=False)
+            await self._become_ready("a request came")
         elif step == Step.REST:
             await self._stop_engine()
-            await self._move(DeploymentState.IDLE, "nobody asked for a while", engine_url=None, memory_bytes=None)
+            await self._move(DeploymentState.IDLE, "nobody asked for a while", **actions.no_engine())
             await self.context.event("Resting: the engine has ended, and the next request starts one.")
             self.yard.stir()
         elif step == Step.WAKE:
@@ -151,6 +155,10 @@ class Service:
             if row.wanted == Wanted.UP:
                 _, rows = await actions.model_rows(session, row)
                 self.adapters = [Adapter(one.model_id, self.settings.models_dir / one.path) for one in rows]
+            holds_more = not self.requests.are_leaving and await actions.holds_more_than_it_needs(session, row)
+        if holds_more:
+            async with self.yard.sessions.begin() as session:
+                await actions.let_go_of_adapters(session, await actions.of_job(session, self.context.id))
         wanted = Wanted(row.wanted)
         if wanted == Wanted.UP and self.context.interrupted.is_set():
             wanted = Wanted.DOWN
@@ -181,9 +189,7 @@ class Service:
     async def _take_up(self) -> None:
         """Find what an earlier server left of this deployment."""
         folder = attempts.newest(self.context.folder)
-        if folder is None:
-            return
-        child = await self.yard.children.adopt(folder)
+        child = await self.yard.children.adopt(folder) if folder is not None else None
         if child is not None and child.is_alive and self.row.engine_url is not None:
             self.child = child
             self._talk_to(self.row.engine_url)
@@ -192,8 +198,10 @@ class Service:
             self.requests.leave(name for name in await self.client.names() or [] if "@" in name and name not in kept)
             await self.context.event("Adopted the running engine after a restart of the server.")
             return
+        await asyncio.to_thread(scratch.remove, self.row.engine_url)
         if self.row.state in (DeploymentState.READY, DeploymentState.DRAINING):
             await self._move(DeploymentState.STARTING, ENGINE_GONE)
+        await self._write(**actions.no_engine())
 
     def _talk_to(self, url: str) -> None:
         self.client = EngineClient(url)
@@ -201,8 +209,12 @@ class Service:
 
     async def _make_room(self) -> None:
         async with self.yard.sessions.begin() as session:
+            await exclusively(session, actions.KIND)
+            row = await actions.of_job(session, self.context.id)
+            if not await actions.is_wanted(session, row):
+                return  # nobody leaves for what does not come
             why = f"Leaves before {self.row.model_id} starts: there is not enough memory for both."
-            touched = await succession.drain_replaced(session, await actions.of_job(session, self.context.id), why)
+            touched = await succession.drain_replaced(session, row, why)
         self.yard.routing.changed()
         self.yard.stir()
         await self.context.event(
@@ -212,20 +224,19 @@ class Service:
 
     async def _start(self) -> None:
         number, folder = attempts.following(self.context.folder)
-        # A short path: a socket's may have no more than 107 bytes.
-        scratch = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="modelyard-engine-"))
-        url = f"unix:{socket_path(scratch)}"
+        private = scratch.new_path()
+        url = f"unix:{socket_path(private)}"
+        async with self.yard.sharing_memory:
+            if await self.fitting.room(self.row) != Room.THERE:  # another one was quicker
+                return
+            command, memory_bytes = await self.fitting.command(
+                self.row, self.settings.engine_python or Path(sys.executable), private
+            )
+            await self._move(
+                DeploymentState.STARTING, f"attempt {number}", engine_url=url, memory_bytes=memory_bytes, loaded=[]
+            )
         try:
-            async with self.yard.sharing_memory:
-                if await self.fitting.room(self.row) != Room.THERE:  # another one was quicker
-                    await asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True)
-                    return
-                command, memory_bytes = await self.fitting.command(
-                    self.row, self.settings.engine_python or Path(sys.executable), scratch
-                )
-                await self._move(
-                    DeploymentState.STARTING, f"attempt {number}", engine_url=url, memory_bytes=memory_bytes, loaded=[]
-                )
+            private.mkdir(mode=0o700)
             await asyncio.to_thread(attempts.begin_log, self.context.log, number, command.argv)
             self.child = await self.yard.children.start(
                 folder,
@@ -233,9 +244,12 @@ class Service:
                 log=self.context.log,
                 stop_timeout_s=self.settings.engine_stop_timeout_s,
             )
-        except BaseException:
+        except BaseException as error:
             if self.child is None:
-                await asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True)
+                await asyncio.to_thread(scratch.remove, url)
+            if isinstance(error, RuntimeError):
+                await self._back_off(not_started(error))
+                return
             raise
         self._talk_to(url)
         self.started_at = self.told_at = time.monotonic()
@@ -276,11 +290,17 @@ class Service:
         """Load the adapters. One that fails ends a first start; a restarted engine goes on without it, and says so."""
         assert self.client is not None
         wanted, refused = self.adapters, None
+        asked = [one.adapter_id for one in wanted]
         while True:
             try:
                 loaded = await self._unless_it_ends(loading.load(self.client, wanted, []))
             except AdapterRefused as error:
+                if not await self._is_well():
+                    return
                 if not self.was_ready:
+                    async with self.yard.sessions.read() as session:
+                        if (await actions.of_job(session, self.context.id)).adapter_ids != asked:
+                            return  # it is not wanted any more
                     raise error.failure from None
                 refused = error
                 wanted = [one for one in wanted if one.adapter_id != error.adapter_id]
@@ -289,8 +309,24 @@ class Service:
         if loaded is None:
             return  # the engine ended, or is not wanted any more
         if refused is not None:
-            await self._take_back(refused, [one.adapter_id for one in wanted])
+            await self._take_back(refused, [one.adapter_id for one in wanted], asked)
         await self._ready(loaded)
+
+    async def _is_well(self) -> bool:
+        """Whether the engine still answers: what one that dies says of an adapter is no word on the adapter."""
+        assert self.client is not None
+        health = await self._unless_it_ends(self.client.health())
+        await self._count_unwell(health)
+        if health != Health.GOOD:
+            await self._sleep(PROBE_EVERY_S, stir=False)
+        return health == Health.GOOD
+
+    async def _count_unwell(self, health: Health | None) -> None:
+        assert self.child is not None
+        self.unwell = 0 if health == Health.GOOD else self.unwell + 1
+        if self.unwell >= UNWELL_LIMIT and self.child.is_alive:
+            await self.context.event(f"The engine has been {health} for a while; ending it.", level="warning")
+            await self.child.stop()
 
     def _waited_s(self) -> float:
         return time.monotonic() - self.started_at
@@ -300,22 +336,26 @@ class Service:
         self.was_ready = True
         self.unwell = 0
         self.stable_at = time.monotonic() + STABLE_S
+        if await self._become_ready("it generated a token", ready_at=utcnow(), loaded=loaded):
+            await self.context.event(
+                f"Ready: {self.row.model_id} did its first work after {seconds:.1f} s.",
+                data={"state": "READY", "seconds": seconds},
+            )
+
+    async def _become_ready(self, reason: str, **values: object) -> bool:
+        """Let requests in, and have those leave that it replaces; return False if it is not wanted any more."""
         async with self.yard.sessions.begin() as session:
-            # In one transaction: at no moment does nobody serve.
-            row = await actions.of_job(session, self.context.id)
-            if row.wanted != Wanted.UP:
-                return
-            await move(session, Deployment, row.id, "state", MOVES, DeploymentState.READY, "it generated a token")
-            row.ready_at, row.loaded, row.wake_requested = utcnow(), loaded, False
+            # In one transaction, so that at no moment nobody serves, and with no wish beside it: a wish that found it
+            # not ready would be followed by nobody.
+            await exclusively(session, actions.KIND)
+            if not await actions.is_wanted(session, await actions.of_job(session, self.context.id)):
+                return False
+            row = await self._move_in(session, DeploymentState.READY, reason, wake_requested=False, **values)
             await succession.let_go_of_replaced(session, row)
-            self.row = row
         self.yard.routing.changed()
         self.yard.stir()
         self.requests.asked()
-        await self.context.event(
-            f"Ready: {self.row.model_id} did its first work after {seconds:.1f} s.",
-            data={"state": "READY", "seconds": seconds},
-        )
+        return True
 
     async def _change_adapters(self) -> None:
         """Load what is wanted, name it to clients, and have what is not wanted leave when its requests have ended."""
@@ -324,7 +364,8 @@ class Service:
         try:
             loaded = await self._unless_it_ends(loading.load(self.client, wanted, before))
         except AdapterRefused as error:
-            await self._take_back(error, [one["adapter_id"] for one in before], [one.adapter_id for one in wanted])
+            if await self._is_well():
+                await self._take_back(error, [one["adapter_id"] for one in before], [one.adapter_id for one in wanted])
             return
         if loaded is None:
             return
@@ -334,11 +375,12 @@ class Service:
         served = ", ".join(one["adapter_id"] for one in loaded) or "none"
         await self.context.event(f"Adapters in service: {served}.", data={"adapters": loaded})
 
-    async def _take_back(self, refused: AdapterRefused, adapter_ids: list[str], asked: list[str] | None = None) -> None:
+    async def _take_back(self, refused: AdapterRefused, adapter_ids: list[str], asked: list[str]) -> None:
         """Want only the adapters that work, unless something else is wanted meanwhile."""
         async with self.yard.sessions.begin() as session:
+            await exclusively(session, actions.KIND)
             row = await actions.of_job(session, self.context.id)
-            if asked is None or row.adapter_ids == asked:
+            if row.adapter_ids == asked:
                 row.adapter_ids, row.adapter_failure = adapter_ids, refused.as_row()
                 job = await jobs.get(session, row.job_id)
                 job.name = actions.job_name(row.model_id, adapter_ids)
@@ -362,21 +404,14 @@ class Service:
                 return
         for name in await self.requests.those_that_left():
             await self.client.unload_adapter(name, loading.UNLOAD_TIMEOUT_S)
-            if not self.requests.are_leaving:
-                async with self.yard.sessions.begin() as session:
-                    await actions.let_go_of_adapters(session, await actions.of_job(session, self.context.id))
         if self.row.idle_timeout_s is not None:
             await self.requests.look()
         if time.monotonic() - self.looked_at < HEALTH_EVERY_S:
             return
         self.looked_at = time.monotonic()
-        health = await self._unless_it_ends(self.client.health())
-        self.unwell = 0 if health == Health.GOOD else self.unwell + 1
         if self.row.restarts and time.monotonic() > self.stable_at:
             await self._write(restarts=0)
-        if self.unwell >= UNWELL_LIMIT and self.child.is_alive:
-            await self.context.event(f"The engine has been {health} for a while; ending it.", level="warning")
-            await self.child.stop()
+        await self._count_unwell(await self._unless_it_ends(self.client.health()))
 
     async def _drain(self) -> None:
         """Keep new requests away, and look how many of the others are left."""
@@ -402,17 +437,15 @@ class Service:
         if self.client is not None:
             await self.client.close()
             self.client = None
+        self.requests.engine_is_gone()
 
-    async def _back_off(self) -> None:
-        assert self.child is not None
-        self.outcome = await self.child.wait()
-        cause = await self._cause()
+    async def _back_off(self, cause: JobFailure) -> None:
+        if not self.was_ready or self.row.restarts >= self.settings.engine_max_restarts:
+            raise cause
         delay_s = min(self.settings.engine_restart_delay_s * 2**self.row.restarts, LONGEST_DELAY_S)
         await self._stop_engine()
         restarts = self.row.restarts + 1
-        await self._move(
-            DeploymentState.BACKOFF, cause.code, restarts=restarts, engine_url=None, memory_bytes=None, loaded=[]
-        )
+        await self._move(DeploymentState.BACKOFF, cause.code, restarts=restarts, **actions.no_engine())
         self.delay_until = time.monotonic() + delay_s
         await self.context.event(
             f"The engine died. {cause.message} It is started again in {delay_s:.0f} s "
@@ -432,10 +465,12 @@ class Service:
     async def _end(self, to: DeploymentState, reason: str) -> None:
         """Write the end, and let go of the models."""
         self.child = None
-        wanted = self._leaves()
-        await self._move(to, reason, wanted=wanted, engine_url=None, memory_bytes=None, loaded=[], ended_at=utcnow())
+        values = {"wanted": self._leaves(), "ended_at": utcnow(), **actions.no_engine()}
         async with self.yard.sessions.begin() as session:
-            await actions.release(session, self.row.id)
+            # In one transaction: a server that is killed between the two would leave the models held for ever.
+            row = await self._move_in(session, to, reason, **values)
+            await actions.release(session, row.id)
+        self.yard.routing.changed()
         self.yard.stir()
 
     async def _restore_what_left(self) -> None:
@@ -465,14 +500,18 @@ class Service:
     async def _move(self, to: DeploymentState, reason: str, **values: object) -> None:
         """Write a state and its columns; being there already only writes the columns."""
         async with self.yard.sessions.begin() as session:
-            row = await actions.of_job(session, self.context.id)
-            if row.state != to:
-                await move(session, Deployment, row.id, "state", MOVES, to, reason)
-                await session.refresh(row)
-            for name, value in values.items():
-                setattr(row, name, value)
-            self.row = row
+            await self._move_in(session, to, reason, **values)
         self.yard.routing.changed()
+
+    async def _move_in(self, session: AsyncSession, to: DeploymentState, reason: str, **values: object) -> Deployment:
+        row = await actions.of_job(session, self.context.id)
+        if row.state != to:
+            await move(session, Deployment, row.id, "state", MOVES, to, reason)
+            await session.refresh(row)
+        for name, value in values.items():
+            setattr(row, name, value)
+        self.row = row
+        return row
 
     async def _unless_it_ends(self, question: Awaitable[T]) -> T | None:
         """Await the engine's answer, but no longer than it lives and is wanted."""
@@ -509,3 +548,12 @@ class Service:
             for task in reasons:
                 task.cancel()
             await asyncio.gather(*reasons, return_exceptions=True)
+
+
+def not_started(error: RuntimeError) -> JobFailure:
+    """Return the failure of an engine of which not even the process came to be."""
+    return JobFailure(
+        "engine_not_started",
+        f"The engine's process could not be started: {error}.",
+        "Look whether the machine has memory and processes left, and deploy again.",
+    )

@@ -47,7 +47,7 @@ async def take_the_place_of(
     is_ready = new.state == DeploymentState.READY
     replaces = list(new.replaces)
     for old in others:
-        serves = old.state == DeploymentState.READY
+        serves = old.state in (DeploymentState.READY, DeploymentState.DRAINING)
         if is_ready or not serves or new.strategy == Strategy.REPLACE:
             touched.append(await take_down(session, old, Wanted.DRAINED if serves else Wanted.DOWN))
             await jobs.append_event(session, old.job_id, f"Replaced by {job.name}.", data={"replaced_by": str(job.id)})
@@ -82,6 +82,12 @@ async def replaced_by(session: AsyncSession, deployment: Deployment) -> Sequence
 async def staying(session: AsyncSession, deployment: Deployment) -> Sequence[Deployment]:
     """Return those that leave for a deployment only when it is ready: they could leave before."""
     return [one for one in await replaced_by(session, deployment) if one.wanted == Wanted.UP and one.state in LIVE]
+
+
+async def keep_those_that_stay(session: AsyncSession, deployment: Deployment) -> None:
+    """Have nobody leave for a deployment any more; those that have begun to are not called back."""
+    stay = {str(one.id) for one in await staying(session, deployment)}
+    deployment.replaces = [one for one in deployment.replaces if one not in stay]
 
 
 async def leaving(session: AsyncSession, deployment: Deployment) -> Sequence[Deployment]:
