@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import socket
+import sqlite3
 import subprocess
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.datasets.forms import FORM_HEADERS, bad_at, chat, form, jsonl, part, questions, upload
+from tests.eventually import PATIENCE_S
 from tests.fixtures import S3Server
 from tests.server import Server, serving
 
@@ -206,3 +212,134 @@ def test_what_is_no_dataset_has_a_clear_answer_and_leaves_nothing(
 def test_what_is_sent_as_something_else_than_a_form_is_refused(server: Server, content_type: str, code: str) -> None:
     answer = server.request("POST", UPLOAD, body=b"{}", headers={"Content-Type": content_type})
     assert (answer.status, answer.error_code) == (400, code)
+
+
+def test_the_report_and_the_rows_are_those_of_the_file(server: Server) -> None:
+    data = b"\n" + questions(50_000) + jsonl({"prompt": "last", "completion": "one"})[:-1]
+    dataset = put(server, data, f"?description=x&parent_id={put(server, questions(1))['id']}")
+    path = f"/api/v1/datasets/{dataset['id']}"
+    assert dataset["parent_id"] is not None
+    report = server.get(f"{path}/report").json()
+    assert (report["rows"], report["blank_lines"], report["format"]) == (50_001, 1, "mixed")
+    first = server.get(f"{path}/rows?limit=2").json()
+    assert first["rows"][0] == {"line": 2, "format": "messages", **chat("What is 0 plus one?", "1")}
+    assert (first["offset"], first["next_offset"], first["total"]) == (0, 2, 50_001)
+    middle = server.get(f"{path}/rows?offset=45000&limit=1").json()["rows"]
+    assert middle == [{"line": 45_002, "format": "messages", **chat("What is 45000 plus one?", "45001")}]
+    last = server.get(f"{path}/rows?offset=50000").json()
+    assert last["rows"] == [{"line": 50_002, "format": "prompt_completion", **chat("last", "one")}]
+    assert last["next_offset"] is None
+    assert server.get(f"{path}/rows?offset=50001").json()["rows"] == []
+    assert server.get(f"{path}/rows?limit=0").error_code == "invalid_value"
+
+
+def test_rows_leave_out_the_lines_that_were_skipped(server: Server) -> None:
+    dataset = put(server, bad_at([1, 3], 5), "?on_error=skip")
+    page = server.get(f"/api/v1/datasets/{dataset['id']}/rows").json()
+    assert [row["line"] for row in page["rows"]] == [2, 4, 5]
+    assert server.get(f"/api/v1/datasets/{dataset['id']}/report").json()["problems"]["total"] == 2
+
+
+def test_a_parent_must_be_there_and_may_go_before_its_child(server: Server) -> None:
+    nobody = "00000000-0000-4000-8000-000000000000"
+    answer = server.request("POST", f"{UPLOAD}?parent_id={nobody}", body=upload(questions(1)), headers=FORM_HEADERS)
+    assert (answer.status, answer.json()["error"]["param"]) == (404, "parent_id")
+    parent = put(server, questions(1))
+    child = put(server, questions(2), f"?parent_id={parent['id']}")
+    assert server.delete(f"/api/v1/datasets/{parent['id']}").status == 200
+    assert server.get("/api/v1/datasets").json() == [child]
+
+
+@pytest.mark.parametrize(
+    ("sent", "shown"),
+    [
+        ("../../etc/passwd.jsonl", "passwd.jsonl"),
+        ("C:\\\\data\\\\train.jsonl", "train.jsonl"),
+        ("обучение 1.jsonl", "обучение 1.jsonl"),
+        ("a\x7fb;c.jsonl", "ab;c.jsonl"),
+    ],
+)
+def test_a_file_name_is_only_a_name(server: Server, sent: str, shown: str) -> None:
+    dataset = put(server, questions(1), filename=sent)
+    assert dataset["name"] == shown
+    header = server.get(f"/api/v1/datasets/{dataset['id']}/").headers["content-disposition"]
+    assert header.isascii()
+    assert header.count('"') == 2
+    assert sorted(objects(server)) == [f"{dataset['id']}/data.jsonl", f"{dataset['id']}/metadata.json"]
+
+
+def test_a_page_of_another_site_may_not_upload(server: Server) -> None:
+    for headers in ({"Origin": "https://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}):
+        answer = server.request("POST", UPLOAD, body=upload(questions(1)), headers=FORM_HEADERS | headers)
+        assert (answer.status, answer.error_code) == (403, "origin_not_allowed")
+    assert objects(server) == []
+
+
+def test_an_upload_that_breaks_off_leaves_nothing(server: Server) -> None:
+    body = upload(questions(100_000))
+    head = f"POST {UPLOAD} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {FORM_HEADERS['Content-Type']}\r\n"
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body[: len(body) // 2])
+        until(lambda: any(name.startswith(".incoming/") for name in objects(server)), "something of it is stored")
+    until(lambda: objects(server) == [], "nothing of it is stored")
+    assert server.get("/api/v1/datasets/").json() == []
+    assert "Traceback" not in server.log
+
+
+def test_what_is_too_large_is_refused_while_it_arrives_and_before_if_it_says_so(tmp_path: Path) -> None:
+    limit = 1024 * 1024
+    with serving(tmp_path / "data", MODELYARD_MAX_DATASET_GIB=str(limit / 1024**3)) as server:
+        data = questions(20_000)
+        assert len(data) > limit
+        announced = server.request("POST", UPLOAD, body=upload(data), headers=FORM_HEADERS)
+        streamed = server.request("POST", UPLOAD, body=iter([upload(data)]), headers=FORM_HEADERS)
+        for answer in (announced, streamed):
+            assert (answer.status, answer.error_code) == (413, "dataset_too_large")
+        assert objects(server) == []
+        put(server, data[: limit - 1000].rpartition(b"\n")[0])
+
+
+def test_a_server_killed_within_an_upload_leaves_what_the_next_start_removes(tmp_path: Path) -> None:
+    body = upload(questions(100_000))
+    head = f"POST {UPLOAD} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {FORM_HEADERS['Content-Type']}\r\n"
+    with serving(tmp_path / "data") as server:
+        kept = put(server, questions(3))
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body[: len(body) // 2])
+            until(lambda: any(name.startswith(".incoming/") for name in objects(server)), "something of it is stored")
+            server.kill()
+        (left,) = (server.data_dir / "objects" / ".incoming").iterdir()
+        # Killed a moment later its objects would have been there, and only their row not.
+        with closing(sqlite3.connect(server.data_dir / "modelyard.db")) as database:
+            (noted,) = database.execute("SELECT id FROM dataset_leftovers").fetchone()
+        folder = server.data_dir / "objects" / str(uuid.UUID(noted))
+        folder.mkdir()
+        (folder / "data.jsonl").write_bytes(b"{}")
+        os.utime(left, (0, 0))  # the store leaves what is younger than a minute to whoever may be writing it
+        server.start()
+        mine = [f"{kept['id']}/data.jsonl", f"{kept['id']}/metadata.json"]
+        until(lambda: objects(server) == mine, "only what has a row is stored")
+        assert server.get("/api/v1/datasets/").json() == [kept]
+        with closing(sqlite3.connect(server.data_dir / "modelyard.db")) as database:
+            until(lambda: not database.execute("SELECT id FROM dataset_leftovers").fetchall(), "no note is left")
+
+
+def test_a_store_that_is_away_is_said_and_nothing_is_kept(tmp_path: Path) -> None:
+    settings = {
+        "MODELYARD_STORAGE_URL": "s3://nowhere",
+        "MODELYARD_S3_ENDPOINT_URL": "http://127.0.0.1:9",
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "y",
+    }
+    with serving(tmp_path / "data", **settings) as server:
+        answer = server.request("POST", UPLOAD, body=upload(questions(5)), headers=FORM_HEADERS)
+        assert (answer.status, answer.error_code) == (503, "storage_unavailable")
+        assert server.get("/api/v1/datasets/").json() == []
+
+
+def until(condition: Callable[[], object], what: str) -> None:
+    """Wait until the condition is true."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"not in time: {what}"
+        time.sleep(0.01)

@@ -11,10 +11,10 @@ from fastapi import Depends, Header, Path, Query, Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
 
-from modelyard.datasets import actions, intake
+from modelyard.datasets import actions, intake, reading
 from modelyard.datasets.download import content_disposition, part_of
 from modelyard.datasets.multipart import FormFile
-from modelyard.datasets.schemas import DatasetOut
+from modelyard.datasets.schemas import DatasetOut, PageOut, ReportOut
 from modelyard.errors import BadRequest, TooLarge
 from modelyard.http import Sessions, Settings, documented, router
 from modelyard.storage import Storage as ObjectStorage
@@ -107,6 +107,33 @@ async def _body(request: Request) -> AsyncGenerator[bytes]:
             yield chunk
     except ClientDisconnect:
         raise BadRequest("The connection broke off within the upload.", code="upload_broken_off") from None
+
+
+@api.get("/{dataset_id}/report", summary="Get a dataset's report", responses=documented(404, 422, 503))
+async def get_report(dataset_id: DatasetId, sessions: Sessions, storage: Storage) -> ReportOut:
+    """Return what is in a dataset: rows, turns, roles, lengths, duplicates, warnings, and the lines left out."""
+    async with sessions.read() as session:
+        dataset = await actions.get(session, dataset_id)
+    return ReportOut.model_validate((await reading.about(storage, dataset)).report)
+
+
+@api.get("/{dataset_id}/rows", summary="Read rows", response_model=PageOut, responses=documented(404, 422, 503))
+async def get_rows(
+    dataset_id: DatasetId,
+    sessions: Sessions,
+    storage: Storage,
+    settings: Settings,
+    offset: Annotated[int, Query(ge=0, le=2**62, description="Rows to pass over.")] = 0,
+    limit: Annotated[int, Query(ge=1, le=1000, description="The most rows to return.")] = 20,
+) -> Response:
+    """Return rows as a training reads them: in the one canonical form, each with its line in the file.
+
+    A page ends early when it gets long; `next_offset` is where the next one begins, null at the end.
+    """
+    async with sessions.read() as session:
+        dataset = await actions.get(session, dataset_id)
+    page = await reading.page(storage, dataset, offset, limit, settings.dataset_line_mib * MIB)
+    return Response(page, media_type="application/json")
 
 
 @api.get(

@@ -8,7 +8,7 @@ from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_serializer
 
-from modelyard.datasets.conversations import Form, Kind
+from modelyard.datasets.forms import Form, Kind
 
 EXAMPLE: dict[str, JsonValue] = {
     "id": "01be6d68-f790-434b-aa6d-5bd492aef202",
@@ -151,7 +151,27 @@ class ReportOut(BaseModel):
 class RowOut(BaseModel):
     """A row in the canonical form."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     line: int
+    """Its line in the file, from 1."""
     format: Form
+    """How it is written there."""
     messages: list[dict[str, Any]]
+    """What is said: role, content, and where there are any tool_calls, tool_call_id, name, weight."""
     tools: list[dict[str, Any]] | None = None
+    """The tools that the conversation knows."""
+
+
+class PageOut(BaseModel):
+    """Some rows of a dataset."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    rows: list[RowOut]
+    offset: int
+    """Rows before the first one here."""
+    next_offset: int | None
+    """Where the next page begins; null at the end."""
+    total: int
+    """Rows of the whole dataset."""

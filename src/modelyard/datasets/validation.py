@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import mmap
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
-from modelyard.datasets.conversations import Fault, Faults, Form, Kind, diagnose, examine, read_row
+from modelyard.datasets.conversations import examine
+from modelyard.datasets.forms import Fault, Faults, Form, Kind, diagnose, read_row
+from modelyard.datasets.lines import Lines, is_utf8
 from modelyard.datasets.recognition import BYTE_ORDER_MARK, HEAD_BYTES, recognise
 from modelyard.errors import InvalidDataset
 
@@ -67,11 +68,9 @@ class Validation:
 
     def __init__(self, max_line_bytes: int) -> None:
         self._max_line_bytes = max_line_bytes
-        self._rest: list[bytes] = []
-        self._rest_bytes = 0
+        self._reader = Lines(max_line_bytes)
+        self._head: list[bytes] = []
         self._is_begun = False
-        self._overlong = False
-        self._offset = 0
         self._likely = Form.MESSAGES
         self._lines = self._blank = self._rows = self._crlf = 0
         self._has_mark = False
@@ -85,8 +84,8 @@ class Validation:
         self._problems: list[dict[str, Any]] = []
         self._kinds: Counter[Kind] = Counter()
         self._bad_lines = 0
-        self._first_bad: list[int] = []
         self._duplicates = Duplicates()
+        #: Byte, lines and rows before it, for places in the file that are not far apart: where a reader may begin.
         self.index: list[tuple[int, int, int]] = []
 
     def feed(self, block: bytes) -> None:
@@ -96,33 +95,12 @@ class Validation:
             InvalidDataset: the file is of another kind altogether, which its first bytes show.
         """
         if not self._is_begun:
-            self._rest.append(block)
-            self._rest_bytes += len(block)
-            if self._rest_bytes < HEAD_BYTES:
+            self._head.append(block)
+            if sum(map(len, self._head)) < HEAD_BYTES:
                 return
             block = self._begin()
-        end = block.rfind(b"\n") + 1
-        if end == 0:
-            self._keep(block)
-            return
-        start = 0
-        if self._overlong:
-            start = block.find(b"\n") + 1
-            self._overlong = False
-        elif self._rest:
-            first = block.find(b"\n") + 1
-            if self._rest_bytes + first > self._max_line_bytes + 2:
-                self._drop_overlong(self._rest_bytes + first)
-            else:
-                self._rest.append(block[:first])
-                line = b"".join(self._rest)
-                self._rest, self._rest_bytes = [], 0
-                self._take(line)
-            start = first
-        if end > start:
-            self._take(block[start:end] if start or end < len(block) else block)
-        if end < len(block):
-            self._keep(block[end:])
+        for run in self._reader.feed(block):
+            self._take(run)
 
     def finish(self) -> dict[str, Any]:
         """Return the report, once all bytes were fed.
@@ -131,16 +109,13 @@ class Validation:
             InvalidDataset: the file is of another kind altogether, or there is nothing in it.
         """
         if not self._is_begun:
-            block = self._begin()
-            if block:
-                self._is_begun = True
-                self.feed(block)
-        if self._rest:
-            line = b"".join(self._rest)
-            self._rest = []
-            self._take(line + b"\n", at_the_end=True)
-        if not self._lines:
-            raise InvalidDataset("The file is empty.", code="dataset_empty")
+            head = self._begin()
+            if head in (b"", BYTE_ORDER_MARK):
+                raise InvalidDataset("The file is empty.", code="dataset_empty")
+            for run in self._reader.feed(head):
+                self._take(run)
+        for run in self._reader.finish():
+            self._take(run)
         if not self._rows and not self._bad_lines:
             raise InvalidDataset(f"The file has {self._lines} lines, and all of them are blank.", code="dataset_empty")
         return self._report()
@@ -150,33 +125,12 @@ class Validation:
         self._duplicates.close()
 
     def _begin(self) -> bytes:
-        block = b"".join(self._rest)
-        self._rest, self._rest_bytes, self._is_begun = [], 0, True
-        if (what := recognise(block[:HEAD_BYTES])) is not None:
+        head = b"".join(self._head)
+        self._head, self._is_begun = [], True
+        if (what := recognise(head[:HEAD_BYTES])) is not None:
             raise InvalidDataset(what, code="not_jsonl")
-        if block.startswith(BYTE_ORDER_MARK):
-            self._has_mark = True
-            self._offset = len(BYTE_ORDER_MARK)
-            return block[len(BYTE_ORDER_MARK) :]
-        return block
-
-    def _keep(self, piece: bytes) -> None:
-        """Keep the beginning of a line whose end is to come, unless it is too long already."""
-        if self._overlong:
-            self._offset += len(piece)
-            return
-        if self._rest_bytes + len(piece) > self._max_line_bytes + 1:
-            self._drop_overlong(self._rest_bytes + len(piece))
-            self._overlong = True
-            return
-        self._rest.append(piece)
-        self._rest_bytes += len(piece)
-
-    def _drop_overlong(self, length: int) -> None:
-        self._rest, self._rest_bytes = [], 0
-        self._offset += length
-        self._lines += 1
-        self._refuse(self._lines, [self._too_long()])
+        self._has_mark = head.startswith(BYTE_ORDER_MARK)
+        return head
 
     def _too_long(self) -> Fault:
         mib = self._max_line_bytes / (1024 * 1024)
@@ -184,14 +138,20 @@ class Validation:
             Kind.LINE_TOO_LONG, "$", f"is longer than the {mib:g} MiB that a line may have (MODELYARD_DATASET_LINE_MIB)"
         )
 
-    def _take(self, whole: bytes, at_the_end: bool = False) -> None:
-        """Take some lines, each with its end."""
-        if not self.index or self._offset - self.index[-1][0] >= INDEX_STEP_BYTES:
-            self.index.append((self._offset, self._lines, self._rows))
-        self._offset += len(whole) - at_the_end
-        is_text = whole.isascii() or _is_utf8(whole)
-        lines = whole.split(b"\n")
+    def _take(self, run: bytes | None) -> None:
+        """Take some lines, each with its end, or one that was too long to keep."""
+        if run is None:
+            self._lines += 1
+            self._refuse(self._lines, [self._too_long()])
+            return
+        offset = self._reader.offset
+        if not self.index or offset - self.index[-1][0] >= INDEX_STEP_BYTES:
+            self.index.append((offset, self._lines, self._rows))
+        is_text = is_utf8(run)
+        lines = run.split(b"\n")
         lines.pop()
+        if self._lines == 0:
+            lines[0] = lines[0].removeprefix(BYTE_ORDER_MARK)
         number = self._lines
         self._lines += len(lines)
         see, sizes, forms, shapes = self._duplicates.see, self._sizes, self._forms, self._shapes
@@ -208,7 +168,7 @@ class Validation:
                 self._refuse(number, [self._too_long()])
                 continue
             try:
-                if not is_text and not _is_utf8(line):
+                if not is_text and not is_utf8(line):
                     raise Faults(diagnose(line))
                 likely, row = read_row(line, likely)
                 shape, characters, warnings = examine(row, likely)
@@ -243,8 +203,6 @@ class Validation:
 
     def _refuse(self, number: int, faults: Any) -> None:
         self._bad_lines += 1
-        if len(self._first_bad) < LISTED_PROBLEMS:
-            self._first_bad.append(number)
         for fault in faults:
             self._kinds[fault.kind] += 1
             if len(self._problems) < LISTED_PROBLEMS:
@@ -293,17 +251,3 @@ class Validation:
             "byte_order_mark": self._has_mark,
             "crlf_lines": self._crlf,
         }
-
-
-def _is_utf8(text: bytes) -> bool:
-    try:
-        text.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def lines_of(block: bytes) -> Iterator[bytes]:
-    """Yield the lines of a block without their ends."""
-    for line in block.split(b"\n"):
-        yield line.removesuffix(b"\r")

@@ -1,0 +1,381 @@
+"""The forms that a row of a dataset may have, and how each becomes the one canonical form.
+
+    messages           {"messages": [{"role", "content", "tool_calls"?, "tool_call_id"?, "name"?, "weight"?}], "tools"?}
+    sharegpt           {"conversations": [{"from", "value"}], "system"?}
+    prompt_completion  {"prompt", "completion"}: one question, one answer
+    instruction        {"instruction", "input"?, "output"}: likewise; the input follows after a blank line
+
+Each row is read by its own form, the first of these that its keys have; other keys mean nothing here, and of a key
+that is there twice the last one counts. The canonical form is the first one. Whether a conversation can be learnt from
+is for `conversations` to say.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from enum import StrEnum
+from typing import Any, Literal
+
+import msgspec
+from msgspec import UNSET, Raw, Struct, UnsetType
+
+ROLES = ("system", "user", "assistant", "tool")
+Role = Literal["system", "user", "assistant", "tool"]
+
+
+class Form(StrEnum):
+    """How a row is written."""
+
+    #: OpenAI's chat format, which is the canonical one.
+    MESSAGES = "messages"
+    #: Turns with "from" and "value".
+    SHAREGPT = "sharegpt"
+    #: One prompt and its completion.
+    PROMPT_COMPLETION = "prompt_completion"
+    #: Alpaca's instruction, input and output.
+    INSTRUCTION = "instruction"
+
+
+class Kind(StrEnum):
+    """What can be wrong with a line; the report counts by it."""
+
+    #: Bytes that are no UTF-8.
+    NOT_UTF8 = "not_utf8"
+    #: No JSON.
+    NOT_JSON = "not_json"
+    #: NaN or Infinity, which JSON does not have.
+    NOT_A_NUMBER = "not_a_number"
+    #: Half of a surrogate pair, which is no character.
+    LONE_SURROGATE = "lone_surrogate"
+    #: Nested too deeply to be read.
+    TOO_DEEP = "too_deep"
+    #: Longer than a line may be.
+    LINE_TOO_LONG = "line_too_long"
+    #: JSON, but none of the forms.
+    UNKNOWN_FORM = "unknown_form"
+    #: A field that is missing.
+    MISSING_FIELD = "missing_field"
+    #: A field of the wrong type or with a value that it cannot have.
+    WRONG_VALUE = "wrong_value"
+    #: A role in a place where no chat template takes it.
+    WRONG_ORDER = "wrong_order"
+    #: No assistant's message with anything to learn.
+    NOTHING_TO_LEARN = "nothing_to_learn"
+
+
+class Fault(Exception):
+    """Something is wrong with a line: where in it (a JSON path, '$' for the line itself) and what."""
+
+    def __init__(self, kind: Kind, path: str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.kind = kind
+        self.path = path
+        self.reason = reason
+
+
+class Faults(Exception):
+    """All that is wrong with a line, one at least."""
+
+    def __init__(self, *faults: Fault) -> None:
+        super().__init__("; ".join(map(str, faults)))
+        self.faults = faults
+
+
+class Part(Struct, gc=False):
+    """A piece of a message's content."""
+
+    type: str
+    text: str | None = None
+
+
+class Function(Struct, gc=False):
+    """What a tool call calls; the canonical form has the arguments as an object."""
+
+    name: str
+    arguments: dict[str, Any] | str
+
+
+class ToolCall(Struct, gc=False, omit_defaults=True):
+    """One call of a tool."""
+
+    function: Function
+    id: str | None = None
+    type: str | UnsetType = "function"
+
+
+class Message(Struct, gc=False, omit_defaults=True):
+    """One message. In the canonical form the content is text, or null in a message that only calls tools."""
+
+    role: Role
+    content: str | list[Part] | UnsetType | None = UNSET
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
+    weight: int | float | None = None
+
+
+class Row(Struct, gc=False, omit_defaults=True):
+    """A conversation in the canonical form, and the form in which it came."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+
+
+class SystemBeside(Row, gc=False, omit_defaults=True):
+    """One whose system message was not among the turns: places in the line are one less than in the messages."""
+
+
+class Turn(Struct, gc=False):
+    """One turn of ShareGPT's form."""
+
+    speaker: str = msgspec.field(name="from")
+    value: str
+
+
+class _ShareGpt(Struct, gc=False):
+    conversations: list[Turn]
+    system: str | None = None
+    messages: Raw | UnsetType = UNSET
+
+
+class _PromptCompletion(Struct, gc=False):
+    prompt: str
+    completion: str
+    messages: Raw | UnsetType = UNSET
+    conversations: Raw | UnsetType = UNSET
+
+
+class _Instruction(Struct, gc=False):
+    instruction: str
+    output: str
+    input: str | None = None
+    messages: Raw | UnsetType = UNSET
+    conversations: Raw | UnsetType = UNSET
+    prompt: Raw | UnsetType = UNSET
+    completion: Raw | UnsetType = UNSET
+
+
+SPEAKERS: dict[str, Role] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+_DECODERS: dict[Form, msgspec.json.Decoder[Any]] = {
+    Form.MESSAGES: msgspec.json.Decoder(Row),
+    Form.SHAREGPT: msgspec.json.Decoder(_ShareGpt),
+    Form.PROMPT_COMPLETION: msgspec.json.Decoder(_PromptCompletion),
+    Form.INSTRUCTION: msgspec.json.Decoder(_Instruction),
+}
+_decode_messages = _DECODERS[Form.MESSAGES].decode
+_fields: msgspec.json.Decoder[dict[str, Raw]] = msgspec.json.Decoder(dict[str, Raw])
+_items: msgspec.json.Decoder[list[Raw]] = msgspec.json.Decoder(list[Raw])
+_message: msgspec.json.Decoder[Message] = msgspec.json.Decoder(Message)
+_turn: msgspec.json.Decoder[Turn] = msgspec.json.Decoder(Turn)
+#: The keys that make a form, in the order in which they are looked for.
+_KEYS = (
+    (Form.MESSAGES, ("messages",)),
+    (Form.SHAREGPT, ("conversations",)),
+    (Form.PROMPT_COMPLETION, ("prompt", "completion")),
+    (Form.INSTRUCTION, ("instruction", "output")),
+)
+_UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+FORMS_HINT = (
+    'a row is {"messages": [{"role": ..., "content": ...}, ...]}, '
+    '{"conversations": [{"from": ..., "value": ...}, ...]}, {"prompt": ..., "completion": ...} '
+    'or {"instruction": ..., "input": ..., "output": ...}'
+)
+
+
+def read_row(line: bytes, likely: Form = Form.MESSAGES) -> tuple[Form, Row]:
+    """Return the form and the canonical conversation of a line; `likely` only says what to try first.
+
+    Raises:
+        Faults: the line is none; whatever is wrong with it, never anything else.
+    """
+    try:
+        if likely is Form.MESSAGES:
+            return Form.MESSAGES, _decode_messages(line)
+        found = _DECODERS[likely].decode(line)
+        if _is_really(found):
+            return likely, _canonical(found)
+    except _UNREADABLE:
+        pass
+    form = _form_of(line)
+    try:
+        found = _DECODERS[form].decode(line)
+    except msgspec.ValidationError as error:
+        raise Faults(*_all_faults(line, form, error)) from None
+    except RecursionError:
+        raise Faults(_too_deep()) from None
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise Faults(diagnose(line)) from None
+    return form, found if form is Form.MESSAGES else _canonical(found)
+
+
+def _is_really(found: Any) -> bool:
+    """Whether no form that goes before this one is there as well."""
+    names = [name for form, keys in _KEYS for name in keys if hasattr(found, name)]
+    values = [getattr(found, name) for name in names]
+    return all(not isinstance(value, Raw) or bytes(value) == b"null" for value in values)
+
+
+def _form_of(line: bytes) -> Form:
+    try:
+        fields = _fields.decode(line)
+    except msgspec.ValidationError:
+        raise Faults(Fault(Kind.UNKNOWN_FORM, "$", f"is not an object; {FORMS_HINT}")) from None
+    except RecursionError:
+        raise Faults(_too_deep()) from None
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise Faults(diagnose(line)) from None
+    there = {name for name, value in fields.items() if bytes(value) != b"null"}
+    for form, keys in _KEYS:
+        if there.issuperset(keys):
+            return form
+    for _, keys in _KEYS:  # half of a form says more than none
+        missing = [key for key in keys if key not in there]
+        if 0 < len(missing) < len(keys):
+            other = next(key for key in keys if key in there)
+            raise Faults(Fault(Kind.MISSING_FIELD, f"$.{missing[0]}", f"is missing beside '{other}'"))
+    shown = ", ".join(repr(name[:40]) for name in list(fields)[:8]) or "none"
+    raise Faults(Fault(Kind.UNKNOWN_FORM, "$", f"has the keys {shown}; {FORMS_HINT}"))
+
+
+def _canonical(found: _ShareGpt | _PromptCompletion | _Instruction) -> Row:
+    if isinstance(found, _PromptCompletion):
+        return Row([Message("user", found.prompt), Message("assistant", found.completion)])
+    if isinstance(found, _Instruction):
+        question = f"{found.instruction}\n\n{found.input}" if found.input else found.instruction
+        return Row([Message("user", question), Message("assistant", found.output)])
+    messages = [Message("system", found.system)] if found.system else []
+    row = SystemBeside if messages else Row
+    faults = []
+    for number, turn in enumerate(found.conversations):
+        role = SPEAKERS.get(turn.speaker) or SPEAKERS.get(turn.speaker.lower())
+        if role is None:
+            faults.append(_unknown_speaker(f"$.conversations[{number}].from", turn.speaker))
+        else:
+            messages.append(Message(role, turn.value))
+    if faults:
+        raise Faults(*faults)
+    return row(messages)
+
+
+def _unknown_speaker(path: str, speaker: str) -> Fault:
+    if speaker == "function_call":
+        reason = "is 'function_call', which only the messages form can say: with tool_calls"
+    else:
+        reason = f"is {speaker[:40]!r}, but must be one of {', '.join(SPEAKERS)}"
+    return Fault(Kind.WRONG_VALUE, path, reason)
+
+
+def _too_deep() -> Fault:
+    return Fault(Kind.TOO_DEEP, "$", "is nested too deeply")
+
+
+def _all_faults(line: bytes, form: Form, first: msgspec.ValidationError) -> Iterator[Fault]:
+    """Yield what is wrong with each message; msgspec stops at the first one."""
+    name = {Form.MESSAGES: "messages", Form.SHAREGPT: "conversations"}.get(form)
+    found = 0
+    if name is not None:
+        decoder: msgspec.json.Decoder[Any] = _message if form is Form.MESSAGES else _turn
+        try:
+            items = _items.decode(_fields.decode(line)[name])
+        except _UNREADABLE:
+            items = []
+        for number, item in enumerate(items):
+            try:
+                decoder.decode(item)
+            except msgspec.ValidationError as error:
+                found += 1
+                yield _fault(error, f"$.{name}[{number}]")
+            except _UNREADABLE:
+                continue  # the first fault stands for it
+    if not found:
+        yield _fault(first, "$")
+
+
+_AT = re.compile(r"^(.*?)(?: - at `(?:key in )?\$(.*)`)?$", re.DOTALL)
+_TYPES = {"str": "text", "object": "an object", "array": "an array", "null": "null", "int": "a number"} | {
+    "float": "a number",
+    "bool": "true or false",
+}
+
+
+def _fault(error: msgspec.ValidationError, base: str) -> Fault:
+    matched = _AT.match(str(error))
+    assert matched is not None
+    said, path = matched[1], base + (matched[2] or "")
+    if missing := re.match(r"Object missing required field `(.*)`", said):
+        return Fault(Kind.MISSING_FIELD, f"{path}.{missing[1]}", "is missing")
+    if wrong := re.match(r"Expected `(.*)`, got `(.*)`", said):
+        wanted = " or ".join(dict.fromkeys(_TYPES.get(name, name) for name in wrong[1].split(" | ")))
+        return Fault(Kind.WRONG_VALUE, path, f"is {_TYPES.get(wrong[2], wrong[2])}, but must be {wanted}")
+    if value := re.match(r"Invalid enum value (.*)", said, re.DOTALL):
+        return Fault(Kind.WRONG_VALUE, path, f"is {value[1][:60]}, but must be one of {', '.join(ROLES)}")
+    return Fault(Kind.WRONG_VALUE, path, f"{said[:1].lower()}{said[1:]}")
+
+
+class _NoNumber(Exception):
+    pass
+
+
+def _refuse_constant(name: str) -> None:
+    raise _NoNumber(name)
+
+
+def diagnose(line: bytes) -> Fault:
+    """Return why a line cannot be read as JSON."""
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as error:
+        byte = line[error.start]
+        return Fault(Kind.NOT_UTF8, "$", f"is not UTF-8: byte 0x{byte:02x} at position {error.start + 1} of the line")
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except _NoNumber as error:
+        return Fault(Kind.NOT_A_NUMBER, "$", f"has {error}, which JSON does not know: write null, or leave it out")
+    except json.JSONDecodeError as error:
+        reason = error.msg[:1].lower() + error.msg[1:]
+        return Fault(Kind.NOT_JSON, "$", f"is not JSON: {reason} at character {error.pos + 1}")
+    except RecursionError:
+        return _too_deep()
+    except ValueError as error:  # a number of thousands of digits
+        return Fault(Kind.NOT_JSON, "$", f"is not JSON that can be read: {error}"[:200])
+    path = _surrogate_in(value)
+    if path is not None:
+        reason = r"has half of a surrogate pair (such as \ud800), which is no character"
+        return Fault(Kind.LONE_SURROGATE, path, reason)
+    return Fault(Kind.NOT_JSON, "$", "is not JSON")
+
+
+def _surrogate_in(value: Any, path: str = "$") -> str | None:
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return path
+        return None
+    pairs: Iterator[tuple[str, Any]]
+    if isinstance(value, dict):
+        if any(_surrogate_in(key) for key in value):
+            return path
+        pairs = ((f"{path}.{key}", item) for key, item in value.items())
+    elif isinstance(value, list):
+        pairs = ((f"{path}[{number}]", item) for number, item in enumerate(value))
+    else:
+        return None
+    try:
+        return next((found for where, item in pairs if (found := _surrogate_in(item, where))), None)
+    except RecursionError:
+        return None

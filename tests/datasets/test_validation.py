@@ -1,0 +1,213 @@
+"""One pass over a file ends in a report that counts everything, however the bytes were cut into blocks."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import random
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modelyard.datasets.lines import rows_of
+from modelyard.datasets.validation import LISTED_PROBLEMS, Duplicates, Validation
+from modelyard.errors import InvalidDataset
+from tests.datasets.forms import bad_at, chat, jsonl, questions
+
+KIB, MIB = 1024, 1024 * 1024
+
+
+def report_of(blocks: Iterable[bytes], max_line_bytes: int = MIB) -> dict[str, Any]:
+    validation = Validation(max_line_bytes)
+    try:
+        for block in blocks:
+            validation.feed(block)
+        return validation.finish()
+    finally:
+        validation.close()
+
+
+def refusal(data: bytes) -> InvalidDataset:
+    with pytest.raises(InvalidDataset) as caught:
+        report_of([data])
+    return caught.value
+
+
+def cut(data: bytes, seed: int, longest: int) -> Iterable[bytes]:
+    chance = random.Random(seed)
+    while data:
+        length = chance.randint(1, longest)
+        yield data[:length]
+        data = data[length:]
+
+
+def test_everything_in_a_file_is_counted() -> None:
+    data = jsonl(
+        chat("a", "bc"),
+        {"messages": [{"role": "system", "content": "s"}, *chat("a", "b")["messages"]]},  # type: ignore[misc]
+        {"prompt": "a", "completion": "b" * 1000},
+        chat("a", "bc"),
+        {"messages": [{"role": "assistant", "content": "b"}, {"role": "user", "content": ""}]},
+    )
+    report = report_of([data + b"\n \n"])
+    assert (report["format"], report["formats"]) == ("mixed", {"messages": 4, "prompt_completion": 1})
+    assert (report["rows"], report["lines"], report["blank_lines"], report["bad_lines"]) == (5, 7, 2, 0)
+    assert (report["turns"], report["roles"]) == (11, {"assistant": 5, "system": 1, "user": 5})
+    assert report["duplicates"] == {"rows": 1, "lines": [4], "is_exact": True}
+    assert report["characters"] == {
+        "total": 3 + 3 + 1001 + 3 + 1,
+        "shortest": 1,
+        "longest": 1001,
+        "histogram": [{"below": 2, "rows": 1}, {"below": 4, "rows": 3}, {"below": 1024, "rows": 1}],
+    }
+    assert report["warnings"] == [
+        {"kind": "empty_content", "rows": 1, "lines": [5]},
+        {"kind": "ends_without_answer", "rows": 1, "lines": [5]},
+        {"kind": "starts_with_assistant", "rows": 1, "lines": [5]},
+    ]
+
+
+@pytest.mark.parametrize("longest", [1, 7, 100, 5000])
+def test_how_the_bytes_are_cut_changes_nothing(longest: int) -> None:
+    data = b"\xef\xbb\xbf" + bad_at([3, 40], 60).replace(b"\n", b"\r\n") + b"\n" + "{é}\n".encode() + questions(3)[:-1]
+    assert report_of(cut(data, longest, longest)) == report_of([data])
+
+
+@given(st.lists(st.binary(max_size=30) | st.just(b'{"prompt":"a","completion":"b"}'), max_size=12), st.integers(1, 40))
+def test_any_bytes_have_a_report_or_a_refusal_and_the_rows_are_those_that_it_counts(
+    lines: list[bytes], longest: int
+) -> None:
+    data = b"\n".join(lines)
+    try:
+        report = report_of(cut(data, 1, longest), 32)
+    except InvalidDataset as error:
+        assert error.code in ("dataset_empty", "not_jsonl")  # noqa: PT017
+        return
+    assert report["lines"] == data.count(b"\n") + (not data.endswith(b"\n"))
+    assert report["lines"] == report["rows"] + report["bad_lines"] + report["blank_lines"]
+    assert len(list(rows_of(cut(data, 2, longest), 32))) == report["rows"]
+
+
+def test_a_mark_at_the_beginning_ends_of_lines_as_on_windows_and_blank_lines_are_no_problem() -> None:
+    report = report_of([b"\xef\xbb\xbf" + questions(2).replace(b"\n", b"\r\n\r\n")])
+    assert (report["rows"], report["blank_lines"], report["byte_order_mark"], report["crlf_lines"]) == (2, 2, True, 4)
+    assert report["problems"]["total"] == 0
+
+
+def test_a_line_that_is_too_long_is_one_problem_and_what_comes_after_it_is_read() -> None:
+    for length, end in ((MIB + 1, b"\n"), (5 * MIB, b"\n"), (5 * MIB, b"")):
+        data = questions(2) + b"x" * length + end + (questions(1) if end else b"")
+        report = report_of(cut(data, 3, 300 * KIB))
+        assert report["problems"]["kinds"] == {"line_too_long": 1}
+        assert report["problems"]["listed"][0]["line"] == 3
+        assert report["rows"] == (3 if end else 2)
+    fits = b'{"prompt":"a","completion":"' + b"b" * (MIB - 30) + b'"}'
+    assert len(fits) == MIB
+    assert report_of([fits + b"\r\n"])["rows"] == report_of(cut(fits, 1, KIB))["rows"] == 1
+
+
+def test_problems_are_listed_up_to_a_cap_and_all_counted() -> None:
+    report = report_of([bad_at(range(1, 1501), 1600)])
+    problems = report["problems"]
+    assert (problems["total"], len(problems["listed"]), problems["unlisted"]) == (1500, LISTED_PROBLEMS, 500)
+    assert problems["kinds"] == {"wrong_value": 1500}
+    assert report["bad_lines"] == 1500
+
+
+def test_bytes_that_are_no_text_are_found_by_line_and_place_even_where_nobody_reads() -> None:
+    bad = b'{"prompt": "a", "completion": "b", "note": "\xff"}\n'
+    problem = report_of([questions(3) + bad])["problems"]["listed"][0]
+    assert (problem["line"], problem["kind"]) == (4, "not_utf8")
+    assert "byte 0xff at position 45" in problem["reason"]
+
+
+def zipped() -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("train.jsonl", "{}")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (gzip.compress(questions(3)), "gzip archive, not JSONL; unpack it first: gunzip"),
+        (zipped(), "zip archive"),
+        (b"%PDF-1.7\n%\xe2\xe3", "PDF"),
+        (b"PAR1\x15\x04", "Parquet file, not JSONL; convert it: python"),
+        (questions(3).decode().encode("utf-16"), "UTF-16, not UTF-8; convert it: iconv"),
+        (questions(3).decode().encode("utf-16-le"), "UTF-16"),
+        (b"id,question,answer\n1,a,b\n2,c,d\n", "CSV, not JSONL; convert it"),
+        (
+            json.dumps([chat("a", "b")]).encode(),
+            "one JSON array, not JSONL, which has one object on each line; convert",
+        ),
+        (json.dumps([chat("a", "b")], indent=2).encode(), "one JSON array"),
+        (b"\xef\xbb\xbf\n [\n]", "one JSON array"),
+        (json.dumps(chat("a", "b"), indent=2).encode(), "several lines"),
+        (b"<html>", "HTML"),
+    ],
+)
+def test_another_kind_of_file_is_told_by_its_beginning(data: bytes, said: str) -> None:
+    error = refusal(data)
+    assert error.code == "not_jsonl"
+    assert said in error.message
+
+
+@pytest.mark.parametrize(
+    ("data", "said"), [(b"", "is empty"), (b"\xef\xbb\xbf", "empty"), (b"\n \r\n", "2 lines, and all")]
+)
+def test_a_file_with_nothing_in_it_says_so(data: bytes, said: str) -> None:
+    error = refusal(data)
+    assert error.code == "dataset_empty"
+    assert said in error.message
+
+
+def test_many_different_orders_of_roles_are_counted_right() -> None:
+    chance = random.Random(4)
+    rows, turns = [], 0
+    for _ in range(6000):
+        count = chance.randint(1, 12)
+        spoken = [{"role": chance.choice(["user", "assistant"]), "content": "a"} for _ in range(count)]
+        spoken.append({"role": "assistant", "content": "b"})
+        turns += count + 1
+        rows.append({"messages": spoken})
+    report = report_of([jsonl(*rows)])
+    assert (report["turns"], report["rows"]) == (turns, 6000)
+    assert sum(report["roles"].values()) == turns
+
+
+def test_duplicates_are_exact_among_many() -> None:
+    seen = Duplicates()
+    for number in range(200_000):
+        seen.see(b"row %d" % (number % 150_000), number)
+    assert (seen.rows, seen.lines[0]) == (50_000, 150_000)
+    seen.close()
+
+
+def test_memory_stays_small_however_long_file_and_lines_are() -> None:
+    program = """
+import resource
+from modelyard.datasets.validation import Validation
+from tests.datasets.forms import questions
+block = questions(8000)
+line = b'x' * (1 << 20)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+validation = Validation(1 << 24)
+for number in range(60):
+    validation.feed(block)
+for number in range(200):
+    validation.feed(line)
+report = validation.finish()
+assert report['rows'] == 480000 and report['problems']['total'] == 1, report
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert int(done.stdout) < 64 * 1024
