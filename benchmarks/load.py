@@ -130,7 +130,7 @@ async def run(address: Address, clients: int, max_tokens: int, seconds: float, k
             readers.append((await loop.create_unix_connection(reader, address.uds))[1])
         else:
             readers.append((await loop.create_connection(reader, "127.0.0.1", address.port))[1])
-    await asyncio.wait_for(asyncio.gather(*(one.ended for one in readers)), seconds + 120)
+    await asyncio.wait_for(asyncio.gather(*(one.ended for one in readers)), seconds + 240)
     result.seconds = time.perf_counter() - began
     await asyncio.gather(*(one.closed for one in readers))
     return result

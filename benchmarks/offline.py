@@ -53,7 +53,9 @@ def with_transformers(argv: Sequence[str]) -> Generate:
     def generate(prompts: list[str], max_tokens: int) -> tuple[list[str], list[int]]:
         batch = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
         with torch.inference_mode():
-            found = model.generate(**batch, do_sample=False, max_new_tokens=max_tokens)
+            # Else it fills up with the token that ends a text, and its text would be counted longer than it is.
+            padding = {"pad_token_id": tokenizer.pad_token_id}
+            found = model.generate(**batch, **padding, do_sample=False, max_new_tokens=max_tokens)
         new = found[:, batch["input_ids"].shape[1] :]
         counts = [int((row != tokenizer.pad_token_id).sum()) for row in new]
         return tokenizer.batch_decode(new, skip_special_tokens=False), counts
