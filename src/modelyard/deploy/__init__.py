@@ -2,10 +2,10 @@
 
 A request writes what is wanted (`actions`, and `succession`: who leaves for whom): a `Deployment` row and its DEPLOY
 job, which runs for as long as the model is in service. One `Service` per deployment, the job's function by way of the
-`supervisor`, makes it so on vLLM and writes what is; `steps` decides what it does next.
+`supervisor`, makes it so on vLLM and writes what is, in its `record`; `steps` decides what it does next.
 
 - to start an engine: `fitting` (may it start now), `fit` (what it takes, on a `machine`), `vllm_args` (the command),
-  `attempts` (each start's folder and log), `failures` (why it failed)
+  `attempts` (each start's folder and log), `scratch` (where its socket lies), `failures` (why it failed)
 - while it serves: `engine_client` (asking it), `loading` (adapters come), `draining` (requests and adapters go)
 - for requests: `routing` (which engine serves a name), `aliases`, `admission` (what is refused before it is wanted)
 """

@@ -59,7 +59,8 @@ async def load(
         AdapterRefused: the engine does not load one, or that one does not generate.
     """
     fresh: list[dict[str, str]] = []
-    names = list(await client.names() or [])
+    # An engine that is silent for a moment must not be given a name twice: it would refuse the adapter.
+    names = [*(await client.names() or []), *(one["name"] for one in loaded)]
     try:
         for adapter in wanted:
             if adapter.is_loaded(loaded):

@@ -15,23 +15,20 @@ from collections.abc import Awaitable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from sqlalchemy.ext.asyncio import AsyncSession
-
-from modelyard.db import exclusively, utcnow
-from modelyard.deploy import actions, attempts, loading, scratch, succession
+from modelyard.db import utcnow
+from modelyard.deploy import actions, attempts, loading, scratch
 from modelyard.deploy.draining import Requests
 from modelyard.deploy.engine_client import EngineClient, Health
 from modelyard.deploy.failures import explain
 from modelyard.deploy.fitting import Fitting
 from modelyard.deploy.loading import Adapter, AdapterRefused
+from modelyard.deploy.record import Record
 from modelyard.deploy.steps import ChildState, Facts, Room, Step, next_step
-from modelyard.deploy.tables import MOVES, Deployment, DeploymentState, Wanted
+from modelyard.deploy.tables import Deployment, DeploymentState, Wanted
 from modelyard.deploy.vllm_args import socket_path
 from modelyard.errors import JobFailure
-from modelyard.jobs import actions as jobs
 from modelyard.jobs.runner import JobContext, JobInterrupted
 from modelyard.processes import Child, Outcome
-from modelyard.states import move
 
 if TYPE_CHECKING:
     from modelyard.deploy.supervisor import Supervisor
@@ -58,7 +55,7 @@ class Service:
         self.yard = supervisor
         self.settings = supervisor.settings
         self.context = context
-        self.row = row
+        self.record = Record(supervisor.sessions, row, supervisor.routing.changed, supervisor.stir)
         self.child: Child | None = None
         self.client: EngineClient | None = None
         self.requests = Requests(supervisor.routing, supervisor.settings.engine_drain_timeout_s)
@@ -75,6 +72,11 @@ class Service:
         self.said: str | None = None
         self.complaint: str | None = None
 
+    @property
+    def row(self) -> Deployment:
+        """The deployment as it was last read."""
+        return self.record.row
+
     async def run(self) -> None:
         """Do one step after the other, until the deployment has ended one way or the other."""
         if self.row.state == DeploymentState.STOPPED:
@@ -87,7 +89,7 @@ class Service:
             while True:
                 step = next_step(await self._facts())
                 if step == Step.FINISH:
-                    await self._move(DeploymentState.STOPPING, "no longer wanted", wanted=self._leaves())
+                    await self.record.move(DeploymentState.STOPPING, "no longer wanted", wanted=self._leaves())
                     await self._end(DeploymentState.STOPPED, "its engine is gone")
                     raise JobInterrupted
                 if step == Step.GIVE_UP:
@@ -127,16 +129,17 @@ class Service:
         elif step == Step.DRAIN:
             await self._drain()
         elif step == Step.RESUME:
-            await self._become_ready("a request came")
+            await self.record.become_ready("a request came")
+            self.requests.asked()
         elif step == Step.REST:
             await self._stop_engine()
-            await self._move(DeploymentState.IDLE, "nobody asked for a while", **actions.no_engine())
+            await self.record.move(DeploymentState.IDLE, "nobody asked for a while", **actions.no_engine())
             await self.context.event("Resting: the engine has ended, and the next request starts one.")
             self.yard.stir()
         elif step == Step.WAKE:
-            await self._move(DeploymentState.STARTING, "a request came", wake_requested=False)
+            await self.record.move(DeploymentState.STARTING, "a request came", wake_requested=False)
         elif step == Step.STOP:
-            await self._move(DeploymentState.STOPPING, "no longer wanted", wanted=self._leaves())
+            await self.record.move(DeploymentState.STOPPING, "no longer wanted", wanted=self._leaves())
             await self._stop_engine()
         elif step == Step.MAKE_ROOM:
             await self._make_room()
@@ -150,15 +153,10 @@ class Service:
 
     async def _facts(self) -> Facts:
         self.stirred = self.yard.stirred
-        async with self.yard.sessions.read() as session:
-            self.row = row = await actions.of_job(session, self.context.id)
-            if row.wanted == Wanted.UP:
-                _, rows = await actions.model_rows(session, row)
-                self.adapters = [Adapter(one.model_id, self.settings.models_dir / one.path) for one in rows]
-            holds_more = not self.requests.are_leaving and await actions.holds_more_than_it_needs(session, row)
-        if holds_more:
-            async with self.yard.sessions.begin() as session:
-                await actions.let_go_of_adapters(session, await actions.of_job(session, self.context.id))
+        rows = await self.record.look(may_let_go=not self.requests.are_leaving)
+        row = self.row
+        if row.wanted == Wanted.UP:
+            self.adapters = [Adapter(one.model_id, self.settings.models_dir / one.path) for one in rows]
         wanted = Wanted(row.wanted)
         if wanted == Wanted.UP and self.context.interrupted.is_set():
             wanted = Wanted.DOWN
@@ -200,23 +198,17 @@ class Service:
             return
         await asyncio.to_thread(scratch.remove, self.row.engine_url)
         if self.row.state in (DeploymentState.READY, DeploymentState.DRAINING):
-            await self._move(DeploymentState.STARTING, ENGINE_GONE)
-        await self._write(**actions.no_engine())
+            await self.record.move(DeploymentState.STARTING, ENGINE_GONE)
+        await self.record.write(**actions.no_engine())
 
     def _talk_to(self, url: str) -> None:
         self.client = EngineClient(url)
         self.requests.of_engine(url, self.client)
 
     async def _make_room(self) -> None:
-        async with self.yard.sessions.begin() as session:
-            await exclusively(session, actions.KIND)
-            row = await actions.of_job(session, self.context.id)
-            if not await actions.is_wanted(session, row):
-                return  # nobody leaves for what does not come
-            why = f"Leaves before {self.row.model_id} starts: there is not enough memory for both."
-            touched = await succession.drain_replaced(session, row, why)
-        self.yard.routing.changed()
-        self.yard.stir()
+        touched = await self.record.make_room()
+        if not touched:
+            return
         await self.context.event(
             f"Those that it replaces leave first: {self.fitting.message}",
             data={"leaving": [str(one) for one in touched]},
@@ -232,7 +224,7 @@ class Service:
             command, memory_bytes = await self.fitting.command(
                 self.row, self.settings.engine_python or Path(sys.executable), private
             )
-            await self._move(
+            await self.record.move(
                 DeploymentState.STARTING, f"attempt {number}", engine_url=url, memory_bytes=memory_bytes, loaded=[]
             )
         try:
@@ -298,9 +290,8 @@ class Service:
                 if not await self._is_well():
                     return
                 if not self.was_ready:
-                    async with self.yard.sessions.read() as session:
-                        if (await actions.of_job(session, self.context.id)).adapter_ids != asked:
-                            return  # it is not wanted any more
+                    if not await self.record.wants(asked):
+                        return
                     raise error.failure from None
                 refused = error
                 wanted = [one for one in wanted if one.adapter_id != error.adapter_id]
@@ -336,26 +327,12 @@ class Service:
         self.was_ready = True
         self.unwell = 0
         self.stable_at = time.monotonic() + STABLE_S
-        if await self._become_ready("it generated a token", ready_at=utcnow(), loaded=loaded):
+        if await self.record.become_ready("it generated a token", ready_at=utcnow(), loaded=loaded):
+            self.requests.asked()
             await self.context.event(
                 f"Ready: {self.row.model_id} did its first work after {seconds:.1f} s.",
                 data={"state": "READY", "seconds": seconds},
             )
-
-    async def _become_ready(self, reason: str, **values: object) -> bool:
-        """Let requests in, and have those leave that it replaces; return False if it is not wanted any more."""
-        async with self.yard.sessions.begin() as session:
-            # In one transaction, so that at no moment nobody serves, and with no wish beside it: a wish that found it
-            # not ready would be followed by nobody.
-            await exclusively(session, actions.KIND)
-            if not await actions.is_wanted(session, await actions.of_job(session, self.context.id)):
-                return False
-            row = await self._move_in(session, DeploymentState.READY, reason, wake_requested=False, **values)
-            await succession.let_go_of_replaced(session, row)
-        self.yard.routing.changed()
-        self.yard.stir()
-        self.requests.asked()
-        return True
 
     async def _change_adapters(self) -> None:
         """Load what is wanted, name it to clients, and have what is not wanted leave when its requests have ended."""
@@ -369,23 +346,14 @@ class Service:
             return
         if loaded is None:
             return
-        await self._write(loaded=loaded)
+        await self.record.write(loaded=loaded)
         kept = {one["name"] for one in loaded}
         self.requests.leave(one["name"] for one in before if one["name"] not in kept)
         served = ", ".join(one["adapter_id"] for one in loaded) or "none"
         await self.context.event(f"Adapters in service: {served}.", data={"adapters": loaded})
 
     async def _take_back(self, refused: AdapterRefused, adapter_ids: list[str], asked: list[str]) -> None:
-        """Want only the adapters that work, unless something else is wanted meanwhile."""
-        async with self.yard.sessions.begin() as session:
-            await exclusively(session, actions.KIND)
-            row = await actions.of_job(session, self.context.id)
-            if row.adapter_ids == asked:
-                row.adapter_ids, row.adapter_failure = adapter_ids, refused.as_row()
-                job = await jobs.get(session, row.job_id)
-                job.name = actions.job_name(row.model_id, adapter_ids)
-                self.row = row
-        self.yard.routing.changed()
+        await self.record.take_back(refused, adapter_ids, asked)
         await self.context.event(
             f"{refused.failure.message} {refused.failure.hint} What was in service before goes on.",
             level="error", data=refused.as_row(),
@@ -410,14 +378,14 @@ class Service:
             return
         self.looked_at = time.monotonic()
         if self.row.restarts and time.monotonic() > self.stable_at:
-            await self._write(restarts=0)
+            await self.record.write(restarts=0)
         await self._count_unwell(await self._unless_it_ends(self.client.health()))
 
     async def _drain(self) -> None:
         """Keep new requests away, and look how many of the others are left."""
         if self.row.state != DeploymentState.DRAINING:
             reason = "no longer wanted" if self.row.wanted == Wanted.DRAINED else "nobody asked for a while"
-            await self._move(DeploymentState.DRAINING, reason)
+            await self.record.move(DeploymentState.DRAINING, reason)
             self.requests.begin_draining()
             await self.context.event(f"Draining: {reason}; requests in progress are let end.")
         open_requests = await self.requests.look_whether_drained()
@@ -445,7 +413,7 @@ class Service:
         delay_s = min(self.settings.engine_restart_delay_s * 2**self.row.restarts, LONGEST_DELAY_S)
         await self._stop_engine()
         restarts = self.row.restarts + 1
-        await self._move(DeploymentState.BACKOFF, cause.code, restarts=restarts, **actions.no_engine())
+        await self.record.move(DeploymentState.BACKOFF, cause.code, restarts=restarts, **actions.no_engine())
         self.delay_until = time.monotonic() + delay_s
         await self.context.event(
             f"The engine died. {cause.message} It is started again in {delay_s:.0f} s "
@@ -465,22 +433,14 @@ class Service:
     async def _end(self, to: DeploymentState, reason: str) -> None:
         """Write the end, and let go of the models."""
         self.child = None
-        values = {"wanted": self._leaves(), "ended_at": utcnow(), **actions.no_engine()}
-        async with self.yard.sessions.begin() as session:
-            # In one transaction: a server that is killed between the two would leave the models held for ever.
-            row = await self._move_in(session, to, reason, **values)
-            await actions.release(session, row.id)
-        self.yard.routing.changed()
-        self.yard.stir()
+        await self.record.end(to, reason, self._leaves())
 
     async def _restore_what_left(self) -> None:
         """Want back what made room for this deployment, if it never got ready."""
         if self.was_ready:
             return
-        async with self.yard.sessions.begin() as session:
-            job = await actions.restore_replaced(session, await actions.of_job(session, self.context.id))
+        job = await self.record.restore_what_left()
         if job is not None:
-            self.yard.routing.changed()
             await self.context.event(f"{job.name} is wanted again (job {job.id}).", data={"restored": str(job.id)})
 
     async def _say(self, message: str) -> None:
@@ -488,30 +448,6 @@ class Service:
         if self.said != message:
             self.said = message
             await self.context.event(message)
-
-    async def _write(self, **values: object) -> None:
-        async with self.yard.sessions.begin() as session:
-            row = await actions.of_job(session, self.context.id)
-            for name, value in values.items():
-                setattr(row, name, value)
-            self.row = row
-        self.yard.routing.changed()
-
-    async def _move(self, to: DeploymentState, reason: str, **values: object) -> None:
-        """Write a state and its columns; being there already only writes the columns."""
-        async with self.yard.sessions.begin() as session:
-            await self._move_in(session, to, reason, **values)
-        self.yard.routing.changed()
-
-    async def _move_in(self, session: AsyncSession, to: DeploymentState, reason: str, **values: object) -> Deployment:
-        row = await actions.of_job(session, self.context.id)
-        if row.state != to:
-            await move(session, Deployment, row.id, "state", MOVES, to, reason)
-            await session.refresh(row)
-        for name, value in values.items():
-            setattr(row, name, value)
-        self.row = row
-        return row
 
     async def _unless_it_ends(self, question: Awaitable[T]) -> T | None:
         """Await the engine's answer, but no longer than it lives and is wanted."""

@@ -1,0 +1,135 @@
+"""What is written of one deployment: its row, kept at hand as it was last read, and the transactions on it.
+
+Only its service writes through this. Where what is written depends on what is wanted, wishes are kept out meanwhile:
+on PostgreSQL a wish beside such a transaction would be lost, or hold a model for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from uuid import UUID
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from modelyard.db import Sessions, exclusively, utcnow
+from modelyard.deploy import actions, succession
+from modelyard.deploy.loading import AdapterRefused
+from modelyard.deploy.tables import MOVES, Deployment, DeploymentState, Wanted
+from modelyard.jobs import actions as jobs
+from modelyard.jobs.tables import Job
+from modelyard.models.tables import Model
+from modelyard.states import move
+
+
+class Record:
+    """One deployment's row. `changed` is called after each commit, `stir` where others must look at theirs."""
+
+    def __init__(
+        self, sessions: Sessions, row: Deployment, changed: Callable[[], None], stir: Callable[[], None]
+    ) -> None:
+        self.row = row
+        self._sessions = sessions
+        self._changed = changed
+        self._stir = stir
+
+    async def look(self, *, may_let_go: bool) -> list[Model]:
+        """Read the row; return the adapters that are wanted, if it is. Lets go of needless adapters where it may."""
+        adapters: list[Model] = []
+        async with self._sessions.read() as session:
+            self.row = row = await self._of(session)
+            if row.wanted == Wanted.UP:
+                _, adapters = await actions.model_rows(session, row)
+            holds_more = may_let_go and await actions.holds_more_than_it_needs(session, row)
+        if holds_more:
+            async with self._sessions.begin() as session:
+                await exclusively(session, actions.KIND)  # a wish that comes now holds what it names
+                await actions.let_go_of_adapters(session, await self._of(session))
+        return adapters
+
+    async def wants(self, adapter_ids: list[str]) -> bool:
+        """Whether exactly these adapters are wanted now."""
+        async with self._sessions.read() as session:
+            return (await self._of(session)).adapter_ids == adapter_ids
+
+    async def write(self, **values: object) -> None:
+        """Write columns."""
+        async with self._sessions.begin() as session:
+            self.row = await self._of(session)
+            for name, value in values.items():
+                setattr(self.row, name, value)
+        self._changed()
+
+    async def move(self, to: DeploymentState, reason: str, **values: object) -> None:
+        """Write a state and its columns; being there already only writes the columns."""
+        async with self._sessions.begin() as session:
+            await self._move(session, to, reason, **values)
+        self._changed()
+
+    async def become_ready(self, reason: str, **values: object) -> bool:
+        """Let requests in, and have those leave that it replaces; return False if it is not wanted any more."""
+        async with self._sessions.begin() as session:
+            # In one transaction, so that at no moment nobody serves; a wish that found it not ready must be seen.
+            await exclusively(session, actions.KIND)
+            if not await actions.is_wanted(session, await self._of(session)):
+                return False
+            row = await self._move(session, DeploymentState.READY, reason, wake_requested=False, **values)
+            await succession.let_go_of_replaced(session, row)
+        self._changed()
+        self._stir()
+        return True
+
+    async def make_room(self) -> list[UUID]:
+        """Have those leave that it replaces before it starts, if it is wanted; return their jobs."""
+        async with self._sessions.begin() as session:
+            await exclusively(session, actions.KIND)
+            row = await self._of(session)
+            if not await actions.is_wanted(session, row):
+                return []
+            why = f"Leaves before {row.model_id} starts: there is not enough memory for both."
+            touched = await succession.drain_replaced(session, row, why)
+        self._changed()
+        self._stir()
+        return touched
+
+    async def take_back(self, refused: AdapterRefused, adapter_ids: list[str], asked: list[str]) -> None:
+        """Want only the adapters that work, unless others than those asked for are wanted meanwhile."""
+        async with self._sessions.begin() as session:
+            await exclusively(session, actions.KIND)
+            row = await self._of(session)
+            if row.adapter_ids == asked:
+                row.adapter_ids, row.adapter_failure = adapter_ids, refused.as_row()
+                job = await jobs.get(session, row.job_id)
+                job.name = actions.job_name(row.model_id, adapter_ids)
+                self.row = row
+        self._changed()
+
+    async def end(self, to: DeploymentState, reason: str, wanted: Wanted) -> None:
+        """Write the end, and let go of the models."""
+        values = {"wanted": wanted, "ended_at": utcnow(), **actions.no_engine()}
+        async with self._sessions.begin() as session:
+            # In one transaction, and with no wish beside it: else what has ended would hold models for ever.
+            await exclusively(session, actions.KIND)
+            row = await self._move(session, to, reason, **values)
+            await actions.release(session, row.id)
+        self._changed()
+        self._stir()
+
+    async def restore_what_left(self) -> Job | None:
+        """Want back what made room for it, which never got ready; return the new job."""
+        async with self._sessions.begin() as session:
+            job = await actions.restore_replaced(session, await self._of(session))
+        self._changed()
+        return job
+
+    async def _of(self, session: AsyncSession) -> Deployment:
+        return await actions.of_job(session, self.row.job_id)
+
+    async def _move(self, session: AsyncSession, to: DeploymentState, reason: str, **values: object) -> Deployment:
+        row = await self._of(session)
+        if row.state != to:
+            await move(session, Deployment, row.id, "state", MOVES, to, reason)
+            await session.refresh(row)
+        for name, value in values.items():
+            setattr(row, name, value)
+        self.row = row
+        return row
