@@ -48,6 +48,7 @@ bench:  ## Measure; writes benchmarks/RESULTS.md
 	@$(BIN)/python benchmarks/startup.py --write
 	@$(BIN)/python benchmarks/jobs.py --write
 	@$(BIN)/python benchmarks/jobs.py --postgres --write
+	@$(BIN)/python benchmarks/datasets.py --write
 	@$(BIN)/python benchmarks/deploy.py --write
 	@$(BIN)/python benchmarks/changes.py --write
 	@$(BIN)/python benchmarks/raw.py --write
