@@ -7,7 +7,7 @@ cli, doctor, demo   the command line; demo is a client like any other
 server              the process: a listening socket, an event loop, an end in good order
 app                 wires everything: routes, middleware, lifespan, answers to errors
 health              /health, /ready, /metrics
-gateway             the OpenAI-compatible API: requests to engines, bytes back
+gateway             the OpenAI-compatible API: requests to engines, bytes back; raw prompts, continued by request id
 deploy              models in service: wishes, one supervisor per deployment, vLLM's command line, routing
 models              the store: downloads, checks, imports, removal
 datasets            conversations to learn from: validated while they arrive, kept in storage

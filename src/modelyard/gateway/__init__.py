@@ -1,9 +1,11 @@
-"""The gateway: OpenAI's and Anthropic's interface under /v1 and /api/v1, answered by the engine that serves the model.
+"""The gateway: what clients ask of models in service, answered by the engine that serves the model.
 
-A request's body is read once, up to a limit; `model` is looked up, what no engine should see is refused, and the bytes
-go to the engine's Unix socket. The answer flows back as the engine's own bytes, its errors included. A client that goes
-away ends its generation; an engine that dies in the middle breaks the transfer instead of ending it as if complete.
+Two lanes. `relay` passes OpenAI's and Anthropic's interface on: a body is read once, `model` is looked up, what no
+engine should see is refused, and bytes flow to the engine's socket and back. Only the paths in `routes.PASSAGES` go
+this way. `raw` generates text from raw prompts, one or many at once, and continues it by request id: requests in
+`raw_schemas`, one text's turn in `raw_turns`, a request's texts in `raw_work`, questions to vLLM in `raw_engine`.
 
-Nothing is written here and no state is kept that a second process could not read from the database: `deploy` says
-which engine serves a name. Only the paths in `routes.PASSAGES` ever reach an engine.
+A client that goes away ends its generation; an engine that dies in the middle breaks the transfer instead of ending it
+as if complete. No state is kept that a second process could not read from the database: `deploy` says which engine
+serves a name, and `continuations`, the one thing that is written here, holds texts that can go on.
 """
