@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -394,3 +396,26 @@ async def test_the_private_folder_of_an_engine_that_was_about_to_start_is_not_le
         yard.told()
         await yard.becomes(job.id, "READY")
         assert not folder.exists()
+
+
+async def test_an_engine_whose_keeper_is_killed_as_it_starts_fails_with_its_cause(tmp_path: Path) -> None:
+    def kill_the_first_keeper() -> None:
+        deadline = time.monotonic() + 20.0
+        while time.monotonic() < deadline:
+            for proc in Path("/proc").iterdir():
+                with suppress(OSError):
+                    line = (proc / "cmdline").read_bytes() if proc.name.isdigit() else b""
+                    if b"keeper.py" in line and str(tmp_path).encode() in line:
+                        return os.kill(int(proc.name), signal.SIGKILL)
+        return None
+
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/tiny", misbehave={"start_delay_s": 5.0})
+        killing = asyncio.create_task(asyncio.to_thread(kill_the_first_keeper))
+        job_id = await yard.deploy("org/tiny")
+        job = await yard.ended(job_id)
+        await killing
+        assert job.failure is not None
+        # The second where it got to its first line: then it is an engine that died.
+        assert job.failure.code in ("engine_not_started", "engine_failed"), job.failure
+        await nothing_is_left(yard, job_id)

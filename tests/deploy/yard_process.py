@@ -25,11 +25,10 @@ from uuid import UUID
 
 from sqlalchemy import select
 
-from modelyard.deploy import actions, aliases, succession
+from modelyard.deploy import aliases, succession
 from modelyard.deploy.routing import Target
 from modelyard.deploy.tables import LIVE, Deployment, DeploymentModel, DeploymentState, Wanted
 from modelyard.errors import ModelyardError
-from modelyard.jobs import actions as jobs
 from modelyard.jobs.tables import Job
 from tests.deploy import yard as yards
 from tests.deploy.yard import DeployYard, deploy_yard
@@ -233,14 +232,6 @@ class _Desk:
                     if said := await _ask(target, 1):
                         wrong.append(f"{name} of {row.model_id}: {said}")
         return wrong
-
-    async def current(self, task: str) -> str:
-        async with self.yard.sessions.read() as session:
-            return str((await actions.current(session, task)).job_id)
-
-    async def job_ids(self) -> list[str]:
-        async with self.yard.sessions.read() as session:
-            return [str(job.id) for job in await jobs.newest(session, limit=1000)]
 
 
 async def _ask(target: Target, tokens: int) -> str:
