@@ -179,6 +179,49 @@ async def test_an_adapter_whose_requests_run_is_unloaded_after_them(tmp_path: Pa
         )
 
 
+async def test_an_adapter_with_a_request_stays_loaded_however_long_that_takes(tmp_path: Path) -> None:
+    """vLLM dies when it reads an adapter again whose folder is gone: its hold must not time out."""
+    async with deploy_yard(tmp_path, engine_drain_timeout_s=0.5) as yard:
+        await yard.add_model("org/a")
+        await yard.add_adapter("org/poems", "org/a")
+        job_id = await yard.deploy("org/a", ["org/poems"])
+        await yard.becomes(job_id, "READY")
+        target = await yard.routing.resolve("org/poems", "generate")
+        with yard.routing.request(target):
+            await yard.deploy("org/a")
+            await served(yard, job_id)
+            await asyncio.sleep(2.0)
+            async with yard.sessions.begin() as session:
+                with pytest.raises(ModelInUse):
+                    await models.delete(session, "org/poems")
+        await eventually(lambda: any(one["action"] == "unload" for one in yard.record("org/a", "lora")), "an unloading")
+
+
+async def test_an_adapter_that_gets_no_answer_in_time_is_refused_for_that_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modelyard.deploy.loading.PROBE_TIMEOUT_S", 0.3)
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/a", misbehave={"first_token_ms": 1000})
+        await yard.add_adapter("org/poems", "org/a")
+        job = await yard.ended(await yard.deploy("org/a", ["org/poems"]))
+        assert job.failure is not None
+        assert job.failure.code == "adapter_probe_timeout"
+        assert "max_loras" in job.failure.hint
+
+
+async def test_an_adapter_whose_files_went_bad_fails_a_start_by_its_name(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/a")
+        folder = await yard.add_adapter("org/poems", "org/a")
+        (folder / "adapter_model.safetensors").write_bytes(b"short")
+        job = await yard.ended(await yard.deploy("org/a", ["org/poems"]))
+        assert job.failure is not None
+        assert job.failure.code == "bad_weights"
+        assert "org/poems" in job.failure.message
+        assert yard.record("org/a", "start") == []
+
+
 async def test_a_model_is_started_beside_the_old_one_which_then_drains(tmp_path: Path) -> None:
     async with deploy_yard(tmp_path) as yard:
         await yard.add_model("org/a", misbehave={"chunk_ms": 100})
@@ -562,3 +605,18 @@ async def test_a_server_killed_right_after_a_failure_brings_back_what_had_left_f
                 return [one.model_id for one in await succession.live(session)] == ["org/a"]
 
         await eventually(back, "the first model is wanted again")
+
+
+@pytest.mark.parametrize("by", ["deployment", "job"])
+async def test_what_was_interrupted_does_not_come_back_when_its_replacement_fails(tmp_path: Path, by: str) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/a")
+        await yard.add_model("org/bad", misbehave={"die_at_start": {"stderr": "ValueError: no", "after_s": 2.5}})
+        first = await yard.deploy("org/a")
+        await yard.becomes(first, "READY")
+        second = await yard.deploy("org/bad")
+        await (yard.take_down(first) if by == "deployment" else yard.interrupt(first))
+        assert (await yard.ended(first)).status == JobStatus.KILLED
+        assert (await yard.ended(second)).status == JobStatus.FAILED
+        async with yard.sessions.read() as session:
+            assert [one.id for one in await jobs.newest(session, limit=10)] == [second, first]

@@ -82,14 +82,20 @@ class Requests:
         return bool(self._leaving)
 
     async def those_that_left(self) -> list[str]:
-        """Return, and forget, the adapters whose requests have ended; vLLM itself lets those that are left end too."""
+        """Return, and forget, the adapters whose requests have ended, however long that takes.
+
+        An engine that reads an adapter again whose folder is gone dies with all its requests: so no time is up here.
+        """
+        assert self._client is not None
         now = time.monotonic()
         left = [
             name
             for name, since in self._leaving.items()
-            if now - since >= self._timeout_s
-            or (now - since >= FRESH_S and not self._routing.open_requests(self._url, name))
+            if now - since >= FRESH_S and not self._routing.open_requests(self._url, name)
         ]
+        if left:
+            in_use = await self._client.adapters_in_use()
+            left = [name for name in left if in_use is not None and name not in in_use]
         for name in left:
             del self._leaving[name]
         return left

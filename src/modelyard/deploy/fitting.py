@@ -107,12 +107,11 @@ class Fitting:
         for one in adapters:
             path = self._settings.models_dir / one.path
             if path not in self._checked:
+                base = self._settings.models_dir / model.path
                 try:
-                    facts = check_adapter(path, config)
+                    facts = check_adapter(path, config, adapter_id=one.model_id, base_folder=base)
                 except Unprocessable as error:
-                    raise JobFailure(
-                        "adapter_unservable", f"{one.model_id}: {error.message}", "Deploy without it."
-                    ) from error
+                    raise JobFailure(error.code, error.message, "Deploy without it.") from error
                 self._checked[path] = AdapterFiles(one.model_id, path, facts.rank, facts.size_bytes)
             found.append(self._checked[path])
         return found

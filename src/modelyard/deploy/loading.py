@@ -90,6 +90,16 @@ async def _load_one(client: EngineClient, adapter: Adapter, name: str) -> None:
         )
     # vLLM answers 200 to some adapters with which every request then fails.
     wrong = await client.generates(name, "generate", PROBE_TIMEOUT_S)
+    if wrong.startswith("no answer"):
+        raise AdapterRefused(
+            adapter.adapter_id,
+            JobFailure(
+                "adapter_probe_timeout",
+                f"The engine loaded {adapter.adapter_id}, but gave {wrong}.",
+                "Other adapters may have taken every place: deploy with a larger options.max_loras, or try again when "
+                "fewer are asked.",
+            ),
+        )
     if wrong:
         raise AdapterRefused(
             adapter.adapter_id,

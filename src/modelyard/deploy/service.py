@@ -89,7 +89,7 @@ class Service:
             while True:
                 step = next_step(await self._facts())
                 if step == Step.FINISH:
-                    await self.record.move(DeploymentState.STOPPING, "no longer wanted", wanted=self._leaves())
+                    await self.record.stop(self._leaves())
                     await self._end(DeploymentState.STOPPED, "its engine is gone")
                     raise JobInterrupted
                 if step == Step.GIVE_UP:
@@ -139,7 +139,7 @@ class Service:
         elif step == Step.WAKE:
             await self.record.move(DeploymentState.STARTING, "a request came", wake_requested=False)
         elif step == Step.STOP:
-            await self.record.move(DeploymentState.STOPPING, "no longer wanted", wanted=self._leaves())
+            await self.record.stop(self._leaves())
             await self._stop_engine()
         elif step == Step.MAKE_ROOM:
             await self._make_room()
@@ -270,6 +270,7 @@ class Service:
                 f"The engine did not generate a token within {self.settings.engine_start_timeout_s:.0f} s"
                 + (f"; its answer was {self.complaint}." if self.complaint else "."),
                 "Read the job's log; a large model may need a longer MODELYARD_ENGINE_START_TIMEOUT_S.",
+                explain(await asyncio.to_thread(attempts.newest_log, self.context.log), None).evidence,
             )
         if time.monotonic() - self.told_at > STILL_STARTING_EVERY_S:
             self.told_at = time.monotonic()
