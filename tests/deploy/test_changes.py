@@ -13,7 +13,7 @@ import pytest
 
 from modelyard.deploy import actions, succession
 from modelyard.deploy.tables import Strategy, Wanted
-from modelyard.errors import Conflict, EngineStarting, ModelNotFound
+from modelyard.errors import Conflict, EngineStarting, ModelInUse, ModelNotFound
 from modelyard.jobs import actions as jobs
 from modelyard.jobs.tables import JobStatus
 from modelyard.models import actions as models
