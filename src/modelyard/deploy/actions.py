@@ -19,7 +19,7 @@ from modelyard.jobs.tables import ACTIVE, Job
 from modelyard.models import actions as models
 from modelyard.models.tables import Model
 
-KIND = "DEPLOY"
+KIND = succession.KIND
 #: As many as a job's row keeps.
 JOB_NAME_CHARACTERS = 512
 
@@ -59,8 +59,8 @@ async def deploy(session: AsyncSession, wish: Wish) -> tuple[Job, list[UUID]]:
     await exclusively(session, KIND)
     model, _ = await wanted_models(session, wish.model_id, wish.adapter_ids)
     adapter_ids = list(dict.fromkeys(wish.adapter_ids))
-    up = [one for one in await succession.live(session, model.task) if one.wanted == Wanted.UP]
-    same = await _same(session, up, wish)
+    up = await _up(session, model.task)
+    same = next((one for one in up if (one.model_id, one.options) == (wish.model_id, wish.options)), None)
     others = [] if wish.keep_others else [one for one in up if one is not same]
     if same is None:
         name = job_name(wish.model_id, adapter_ids)
@@ -86,14 +86,14 @@ async def deploy(session: AsyncSession, wish: Wish) -> tuple[Job, list[UUID]]:
     return job, touched
 
 
-async def _same(session: AsyncSession, up: Sequence[Deployment], wish: Wish) -> Deployment | None:
-    """Return the deployment that a wish only changes."""
+async def _up(session: AsyncSession, task: str) -> list[Deployment]:
+    """Return the deployments of a task that are wanted; those whose job was interrupted are so no longer."""
+    up = [one for one in await succession.live(session, task) if one.wanted == Wanted.UP]
     for one in up:
-        if (one.model_id, one.options) == (wish.model_id, wish.options):
-            job = await jobs.get(session, one.job_id)
-            if job.status in ACTIVE and not job.interrupt_requested:
-                return one
-    return None
+        if not await is_wanted(session, one):
+            one.wanted = Wanted.DOWN  # nobody has come to it yet
+            await succession.forget(session, one)
+    return [one for one in up if one.wanted == Wanted.UP]
 
 
 async def _want_adapters(session: AsyncSession, deployment: Deployment, job: Job, adapter_ids: list[str]) -> None:
@@ -112,7 +112,7 @@ async def restore_replaced(session: AsyncSession, failed: Deployment) -> Job | N
     Nothing comes back where another deployment of the task is wanted meanwhile.
     """
     await exclusively(session, KIND)
-    if any(one.wanted == Wanted.UP and one.id != failed.id for one in await succession.live(session, failed.task)):
+    if any(one.id != failed.id for one in await _up(session, failed.task)):
         return None
     gone = [one for one in await succession.replaced_by(session, failed) if one.ready_at is not None]
     if not gone:
@@ -214,8 +214,9 @@ async def _last_failure(session: AsyncSession) -> str:
 
 
 async def is_wanted(session: AsyncSession, deployment: Deployment) -> bool:
-    """Whether a deployment is wanted in service: neither it nor its job was asked to end."""
-    return deployment.wanted == Wanted.UP and not (await jobs.get(session, deployment.job_id)).interrupt_requested
+    """Whether a deployment is wanted in service: its job runs, and neither of them was asked to end."""
+    job = await jobs.get(session, deployment.job_id)
+    return deployment.wanted == Wanted.UP and job.status in ACTIVE and not job.interrupt_requested
 
 
 def no_engine() -> dict[str, Any]:

@@ -103,6 +103,16 @@ class Record:
                 self.row = row
         self._changed()
 
+    async def stop(self, wanted: Wanted) -> None:
+        """Write that it is not wanted any more, and ends."""
+        async with self._sessions.begin() as session:
+            await exclusively(session, actions.KIND)
+            row = await self._of(session)
+            if row.wanted == Wanted.UP:  # its job was interrupted: it comes back for nobody
+                await succession.forget(session, row)
+            await self._move(session, DeploymentState.STOPPING, "no longer wanted", wanted=wanted)
+        self._changed()
+
     async def end(self, to: DeploymentState, reason: str, wanted: Wanted) -> None:
         """Write the end, and let go of the models."""
         values = {"wanted": wanted, "ended_at": utcnow(), **actions.no_engine()}

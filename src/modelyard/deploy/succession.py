@@ -13,9 +13,12 @@ from uuid import UUID
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from modelyard.db import exclusively
 from modelyard.deploy.tables import LIVE, Deployment, DeploymentState, Strategy, Wanted
 from modelyard.jobs import actions as jobs
 from modelyard.jobs.tables import ACTIVE, Job
+
+KIND = "DEPLOY"
 
 
 async def live(session: AsyncSession, task: str | None = None) -> Sequence[Deployment]:
@@ -29,8 +32,21 @@ async def live(session: AsyncSession, task: str | None = None) -> Sequence[Deplo
 async def take_down(session: AsyncSession, deployment: Deployment, wanted: Wanted = Wanted.DOWN) -> UUID:
     """Want a deployment out of service, at once or when its requests have ended; return its job's id.
 
-    Safe to repeat; what is to go at once is not given time again.
+    It then comes back for nobody. Safe to repeat; what is to go at once is not given time again.
     """
+    await exclusively(session, KIND)
+    await forget(session, deployment)
+    return await _leave(session, deployment, wanted)
+
+
+async def forget(session: AsyncSession, deployment: Deployment) -> None:
+    """Have a deployment, which leaves by a wish of its own, not be wanted again when what was to replace it fails."""
+    for one in await live(session, deployment.task):
+        if str(deployment.id) in one.replaces:
+            one.replaces = [each for each in one.replaces if each != str(deployment.id)]
+
+
+async def _leave(session: AsyncSession, deployment: Deployment, wanted: Wanted) -> UUID:
     if deployment.wanted != Wanted.DOWN:
         deployment.wanted = wanted
     job = await jobs.get(session, deployment.job_id)
@@ -49,7 +65,7 @@ async def take_the_place_of(
     for old in others:
         serves = old.state in (DeploymentState.READY, DeploymentState.DRAINING)
         if is_ready or not serves or new.strategy == Strategy.REPLACE:
-            touched.append(await take_down(session, old, Wanted.DRAINED if serves else Wanted.DOWN))
+            touched.append(await _leave(session, old, Wanted.DRAINED if serves else Wanted.DOWN))
             await jobs.append_event(session, old.job_id, f"Replaced by {job.name}.", data={"replaced_by": str(job.id)})
         # What it was to replace falls to the new one.
         replaces += [*([str(old.id)] if old.ready_at is not None else []), *old.replaces]
@@ -68,7 +84,7 @@ async def drain_replaced(session: AsyncSession, deployment: Deployment, why: str
     """Have those leave that a deployment replaces, before it starts; return the ids of their jobs. Safe to repeat."""
     touched = []
     for old in await staying(session, deployment):
-        touched.append(await take_down(session, old, Wanted.DRAINED))
+        touched.append(await _leave(session, old, Wanted.DRAINED))
         await jobs.append_event(session, old.job_id, why, data={"replaced_by": str(deployment.job_id)})
     return touched
 
