@@ -670,3 +670,20 @@ def test_a_storage_url_that_makes_no_sense_stops_the_start_with_one_line(tmp_pat
 def test_starting_the_server_does_not_pay_for_boto3() -> None:
     code = "import modelyard.storage, sys; sys.exit('boto3' in sys.modules or 'botocore' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+async def test_what_a_killed_upload_in_parts_left_in_a_bucket_is_removed_below_its_prefix_only(
+    s3_server: S3Server,
+) -> None:
+    storage = S3Storage(s3_server.bucket, "unfinished", s3_server.endpoint_url)
+    client = s3_server.client()
+    for key in ("unfinished/one/data", "unfinished/two/data"):
+        client.create_multipart_upload(Bucket=s3_server.bucket, Key=key)
+    await storage.remove_unfinished("one/")
+    await storage.remove_unfinished("one/")
+    left = client.list_multipart_uploads(Bucket=s3_server.bucket, Prefix="unfinished/").get("Uploads", [])
+    assert [upload["Key"] for upload in left] == ["unfinished/two/data"]
+    await storage.remove_unfinished("")
+    assert not client.list_multipart_uploads(Bucket=s3_server.bucket, Prefix="unfinished/").get("Uploads", [])
+    client.close()
+    await storage.close()

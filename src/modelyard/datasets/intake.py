@@ -115,6 +115,11 @@ async def clear(sessions: Sessions, storage: Storage, dataset_id: UUID) -> None:
 async def sweep(sessions: Sessions, storage: Storage, forgotten: Sequence[UUID]) -> None:
     """Remove what uploads and deletions left that a crash cut short: `actions.leftovers` of before the start."""
     for dataset_id in forgotten:
+        try:
+            await storage.remove_unfinished(prefix(dataset_id))
+        except ModelyardError as error:
+            log.warning("what is left of dataset %s stays until the next start: %s", dataset_id, error)
+            continue
         await clear(sessions, storage, dataset_id)
 
 

@@ -11,12 +11,13 @@ from fastapi import Depends, Header, Path, Query, Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
 
-from modelyard.datasets import actions, intake, reading
+from modelyard.datasets import actions, intake, reading, tokens
 from modelyard.datasets.download import content_disposition, part_of
 from modelyard.datasets.multipart import FormFile
-from modelyard.datasets.schemas import DatasetOut, PageOut, ReportOut
+from modelyard.datasets.schemas import DatasetOut, PageOut, ReportOut, Tokens
 from modelyard.errors import BadRequest, TooLarge
 from modelyard.http import Sessions, Settings, documented, router
+from modelyard.models import actions as models
 from modelyard.storage import Storage as ObjectStorage
 
 api = router("/api/v1/datasets", "Datasets")
@@ -110,11 +111,38 @@ async def _body(request: Request) -> AsyncGenerator[bytes]:
 
 
 @api.get("/{dataset_id}/report", summary="Get a dataset's report", responses=documented(404, 422, 503))
-async def get_report(dataset_id: DatasetId, sessions: Sessions, storage: Storage) -> ReportOut:
-    """Return what is in a dataset: rows, turns, roles, lengths, duplicates, warnings, and the lines left out."""
+async def get_report(
+    dataset_id: DatasetId,
+    sessions: Sessions,
+    storage: Storage,
+    settings: Settings,
+    model_id: Annotated[
+        str | None, Query(description="A model in the store: count its tokens too.", examples=["Qwen/Qwen3-0.6B"])
+    ] = None,
+) -> ReportOut:
+    """Return what is in a dataset: rows, turns, roles, lengths, duplicates, warnings, and the lines left out.
+
+    With `model_id` also how long the rows are in that model's tokens, and how many would be truncated. The first such
+    request counts them, which takes seconds for a large dataset; the figures are kept.
+    """
     async with sessions.read() as session:
         dataset = await actions.get(session, dataset_id)
-    return ReportOut.model_validate((await reading.about(storage, dataset)).report)
+        model = await models.get(session, model_id) if model_id is not None else None
+        if model is not None and model.adapter and model.base_model_id is not None:
+            model = await models.get(session, model.base_model_id)  # an adapter speaks its base's tokens
+    report = ReportOut.model_validate((await reading.about(storage, dataset)).report)
+    if model is not None:
+        figures = await tokens.tokens_of(
+            sessions,
+            storage,
+            dataset,
+            folder=settings.models_dir / model.path,
+            model_id=model.model_id,
+            commit=model.commit,
+            max_line_bytes=settings.dataset_line_mib * MIB,
+        )
+        report.tokens = Tokens.model_validate(figures)
+    return report
 
 
 @api.get("/{dataset_id}/rows", summary="Read rows", response_model=PageOut, responses=documented(404, 422, 503))

@@ -116,6 +116,26 @@ class Duplicates(BaseModel):
     is_exact: bool
 
 
+class Tokens(BaseModel):
+    """Lengths of the rows' contents in tokens of a model, without what its chat template adds."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    model_id: str
+    commit: str
+    max_length: int | None
+    """Tokens that the model takes; null if its files do not say."""
+    counted_rows: int
+    """The rows that these figures are about: those in the first 32 MiB."""
+    is_exact: bool
+    """Whether these are all rows."""
+    total: int
+    longest: int
+    truncated_rows: int
+    """Rows that are longer than the model takes."""
+    histogram: list[Bucket]
+
+
 class ReportOut(BaseModel):
     """What is in a dataset."""
 
@@ -146,6 +166,8 @@ class ReportOut(BaseModel):
     """Whether the file begins with one."""
     crlf_lines: int
     """Lines that end as on Windows."""
+    tokens: Tokens | None = None
+    """With `model_id`: lengths in tokens of that model."""
 
 
 class RowOut(BaseModel):

@@ -111,6 +111,9 @@ class FolderStorage:
     async def delete(self, key: str) -> None:
         await self._run(self._delete, checked_key(key))
 
+    async def remove_unfinished(self, prefix: str) -> None:
+        checked_prefix(prefix)
+
     async def signed_upload_url(
         self, key: str, *, content_type: str, max_bytes: int, expires_s: int = 3600
     ) -> SignedUpload:

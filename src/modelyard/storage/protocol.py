@@ -95,6 +95,12 @@ class Storage(Protocol):
     async def delete(self, key: str) -> None:
         """Remove the object. Safe to repeat: one that is not there is no error."""
 
+    async def remove_unfinished(self, prefix: str) -> None:
+        """Remove what is left of puts below `prefix` whose server was killed; nobody else may be writing there.
+
+        Safe to repeat. A folder removes such files by itself, when it is opened.
+        """
+
     async def signed_upload_url(
         self, key: str, *, content_type: str, max_bytes: int, expires_s: int = 3600
     ) -> SignedUpload:

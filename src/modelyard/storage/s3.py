@@ -136,6 +136,19 @@ class S3Storage:
         with suppress(ObjectNotFound):
             await self._call("delete_object", **self._where(key))
 
+    async def remove_unfinished(self, prefix: str) -> None:
+        pages = {"Bucket": self.bucket, "Prefix": self._prefix + checked_prefix(prefix)}
+        while True:
+            answer = await self._call("list_multipart_uploads", **pages)
+            for found in answer.get("Uploads", ()):
+                if found["Key"].startswith(pages["Prefix"]):
+                    with suppress(ObjectNotFound):
+                        where = {"Bucket": self.bucket, "Key": found["Key"]}
+                        await self._call("abort_multipart_upload", UploadId=found["UploadId"], **where)
+            if not answer.get("IsTruncated"):
+                return
+            pages |= {"KeyMarker": answer["NextKeyMarker"], "UploadIdMarker": answer["NextUploadIdMarker"]}
+
     async def signed_upload_url(
         self, key: str, *, content_type: str, max_bytes: int, expires_s: int = 3600
     ) -> SignedUpload:

@@ -1,0 +1,75 @@
+"""Rows are counted in tokens of a model in the store, by its own tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modelyard.datasets.tokens import max_length
+from tests.datasets.forms import FORM_HEADERS, chat, jsonl, upload
+from tests.datasets.test_routes import UPLOAD, objects, until
+from tests.server import Server, serving
+
+pytest.importorskip("tokenizers")
+
+
+def add(server: Server, name: str) -> None:
+    job = server.post(f"/api/v1/models/add/?model_id=local:{name}").json()["id"]
+    path = f"/api/v1/jobs/{job}/status/"
+    until(lambda: server.get(path).json()["status"] in ("FINISHED", "FAILED"), "the model is in the store")
+    assert server.get(path).json()["status"] == "FINISHED", server.get(path).text
+
+
+def test_tokens_are_those_of_the_models_own_tokenizer_and_are_kept(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    from modelyard.demo.tiny_llama import make_llama
+
+    imports = tmp_path / "imports"
+    make_llama(imports / "tiny")
+    tokenizer = Tokenizer.from_file(str(imports / "tiny" / "tokenizer.json"))
+    limit = max_length(imports / "tiny")
+    assert limit is not None
+    rows: list[Any] = [chat(f"Question {number}?", "an answer " * number) for number in range(1, 40)]
+    rows.append(chat("long", "very long " * limit))
+    lengths = [
+        sum(len(tokenizer.encode(said["content"], add_special_tokens=False).ids) for said in row["messages"])
+        for row in rows
+    ]
+    with serving(tmp_path / "data", MODELYARD_IMPORT_DIR=str(imports)) as server:
+        dataset = server.request("POST", UPLOAD, body=upload(jsonl(*rows)), headers=FORM_HEADERS).json()
+        path = f"/api/v1/datasets/{dataset['id']}/report"
+        assert server.get(f"{path}?model_id=local:tiny").error_code == "model_not_found"
+        assert server.get(path).json()["tokens"] is None
+        add(server, "tiny")
+        found = server.get(f"{path}?model_id=local:tiny").json()["tokens"]
+        assert (found["total"], found["longest"], found["counted_rows"]) == (sum(lengths), max(lengths), len(rows))
+        assert (found["max_length"], found["truncated_rows"], found["is_exact"]) == (limit, 1, True)
+        assert sum(bucket["rows"] for bucket in found["histogram"]) == len(rows)
+        (kept,) = (name for name in objects(server) if "tokens-" in name)
+        file = server.data_dir / "objects" / kept
+        file.write_text(file.read_text("utf-8").replace(f'"total":{sum(lengths)}', '"total":7'), "utf-8")
+        assert server.get(f"{path}?model_id=local:tiny").json()["tokens"]["total"] == 7
+        assert server.delete(f"/api/v1/datasets/{dataset['id']}").status == 200
+        assert objects(server) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"max_position_embeddings": 2048}, 2048),
+        ({"text_config": {"max_position_embeddings": 4096}}, 4096),
+        ({"n_positions": 1024, "text_config": None}, 1024),
+        ({"max_position_embeddings": "many"}, None),
+        ([], None),
+    ],
+)
+def test_how_long_a_model_may_read_is_in_its_configuration(
+    tmp_path: Path, config: object, expected: int | None
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+    assert max_length(tmp_path) == expected
+    assert max_length(tmp_path / "nowhere") is None
