@@ -260,7 +260,8 @@ def batch_lines(seconds: dict[str, list[float]], alike: dict[str, float]) -> lis
     lines = [
         f"{PROMPTS} prompts of 10 to 60 words, {NEW_TOKENS} new tokens each, greedy, bfloat16; medians of {rounds} "
         "rounds in turn (lowest to highest). vLLM runs with the arguments of Modelyard's engine: room for LoRA "
-        "adapters, as many sequences, the same threads, the plugins of Modelyard. Ratios are round by round.",
+        "adapters, as many sequences, the same threads, the plugins of Modelyard. Ratios are round by round. In "
+        "bfloat16, transformers rounds otherwise than vLLM, and a text of random numbers takes another way at once.",
         "",
         "|  | tokens per second | Modelyard as a multiple of it | texts equal to Modelyard's |",
         "|---|---|---|---|",
