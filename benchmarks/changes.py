@@ -297,7 +297,7 @@ def switch_lines(found: Switch, clients: int = CLIENTS) -> list[str]:
     by_model = {name: sum(one.model == name for one in found.answers) for name in (names.model, names.other)}
     lines = [
         f"From one tiny Llama to another, started beside it, by the alias `default`; {clients} clients, answers of 32 "
-        "tokens, streamed and not in turn, with a rest of 50 ms between two requests of a client.",
+        "tokens, streamed and not in turn, with a rest of 200 ms between two requests of a client.",
         "",
         "|  |  |",
         "|---|---|",

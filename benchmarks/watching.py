@@ -67,7 +67,7 @@ class Askers:
     name: str
     clients: int = 16
     tokens: int = 32
-    rest_s: float = 0.05
+    rest_s: float = 0.2
     answers: list[Answered] = field(default_factory=list)
     is_over: bool = False
 
