@@ -49,7 +49,7 @@ REST_S = 0.5
 CYCLE_S = 4.0
 #: How long clients ask before and after a switch.
 AROUND_S = 8.0
-LIMIT_S = 300.0
+LIMIT_S = 600.0
 
 
 @dataclass(frozen=True)
