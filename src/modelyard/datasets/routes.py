@@ -27,6 +27,8 @@ MIB = 1024**2
 #: What a form adds to its file, at most.
 FORM_BYTES = 64 * 1024
 MEDIA_TYPE = "application/jsonl"
+ROW = '{"messages": [{"role": "user", "content": "Name a river."}, {"role": "assistant", "content": "The Volga."}]}\n'
+FILE: dict[str, Any] = {MEDIA_TYPE: {"schema": {"type": "string"}, "example": ROW}}
 FORM: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -36,7 +38,8 @@ FORM: dict[str, Any] = {
                     "type": "object",
                     "required": ["file"],
                     "properties": {"file": {"type": "string", "format": "binary", "description": "The JSONL file."}},
-                }
+                },
+                "example": {"file": ROW},
             }
         },
     }
@@ -110,7 +113,7 @@ async def _body(request: Request) -> AsyncGenerator[bytes]:
         raise BadRequest("The connection broke off within the upload.", code="upload_broken_off") from None
 
 
-@api.get("/{dataset_id}/report", summary="Get a dataset's report", responses=documented(404, 422, 503))
+@api.get("/{dataset_id:uuid}/report", summary="Get a dataset's report", responses=documented(404, 422, 503))
 async def get_report(
     dataset_id: DatasetId,
     sessions: Sessions,
@@ -145,7 +148,7 @@ async def get_report(
     return report
 
 
-@api.get("/{dataset_id}/rows", summary="Read rows", response_model=PageOut, responses=documented(404, 422, 503))
+@api.get("/{dataset_id:uuid}/rows", summary="Read rows", response_model=PageOut, responses=documented(404, 422, 503))
 async def get_rows(
     dataset_id: DatasetId,
     sessions: Sessions,
@@ -165,16 +168,12 @@ async def get_rows(
 
 
 @api.get(
-    "/{dataset_id}/",
+    "/{dataset_id:uuid}/",
     summary="Download a dataset",
     response_class=Response,
     responses={
-        200: {
-            "description": "The file as it was uploaded.",
-            "content": {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}},
-        },
-        206: {"description": "The part that `Range` asked for."},
-        304: {"description": "It is what `If-None-Match` names."},
+        200: {"description": "The file as it was uploaded.", "content": FILE},
+        206: {"description": "The part that `Range` asked for.", "content": FILE},
         **documented(404, 416, 422, 503),
     },
 )
@@ -186,7 +185,10 @@ async def download_dataset(
     if_range: Annotated[str | None, Header(description="The ETag that `Range` is meant for.")] = None,
     if_none_match: Annotated[str | None, Header(description="The ETag that is there already.")] = None,
 ) -> Response:
-    """Return the file byte for byte. A download that broke goes on with `Range`; the ETag is the file's SHA-256."""
+    """Return the file byte for byte. A download that broke goes on with `Range`; the ETag is the file's SHA-256.
+
+    With an `If-None-Match` that names it the answer is 304, without the file.
+    """
     async with sessions.read() as session:
         dataset = await actions.get(session, dataset_id)
     etag = f'"{dataset.sha256}"'
@@ -218,7 +220,7 @@ async def _rest(first: bytes, blocks: AsyncGenerator[bytes]) -> AsyncGenerator[b
             yield block
 
 
-@api.delete("/{dataset_id}/", summary="Delete a dataset", responses=documented(404, 409, 422))
+@api.delete("/{dataset_id:uuid}/", summary="Delete a dataset", responses=documented(404, 409, 422))
 async def delete_dataset(dataset_id: DatasetId, sessions: Sessions, storage: Storage) -> DatasetOut:
     """Delete a dataset, its file included, and return what it was. 409 while it is in use."""
     return DatasetOut.model_validate(await intake.take_out(sessions, storage, dataset_id))

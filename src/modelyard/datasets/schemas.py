@@ -136,10 +136,30 @@ class Tokens(BaseModel):
     histogram: list[Bucket]
 
 
+REPORT_EXAMPLE: dict[str, JsonValue] = {
+    "format": "messages",
+    "formats": {"messages": 50},
+    "rows": 50,
+    "lines": 51,
+    "blank_lines": 1,
+    "bad_lines": 0,
+    "turns": 100,
+    "roles": {"assistant": 50, "user": 50},
+    "characters": {"total": 4711, "shortest": 40, "longest": 120, "histogram": [{"below": 128, "rows": 50}]},
+    "duplicates": {"rows": 1, "lines": [17], "is_exact": True},
+    "nothing_to_learn": 0,
+    "warnings": [{"kind": "not_alternating", "rows": 1, "lines": [3]}],
+    "problems": {"total": 0, "kinds": {}, "listed": [], "unlisted": 0},
+    "byte_order_mark": False,
+    "crlf_lines": 0,
+    "tokens": None,
+}
+
+
 class ReportOut(BaseModel):
     """What is in a dataset."""
 
-    model_config = ConfigDict(use_attribute_docstrings=True)
+    model_config = ConfigDict(use_attribute_docstrings=True, json_schema_extra={"examples": [REPORT_EXAMPLE]})
 
     format: str | None
     """The form of its rows, or mixed."""
@@ -185,10 +205,27 @@ class RowOut(BaseModel):
     """The tools that the conversation knows."""
 
 
+PAGE_EXAMPLE: dict[str, JsonValue] = {
+    "rows": [
+        {
+            "line": 1,
+            "format": "messages",
+            "messages": [
+                {"role": "user", "content": "Name a river."},
+                {"role": "assistant", "content": "The Volga."},
+            ],
+        }
+    ],
+    "offset": 0,
+    "next_offset": 1,
+    "total": 50,
+}
+
+
 class PageOut(BaseModel):
     """Some rows of a dataset."""
 
-    model_config = ConfigDict(use_attribute_docstrings=True)
+    model_config = ConfigDict(use_attribute_docstrings=True, json_schema_extra={"examples": [PAGE_EXAMPLE]})
 
     rows: list[RowOut]
     offset: int
