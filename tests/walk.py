@@ -15,7 +15,14 @@ from modelyard.settings import Settings
 
 #: What stands for a parameter in a path: well formed, and nothing that exists.
 NOBODY = "00000000-0000-4000-8000-000000000000"
-SAMPLES = {"job_id": NOBODY, "dataset_id": NOBODY, "deployment_id": NOBODY, "model_id": "no/such", "name": "no/such", "number": "7000000"}
+SAMPLES = {
+    "job_id": NOBODY,
+    "dataset_id": NOBODY,
+    "deployment_id": NOBODY,
+    "model_id": "no/such",
+    "name": "no/such",
+    "number": "7000000",
+}
 FILES = {"/api/docs/files": ["/api/docs/files/swagger-ui.css", "/api/docs/files/swagger-ui-bundle.js"]}
 
 
