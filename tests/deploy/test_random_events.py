@@ -58,6 +58,34 @@ SETTINGS: Json = {
 ANY_OF_THEM = st.integers(0, 11)
 
 
+def _event(name: str, times: int, **arguments: st.SearchStrategy[Any]) -> list[st.SearchStrategy[tuple[str, Json]]]:
+    # One object each: of equal ones hypothesis would keep the first.
+    return [st.tuples(st.just(name), st.fixed_dictionaries(arguments)) for _ in range(times)]
+
+
+BOOLEANS, PAUSES = st.booleans(), st.sampled_from([0.0, 0.01, 0.05, 0.1, 0.2, 0.3])
+ADAPTER_IDS = st.lists(st.sampled_from([POEMS, POEMS, PROSE, PROSE, BROKEN, MUTE]), unique=True, max_size=3)
+ALIASES = st.sampled_from(["mine", "default"])
+#: What may happen: the method's name, how often among the others, and with what.
+EVENT = st.one_of(
+    *_event("deploy", 4, model_id=st.sampled_from([*MODELS, "org/b", "org/slow"]), keep_others=BOOLEANS,
+            strategy=st.sampled_from(["auto", "auto", "side_by_side", "replace"]),
+            idle_timeout_s=st.sampled_from([None, None, 0.3])),
+    *_event("deploy_with_adapters", 4, adapter_ids=ADAPTER_IDS, strategy=st.sampled_from(["auto", "replace"]),
+            keep_others=BOOLEANS),
+    *_event("interrupt", 1, which=ANY_OF_THEM),
+    *_event("take_down", 1, which=ANY_OF_THEM, wanted=st.sampled_from(["DRAINED", "DOWN"])),
+    *_event("move_alias", 1, alias=ALIASES, to=st.sampled_from(["org/a", "org/b", "org/embed", POEMS])),
+    *_event("remove_alias", 1, alias=ALIASES),
+    *_event("ask", 7, names=st.lists(st.sampled_from(NAMES), min_size=1, max_size=4),
+            tokens=st.sampled_from([1, 5, 20])),
+    *_event("kill", 2, which=ANY_OF_THEM, kind=st.sampled_from(["engine", "engine", "keeper"])),
+    *_event("end_the_server", 1, how=st.sampled_from(["stop", "kill"])),
+    *_event("wait", 3, wait_s=PAUSES),
+    *_event("wait_until_started", 7),
+)  # fmt: skip
+
+
 @dataclass
 class Wish:
     """A deploy that was taken. `served` are the jobs of its task that served at that moment."""
@@ -106,20 +134,9 @@ class Events(RuleBasedStateMachine):
         for adapter_id in (POEMS, PROSE, BROKEN, MUTE):
             self.yard.ask("add_adapter", adapter_id=adapter_id, base_model_id="org/a")
 
-    @rule(
-        model_id=st.sampled_from([*MODELS, "org/b", "org/slow"]),
-        strategy=st.sampled_from(["auto", "auto", "side_by_side", "replace"]),
-        keep_others=st.booleans(),
-        idle_timeout_s=st.sampled_from([None, None, 0.3]),
-    )
     def deploy(self, model_id: str, strategy: str, keep_others: bool, idle_timeout_s: float | None) -> None:
         self._deploy(model_id, [], strategy=strategy, keep_others=keep_others, idle_timeout_s=idle_timeout_s)
 
-    @rule(
-        adapter_ids=st.lists(st.sampled_from([POEMS, POEMS, PROSE, PROSE, BROKEN, MUTE]), unique=True, max_size=3),
-        strategy=st.sampled_from(["auto", "replace"]),
-        keep_others=st.booleans(),
-    )
     def deploy_with_adapters(self, adapter_ids: list[str], strategy: str, keep_others: bool) -> None:
         self._deploy("org/a", adapter_ids, strategy=strategy, keep_others=keep_others)
 
@@ -133,36 +150,30 @@ class Events(RuleBasedStateMachine):
             Wish(len(self.wishes), time.monotonic(), job, adapter_ids, task, wish["keep_others"], served)
         )
 
-    @rule(which=ANY_OF_THEM)
     def interrupt(self, which: int) -> None:
         if row := self._one(which):
             self._leave(row, "interrupt")
             self.yard.ask("interrupt", job_id=row["job"])
 
-    @rule(which=ANY_OF_THEM, wanted=st.sampled_from(["DRAINED", "DOWN"]))
     def take_down(self, which: int, wanted: str) -> None:
         if row := self._one(which):
             self._leave(row, wanted)
             self.yard.ask("take_down", job_id=row["job"], wanted=wanted)
 
-    @rule(to=st.sampled_from(["org/a", "org/b", "org/embed", POEMS]), name=st.sampled_from(["mine", "default"]))
-    def move_alias(self, to: str, name: str) -> None:
-        self._tell(f"alias {name} -> {to}")
-        self.yard.ask("put_alias", name=name, target=to)
+    def move_alias(self, to: str, alias: str) -> None:
+        self._tell(f"alias {alias} -> {to}")
+        self.yard.ask("put_alias", name=alias, target=to)
 
-    @rule(name=st.sampled_from(["mine", "default"]))
-    def remove_alias(self, name: str) -> None:
-        self._tell(f"no alias {name}")
-        self.yard.ask("remove_alias", name=name)
+    def remove_alias(self, alias: str) -> None:
+        self._tell(f"no alias {alias}")
+        self.yard.ask("remove_alias", name=alias)
 
-    @rule(names=st.lists(st.sampled_from(NAMES), min_size=1, max_size=4), tokens=st.sampled_from([1, 5, 20]))
     def ask(self, names: list[str | None], tokens: int) -> None:
         for name in names:
             task = "embed" if name in ("org/embed", "Compressa-Embedding") else "generate"
             self.yard.ask("query", name=name, task=task, tokens=tokens)
         self._tell(f"ask {names} for {tokens}")
 
-    @rule(which=ANY_OF_THEM, kind=st.sampled_from(["engine", "engine", "keeper"]))
     def kill(self, which: int, kind: str) -> None:
         keepers = self._keepers()
         if not keepers:
@@ -176,26 +187,32 @@ class Events(RuleBasedStateMachine):
                 os.kill(pid, signal.SIGKILL)
         self.killed.append((job, time.monotonic()))
 
-    @rule(how=st.sampled_from(["stop", "kill", "wait", "wait", "wait", "wait"]), wait_s=st.floats(0.0, 0.3))
-    def end_the_server(self, how: str, wait_s: float) -> None:
-        if how == "wait":
-            return self.wait(wait_s)
+    def end_the_server(self, how: str) -> None:
         self._tell(f"{how} the server")
         getattr(self.yard, how)()
         self.yard.start()
-        return None
 
-    @rule(wait_s=st.floats(0.0, 0.3))
     def wait(self, wait_s: float) -> None:
         self._tell(f"{wait_s:.2f} s")
         time.sleep(wait_s)
+
+    @rule(event=EVENT)
+    def happens(self, event: tuple[str, Json]) -> None:
+        # One rule of all: of several, hypothesis leaves most out of a sequence.
+        name, arguments = event
+        getattr(self, name)(**arguments)
+
+    def wait_until_started(self) -> None:
+        self._tell("until all is started")
+        deadline = time.monotonic() + 3.0
+        while any(row["state"] == "STARTING" for row in self._live()) and time.monotonic() < deadline:
+            time.sleep(0.02)
 
     # What must hold
 
     @invariant()
     def every_answer_is_whole(self) -> None:
         rows = self._rows()
-        Events.counted += 1
         up = [row["model_id"] for row in rows if row["is_live"] and row["wanted"] == "UP" and not row["interrupted"]]
         self._expect(len(up) == len(set(up)), f"two deployments of one model are wanted: {up}")
         answers, _ = self.yard.ask("answers")
@@ -353,6 +370,7 @@ class Events(RuleBasedStateMachine):
 
     def _tell(self, what: str) -> None:
         self.story.append(what)
+        Events.counted += 1
 
     def _expect(self, holds: object, what: str) -> None:
         if holds:
@@ -416,8 +434,9 @@ def _run(machine: type[Events], sequences: int) -> None:
     # Without a least number every third sequence ends before its first event.
     run_state_machine_as_test(hypothesis.seed(seed)(machine), settings=settings, _min_steps=EVENTS - 1)
     sys.stderr.write(f"{Events.counted} events, {Events.answered} whole answers\n")
-    assert Events.counted >= sequences * EVENTS
-    assert Events.answered >= sequences
+    # An interrupt or a kill with nothing there is none.
+    assert Events.counted >= sequences * EVENTS * 0.8
+    assert Events.answered > 0
 
 
 @pytest.mark.slow
@@ -445,4 +464,4 @@ def test_random_events_on_postgresql_do_so_too(postgres_server: str) -> None:
                 with psycopg.connect(postgres_server, autocommit=True) as connection:
                     connection.execute(f'DROP DATABASE "{self.name}" WITH (FORCE)')
 
-    _run(OnPostgres, 2)
+    _run(OnPostgres, 3)
