@@ -142,7 +142,8 @@ class Events(RuleBasedStateMachine):
 
     def _deploy(self, model_id: str, adapter_ids: list[str], **wish: Any) -> None:
         task = TASKS.get(model_id, "generate")
-        served = [row["job"] for row in self._live() if row["task"] == task and row["state"] == "READY"]
+        up = [row for row in self._live() if row["task"] == task and row["wanted"] == "UP"]
+        served = [row["job"] for row in up if row["state"] == "READY"]
         job = self.yard.ask("deploy", model_id=model_id, adapter_ids=adapter_ids, **wish)
         assert not isinstance(job, Refused), job
         self._tell(f"deploy {model_id} {adapter_ids} {wish} -> {job[:8]}")
@@ -314,6 +315,8 @@ class Events(RuleBasedStateMachine):
                 continue
             row = by_job[wish.job]
             if row["state"] == "FAILED" and not row["was_ready"]:
+                if wish.keep_others:
+                    continue  # nobody left for it
                 stood = [job for job in wish.served if job not in self.left and by_job[job]["state"] != "FAILED"]
                 after = [one for one in rows if one["task"] == task and one["number"] > row["number"]]
                 back = after or any(by_job[job]["is_live"] for job in stood)
