@@ -597,8 +597,13 @@ async def test_a_server_killed_right_after_a_failure_brings_back_what_had_left_f
         row = await actions.of_job(session, job.id)
         old = await actions.of_job(session, first)
         row.state, row.wanted, row.replaces = "FAILED", Wanted.DOWN, [str(old.id)]
+        stored = await jobs.get(session, job.id)
+        stored.failure_code, stored.failure_message = "not_enough_memory", "It lacks 3 GiB."
     async with deploy_yard(tmp_path) as yard:
-        assert (await yard.ended(job.id)).status == JobStatus.FAILED
+        failed = await yard.ended(job.id)
+        assert failed.status == JobStatus.FAILED
+        assert failed.failure is not None
+        assert failed.failure.code == "not_enough_memory", "it is not guessed anew from a log"
 
         async def back() -> bool:
             async with yard.sessions.read() as session:

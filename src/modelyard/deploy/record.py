@@ -15,6 +15,7 @@ from modelyard.db import Sessions, exclusively, utcnow
 from modelyard.deploy import actions, succession
 from modelyard.deploy.loading import AdapterRefused
 from modelyard.deploy.tables import MOVES, Deployment, DeploymentState, Wanted
+from modelyard.errors import JobFailure
 from modelyard.jobs import actions as jobs
 from modelyard.jobs.tables import Job
 from modelyard.models.tables import Model
@@ -113,16 +114,31 @@ class Record:
             await self._move(session, DeploymentState.STOPPING, "no longer wanted", wanted=wanted)
         self._changed()
 
-    async def end(self, to: DeploymentState, reason: str, wanted: Wanted) -> None:
-        """Write the end, and let go of the models."""
+    async def end(self, to: DeploymentState, reason: str, wanted: Wanted, failure: JobFailure | None = None) -> None:
+        """Write the end with its cause, and let go of the models."""
         values = {"wanted": wanted, "ended_at": utcnow(), **actions.no_engine()}
         async with self._sessions.begin() as session:
             # In one transaction, and with no wish beside it: else what has ended would hold models for ever.
             await exclusively(session, actions.KIND)
             row = await self._move(session, to, reason, **values)
             await actions.release(session, row.id)
+            if failure is not None:
+                # The runner does so too; a server that ends before it comes to that would forget the cause.
+                job = await jobs.get(session, row.job_id)
+                job.failure_code, job.failure_message, job.failure_hint = failure.code, failure.message, failure.hint
+                job.failure_evidence = list(failure.evidence)
         self._changed()
         self._stir()
+
+    async def failure(self) -> JobFailure | None:
+        """Return the cause that was written with the end."""
+        async with self._sessions.read() as session:
+            job = await jobs.get(session, self.row.job_id)
+        if job.failure_code is None:
+            return None
+        return JobFailure(
+            job.failure_code, job.failure_message or "", job.failure_hint or "", job.failure_evidence or ()
+        )
 
     async def restore_what_left(self) -> Job | None:
         """Want back what made room for it, which never got ready; return the new job."""

@@ -83,7 +83,7 @@ class Service:
             raise JobInterrupted  # the server was killed between the end of the deployment and that of its job
         if self.row.state == DeploymentState.FAILED:
             await self._restore_what_left()
-            raise await self._cause()
+            raise await self.record.failure() or await self._cause()
         try:
             await self._take_up()
             while True:
@@ -101,7 +101,8 @@ class Service:
             if self.child is not None:
                 await self.child.stop()
             to = DeploymentState.STOPPED if self.row.state == DeploymentState.STOPPING else DeploymentState.FAILED
-            await self._end(to, error.code if isinstance(error, JobFailure) else "internal_error")
+            failure = error if isinstance(error, JobFailure) else None
+            await self._end(to, failure.code if failure is not None else "internal_error", failure)
             await self._restore_what_left()
             raise
 
@@ -431,10 +432,10 @@ class Service:
         failure.hint = failure.hint.replace("<id>", str(self.context.id))
         return failure
 
-    async def _end(self, to: DeploymentState, reason: str) -> None:
+    async def _end(self, to: DeploymentState, reason: str, failure: JobFailure | None = None) -> None:
         """Write the end, and let go of the models."""
         self.child = None
-        await self.record.end(to, reason, self._leaves())
+        await self.record.end(to, reason, self._leaves(), None if self.context.interrupted_before_start else failure)
 
     async def _restore_what_left(self) -> None:
         """Want back what made room for this deployment, if it never got ready."""
