@@ -397,6 +397,25 @@ async def test_an_idle_deployment_rests_and_the_next_request_waits_for_it(tmp_pa
         assert len(yard.record("org/a", "start")) == 2
 
 
+async def test_an_idle_deployment_whose_memory_another_took_waits_for_it(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path, engine_memory_gib=ONE_ENGINE_GIB) as yard:
+        await yard.add_model("org/a")
+        await yard.add_model("org/b")
+        first = await yard.deploy("org/a", idle_timeout_s=0.5)
+        await yard.becomes(first, "IDLE")
+        second = await yard.deploy("org/b", keep_others=True)
+        await yard.becomes(second, "READY")
+        waiting = asyncio.create_task(yard.routing.resolve("org/a", "generate"))
+        await yard.becomes(first, "STARTING")
+
+        async def said() -> bool:
+            return "Waiting for memory that others hold" in await messages(yard, first)
+
+        await eventually(said, "it waits and says so")
+        await yard.take_down(second)
+        assert (await waiting).model_id == "org/a"
+
+
 async def test_a_deployment_that_is_asked_now_and_then_does_not_rest(tmp_path: Path) -> None:
     async with deploy_yard(tmp_path) as yard:
         await yard.add_model("org/a")

@@ -69,7 +69,7 @@ class Service:
         self.stable_at = time.monotonic() + STABLE_S
         self.unwell = 0
         self.outcome: Outcome | None = None
-        self.said: str | None = None
+        self.said_waiting = False
         self.complaint: str | None = None
 
     @property
@@ -145,7 +145,9 @@ class Service:
         elif step == Step.MAKE_ROOM:
             await self._make_room()
         elif step == Step.WAIT_FOR_ROOM:
-            await self._say("Waiting for another deployment to give its memory back.")
+            if not self.said_waiting:
+                self.said_waiting = True
+                await self.context.event(f"Waiting for memory that others hold. {self.fitting.message}".rstrip())
             await self._sleep(1.0)
         elif step == Step.WAIT_FOR_REQUEST:
             await self._sleep(HEALTH_EVERY_S)
@@ -247,7 +249,7 @@ class Service:
         self._talk_to(url)
         self.started_at = self.told_at = time.monotonic()
         self.complaint = None
-        self.said = None
+        self.said_waiting = False
         data = {"attempt": number, "memory_bytes": memory_bytes}
         await self.context.event(f"Starting the engine (attempt {number}). {self.fitting.message}", data=data)
 
@@ -444,12 +446,6 @@ class Service:
         job = await self.record.restore_what_left()
         if job is not None:
             await self.context.event(f"{job.name} is wanted again (job {job.id}).", data={"restored": str(job.id)})
-
-    async def _say(self, message: str) -> None:
-        """Append an event, once."""
-        if self.said != message:
-            self.said = message
-            await self.context.event(message)
 
     async def _unless_it_ends(self, question: Awaitable[T]) -> T | None:
         """Await the engine's answer, but no longer than it lives and is wanted."""
