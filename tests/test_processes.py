@@ -641,6 +641,22 @@ async def test_strays_are_ended_and_what_is_to_be_kept_is_not(yard: Yard) -> Non
     assert await yard.children.end_strays(keep=set()) == []
 
 
+async def test_a_run_that_ended_is_not_named_for_ever_where_its_folder_is_kept(yard: Yard) -> None:
+    """A server that was killed in the middle of a start, or whose child then ended, leaves an entry."""
+    run = yard.root / "run"
+    ended = yard.root / "job" / "attempt-1"
+    with stand_in(yard, ended, AMPLE_S, python("pass")) as server:
+        assert (await server.line()).startswith("started")
+        await eventually(lambda: living(token_of(ended)) == [], "it has ended")
+    assert yard.lock.take()
+    never = yard.root / "job" / "attempt-2"
+    never.mkdir()
+    (run / token_of(ended)).write_text(str(ended), "utf-8")
+    (run / "0123456789abcdef").write_text(str(never), "utf-8")
+    assert await yard.children.end_strays(keep={yard.root / "job"}) == []
+    assert list(run.iterdir()) == []
+
+
 async def test_the_strays_of_many_deaf_children_are_ended_side_by_side(yard: Yard) -> None:
     strays = [await yard.start(program("deaf"), stop_timeout_s=1.5) for _ in range(6)]
     began = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import os
 import random
@@ -21,6 +22,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import pytest
@@ -166,6 +168,26 @@ async def test_puts_and_deletes_of_neighbours_do_not_disturb_each_other(storage:
 
     await asyncio.gather(*(churn(f"n{number}") for number in range(6)))
     assert await keys(storage) == []
+
+
+async def test_a_put_outlives_a_delete_that_takes_its_folder_while_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python's mkdir finds the folder there, looks what it is, and finds it gone."""
+    storage = FolderStorage(tmp_path / "objects", tmp_path / "secret")
+    make, races = os.mkdir, iter([True])
+
+    def mkdir(path: Any, *arguments: Any, **options: Any) -> None:
+        if Path(path).name == "deep" and next(races, False):
+            raise FileExistsError(errno.EEXIST, "File exists", str(path))
+        make(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    await storage.put("deep/one", chunks_of(b"x"))
+    assert await read(storage, "deep/one") == b"x"
+    with pytest.raises(Unprocessable, match="below another object"):
+        await storage.put("deep/one/two", chunks_of(b"x"))
+    await storage.close()
 
 
 @pytest.mark.parametrize("key", [

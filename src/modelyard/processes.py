@@ -296,6 +296,9 @@ class Children:
     async def _end_stray(self, entry: Path, keep: set[Path]) -> Path | None:
         folder = Path(await asyncio.to_thread(entry.read_text, "utf-8"))
         if folder in keep or not keep.isdisjoint(folder.parents):
+            # What ended while no server looked is cleared up after here: of several runs only the newest is adopted.
+            if not await self.is_running(folder) and await asyncio.to_thread(self._adopt, folder) is None:
+                await asyncio.to_thread(entry.unlink, missing_ok=True)  # killed before it had written what to run
             return None
         child = await self.adopt(folder)
         if child is None:  # its folder is gone; its processes need not be

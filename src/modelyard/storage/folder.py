@@ -196,6 +196,10 @@ class FolderStorage:
                 # A delete has just removed the folder because it was empty; without our file it is another matter.
                 if not temporary.exists():
                     raise
+            except FileExistsError:
+                # `mkdir` says so, too, where that delete comes between its two looks: then nothing is there now.
+                if any(os.path.lexists(folder) and not folder.is_dir() for folder in target.parents):
+                    raise
         for folder in [target.parent, *(folder.parent for folder in made)]:
             _fsync_folder(folder)
 
