@@ -16,7 +16,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -65,11 +65,18 @@ class YardProcess:
     def ask(self, op: str, **arguments: Any) -> Any:
         """Have it do something and return the answer; what is refused answers as `Refused`."""
         assert self._control is not None
-        self._control.sendall(json.dumps({"op": op, **arguments}).encode() + b"\n")
-        line = next(self._lines, "")
-        assert line, f"the yard ended during {op}"
+        line = ""
+        with suppress(ConnectionError):  # that it ended says less than its own last words
+            self._control.sendall(json.dumps({"op": op, **arguments}).encode() + b"\n")
+            line = next(self._lines, "")
+        assert line, f"the yard ended during {op}: {self.last_words()}"
         answer = json.loads(line)
         return Refused(answer["refused"]) if "refused" in answer else answer["ok"]
+
+    def last_words(self) -> str:
+        """Return the end of what it logged."""
+        log = Path(self._arguments[2])
+        return log.read_text("utf-8", "replace")[-3000:] if log.exists() else "it logged nothing"
 
     def stop(self) -> None:
         """End it in good order."""
