@@ -290,7 +290,7 @@ def test_the_documents_examples_work_as_printed_from_a_page_that_may_call(server
     head, _, text = as_a_page(server, ONE, PRINTED_ONE).stdout.partition("\n\n")
     assert head.startswith("HTTP/1.1 200 ")
     assert f"access-control-allow-origin: {PAGE}" in head
-    assert len(text) > 1000
+    assert text  # how long it gets is chance
     head, _, said = as_a_page(server, BATCH, PRINTED_BATCH).stdout.partition("\n\n")
     assert head.startswith("HTTP/1.1 206 ")
     assert [list(answer) for answer in json.loads(said)] == [["request_id", "prompt", "response"]] * 2
