@@ -50,7 +50,8 @@ NAMES = (None, "default", "Compressa-LLM", "Compressa-Embedding", "mine", "org/a
          "org/embed", POEMS, PROSE, MUTE)  # fmt: skip
 SETTINGS: Json = {
     "engine_stop_timeout_s": 2.0,
-    "engine_wake_timeout_s": 20.0,
+    # A question for one at rest, whose memory others have taken, waits as long: less than `REST_S`.
+    "engine_wake_timeout_s": 5.0,
     # Nobody's question takes as long: none may be cut off.
     "engine_drain_timeout_s": 30.0,
     "engine_max_restarts": 3,
