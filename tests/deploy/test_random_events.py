@@ -269,7 +269,8 @@ class Events(RuleBasedStateMachine):
         found = ["questions are open"] if self.yard.ask("answers")[1] else []
         rows = self._rows()
         for row in rows:
-            if row["state"] == "STARTING" and self._waits_for_memory(row, rows):
+            # One whose engine died waits in BACKOFF.
+            if row["state"] in ("STARTING", "BACKOFF") and self._waits_for_memory(row, rows):
                 continue
             found += [f"{row['job'][:8]} {row['model_id']} {row['state']}: {each}" for each in _complaints(row)]
         found += self._traces({row["job"] for row in rows if row["state"] == "READY"})
