@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from modelyard.evidence import BYTES, LINES, clipped, redacted
@@ -21,7 +23,8 @@ from modelyard.evidence import BYTES, LINES, clipped, redacted
         ),
         ('File "/srv/x/.venv/lib/python3.11/site-packages/vllm/a.py", line 3', 'File "vllm/a.py", line 3'),
         ('File "/usr/lib/python3.11/json/decoder.py"', 'File "python3.11/json/decoder.py"'),
-        ("/home/ann/models/x and /root/y", "~/models/x and ~/y"),
+        ("/home/ann/models/x and /home/bob/y", "~/models/x and ~/y"),
+        (str(Path("/root", "y")), "~/y"),
         ("max_num_batched_tokens (2048) and tokens: 17", "max_num_batched_tokens (2048) and tokens: 17"),
         ("/srv/models/org--name/model.safetensors", "/srv/models/org--name/model.safetensors"),
     ],
