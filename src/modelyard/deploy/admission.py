@@ -19,10 +19,8 @@ from modelyard.deploy import actions, attempts, succession
 from modelyard.deploy.adapters import check_adapter, smallest_max_rank
 from modelyard.deploy.fitting import model_files
 from modelyard.deploy.schemas import DeployIn, EngineOptions
-from modelyard.deploy.tables import Deployment, Wanted
+from modelyard.deploy.tables import Deployment
 from modelyard.errors import JobFailure, Unprocessable
-from modelyard.jobs import actions as jobs
-from modelyard.jobs.tables import ACTIVE
 from modelyard.models.tables import Model
 from modelyard.settings import Settings
 
@@ -73,10 +71,9 @@ async def check(sessions: Sessions, settings: Settings, wish: actions.Wish) -> N
 async def _running(session: AsyncSession, wish: actions.Wish) -> Deployment | None:
     """Return the deployment with an engine that the wish would change in place."""
     for one in await succession.live(session):
-        if one.wanted == Wanted.UP and one.engine_url and (one.model_id, one.options) == (wish.model_id, wish.options):
-            job = await jobs.get(session, one.job_id)
-            if job.status in ACTIVE and not job.interrupt_requested:
-                return one
+        is_same = (one.model_id, one.options) == (wish.model_id, wish.options)
+        if is_same and one.engine_url and await actions.is_wanted(session, one):
+            return one
     return None
 
 
