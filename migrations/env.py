@@ -9,6 +9,7 @@ from sqlalchemy import URL, text
 
 import modelyard.datasets.tables
 import modelyard.deploy.tables
+import modelyard.finetune.tables
 import modelyard.gateway.tables
 import modelyard.jobs.tables
 import modelyard.models.tables

@@ -17,7 +17,9 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy import URL, Engine, inspect, text
 
+import modelyard.datasets.tables
 import modelyard.deploy.tables
+import modelyard.finetune.tables
 import modelyard.gateway.tables
 import modelyard.jobs.tables
 import modelyard.models.tables

@@ -1,15 +1,18 @@
 """Modelyard: a self-hosted LLM management server.
 
 One process (`modelyard serve`) answers REST, passes requests to engines, and runs jobs; all heavy work is done by
-children: downloads on huggingface_hub, engines on vLLM. The rooms, from the top of the import order down:
+children: downloads on huggingface_hub, engines on vLLM, trainings on PEFT. The rooms, from the top of the import order
+down:
 
 cli, doctor, demo   the command line; demo is a client like any other
 server              the process: a listening socket, an event loop, an end in good order
 app                 wires everything: routes, middleware, lifespan, answers to errors
 health              /health, /ready, /metrics
+finetune            trainings: from a dataset and a model to an adapter in service that is known to be better
 gateway             the OpenAI-compatible API: requests to engines, bytes back; raw prompts, continued by request id
 deploy              models in service: wishes, one supervisor per deployment, vLLM's command line, routing
 models              the store: downloads, checks, imports, removal
+trainer             the child that trains: only its spec is the server's business
 datasets            conversations to learn from: validated while they arrive, kept in storage
 jobs                pieces of work with status, events and log, and the runner that runs them
 auth, docs          the gate before every route; Swagger UI

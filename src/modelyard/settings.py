@@ -91,7 +91,7 @@ class Settings(BaseSettings):
     engine_cpu_kv_cache_gib: float | None = Field(default=None, gt=0.0)
     """Memory for the KV cache of an engine on a CPU, in GiB. Empty: worked out from what is free."""
     engine_memory_gib: float | None = Field(default=None, gt=0.0)
-    """Most memory that all engines together may take, in GiB; with GPUs, of each GPU. Empty: what is free."""
+    """Most memory that engines and trainings together may take, in GiB; with GPUs, of each GPU. Empty: what is free."""
     engine_tensor_parallel_size: int = Field(default=1, ge=1, le=64)
     """GPUs that share one model."""
     engine_max_loras: int = Field(default=4, ge=0, le=64)
@@ -114,6 +114,15 @@ class Settings(BaseSettings):
     """Longest that a request waits for the engine of an idle deployment, in seconds."""
     engine_drain_timeout_s: float = Field(default=120.0, ge=0.0)
     """Longest that an engine which leaves is kept for the requests that it still has, in seconds."""
+
+    max_finetunes: int = Field(default=1, ge=1, le=32)
+    """Trainings that run at the same time; more of them wait."""
+    trainer_python: Path | None = None
+    """Python that runs trainings; it has torch, transformers, peft and this package. Empty: the server's own."""
+    trainer_stop_timeout_s: float = Field(default=60.0, ge=0.1)
+    """Seconds in which a training that is to stop writes a checkpoint before it is killed."""
+    tensorboard_dir: Path | None = None
+    """Folder for the curves of trainings in TensorBoard's format, one folder per training. Empty: none are written."""
 
     generate_num_beams: int = Field(default=1, ge=1, le=10)
     """Raw prompts: beams of a beam search; 1 is none. This and the next seven are what a request may leave out."""
@@ -167,14 +176,14 @@ class Settings(BaseSettings):
 
     @field_validator(
         "s3_endpoint_url", "import_dir", "admin_key", "store_quota_gib", "engine_python", "engine_max_model_len",
-        "engine_max_num_seqs", "engine_cpu_kv_cache_gib", "engine_memory_gib", "engine_idle_timeout_s", "generate_seed",
-        "hf_token", mode="before",
+        "engine_max_num_seqs", "engine_cpu_kv_cache_gib", "engine_memory_gib", "engine_idle_timeout_s",
+        "trainer_python", "tensorboard_dir", "generate_seed", "hf_token", mode="before",
     )  # fmt: skip
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:
         return None if value == "" else value
 
-    @field_validator("data_dir", "import_dir", "engine_python")
+    @field_validator("data_dir", "import_dir", "engine_python", "trainer_python", "tensorboard_dir")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         # absolute(), not resolve(): a virtual environment's python is a link that must stay one.

@@ -136,6 +136,21 @@ class Alias(Base):
     updated_at: Mapped[datetime] = mapped_column(UtcDateTime(), default=utcnow)
 
 
+class AliasMove(Base):
+    """One move of an alias, so that it can be taken back. None: no row, so that a built-in one follows."""
+
+    __tablename__ = "alias_moves"
+
+    number: Mapped[int] = mapped_column(Number, primary_key=True, autoincrement=True)
+    name: Mapped[str] = mapped_column(String(128), index=True)
+    before: Mapped[str | None] = mapped_column(String(200))
+    after: Mapped[str | None] = mapped_column(String(200))
+    reason: Mapped[str] = mapped_column(String(200), default="")
+    at: Mapped[datetime] = mapped_column(UtcDateTime(), default=utcnow)
+    #: When it was taken back.
+    undone_at: Mapped[datetime | None] = mapped_column(UtcDateTime())
+
+
 class DeploymentModel(Base):
     """Holds a model or adapter while a deployment needs it: the store refuses to delete what is held."""
 

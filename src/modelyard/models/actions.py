@@ -16,7 +16,7 @@ from modelyard.errors import Conflict, ModelInUse, ModelNotFound, Unprocessable
 from modelyard.jobs import actions as jobs
 from modelyard.jobs.tables import ACTIVE, Job
 from modelyard.models import store
-from modelyard.models.ids import check_model_id, check_revision, is_local
+from modelyard.models.ids import check_model_id, check_revision, is_local, is_trained
 from modelyard.models.kinds import Source
 from modelyard.models.tables import Model
 
@@ -79,6 +79,11 @@ async def request_download(session: AsyncSession, model_id: str, revision: str |
         Conflict: another revision of the model is on its way.
     """
     check_model_id(model_id)
+    if is_trained(model_id):
+        raise Unprocessable(
+            f"{model_id} is the name of an adapter that is trained here, not downloaded: POST /api/v1/finetune/.",
+            param="model_id",
+        )
     if is_local(model_id):
         if revision is not None:
             raise Unprocessable(f"{model_id} comes from a folder and has no revisions.", param="revision")
@@ -159,6 +164,8 @@ async def delete(session: AsyncSession, model_id: str) -> Model:
         await session.flush()
     except IntegrityError:
         raise ModelInUse(
-            f"{model_id} is deployed: POST /api/v1/deploy/interrupt/ first, then delete it.", param="model_id"
+            f"{model_id} is deployed or in use by a training: POST /api/v1/deploy/interrupt/ or "
+            "/api/v1/finetune/interrupt/ first, then delete it.",
+            param="model_id",
         ) from None
     return model

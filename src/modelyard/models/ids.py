@@ -11,6 +11,7 @@ import re
 from modelyard.errors import Unprocessable
 
 LOCAL = "local:"
+TRAINED = "ft:"
 MAX_PART = 96
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
 _HUB_ID = re.compile(rf"(?:{_PART}/)?{_PART}")
@@ -23,11 +24,16 @@ def is_local(model_id: str) -> bool:
     return model_id.startswith(LOCAL)
 
 
+def is_trained(model_id: str) -> bool:
+    """Whether it names an adapter that was trained here, and so can't be downloaded."""
+    return model_id.startswith(TRAINED)
+
+
 def is_model_id(text: str) -> bool:
     """Whether the text names a model that could exist."""
-    local = is_local(text)
-    name = text.removeprefix(LOCAL) if local else text
-    if not (_LOCAL_NAME if local else _HUB_ID).fullmatch(name):
+    ours = is_local(text) or is_trained(text)
+    name = text.partition(":")[2] if ours else text
+    if not (_LOCAL_NAME if ours else _HUB_ID).fullmatch(name):
         return False
     return not ("--" in name or ".." in name) and all(len(part) <= MAX_PART for part in name.split("/"))
 
@@ -63,4 +69,4 @@ def check_revision(text: str) -> str:
 
 def folder_name(model_id: str) -> str:
     """Return the name of the model's folder in the store; no two models share one ('--' and '@' are in no name)."""
-    return check_model_id(model_id).replace(LOCAL, "local@").replace("/", "--")
+    return check_model_id(model_id).replace(":", "@").replace("/", "--")

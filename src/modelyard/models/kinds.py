@@ -21,3 +21,5 @@ class Source(StrEnum):
     HUB = "hub"
     #: Copied from the import directory.
     IMPORT = "import"
+    #: Trained by this server.
+    TRAINING = "training"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from datetime import datetime
+from typing import Any
 from uuid import UUID, uuid4
 
-from sqlalchemy import BigInteger, String, Uuid
+from sqlalchemy import JSON, BigInteger, String, Uuid
 from sqlalchemy.orm import Mapped, mapped_column
 
 from modelyard.db import Base, UtcDateTime, utcnow
@@ -28,3 +29,5 @@ class Model(Base):
     added_at: Mapped[datetime] = mapped_column(UtcDateTime(), default=utcnow)
     path: Mapped[str] = mapped_column(String(400))
     source: Mapped[str] = mapped_column(String(16))
+    #: How an adapter that was trained here came to be (`schemas.TrainingOut`); NULL for all else.
+    training: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
