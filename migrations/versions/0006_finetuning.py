@@ -53,6 +53,7 @@ def upgrade() -> None:
         sa.Column("unavailable_s", sa.Double(), nullable=True),
         sa.Column("versions", sa.JSON(), nullable=True),
         sa.Column("checkpoint_step", sa.BigInteger(), nullable=True),
+        sa.Column("followed", sa.JSON(), nullable=True),
         sa.Column("created_at", sa.DateTime(), nullable=False),
         sa.Column("first_step_at", sa.DateTime(), nullable=True),
         sa.Column("finished_at", sa.DateTime(), nullable=True),
@@ -104,6 +105,18 @@ def upgrade() -> None:
     )
     op.create_index("ix_finetune_points_finetune_id_step", "finetune_points", ["finetune_id", "step"], unique=True)
 
+    op.create_table(
+        "memory_promises",
+        sa.Column("job_id", sa.Uuid(), nullable=False),
+        sa.Column("holder", sa.String(length=300), nullable=False),
+        sa.Column("memory_bytes", sa.BigInteger(), nullable=False),
+        sa.Column("taken_bytes", sa.BigInteger(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["job_id"], ["jobs.id"], name=op.f("fk_memory_promises_job_id_jobs"), ondelete="CASCADE"
+        ),
+        sa.PrimaryKeyConstraint("job_id", name=op.f("pk_memory_promises")),
+    )
+
     with op.batch_alter_table("models") as table:
         table.add_column(sa.Column("training", sa.JSON(), nullable=True))
 
@@ -111,6 +124,8 @@ def upgrade() -> None:
 def downgrade() -> None:
     with op.batch_alter_table("models") as table:
         table.drop_column("training")
+
+    op.drop_table("memory_promises")
 
     op.drop_index("ix_finetune_points_finetune_id_step", table_name="finetune_points")
 

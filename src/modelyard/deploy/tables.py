@@ -151,6 +151,19 @@ class AliasMove(Base):
     undone_at: Mapped[datetime | None] = mapped_column(UtcDateTime())
 
 
+class MemoryPromise(Base):
+    """Memory that a job of another room was promised: engines leave it free for as long as that job runs."""
+
+    __tablename__ = "memory_promises"
+
+    job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    #: Whose it is, in words.
+    holder: Mapped[str] = mapped_column(String(300))
+    memory_bytes: Mapped[int] = mapped_column(BigInteger())
+    #: How much of it the job has taken, so that the machine does not count it as free any more.
+    taken_bytes: Mapped[int] = mapped_column(BigInteger(), default=0)
+
+
 class DeploymentModel(Base):
     """Holds a model or adapter while a deployment needs it: the store refuses to delete what is held."""
 
