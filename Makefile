@@ -17,12 +17,12 @@ ONCE_FLAG := $(if $(filter-out 0 no false,$(ONCE)),--once)
 help:  ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo:  ## A model in service and an answer from it; MODEL=<Hugging Face id> for a real one, ONCE=1 to end by itself
-	$(INSTALL) server engine
+demo:  ## A model in service, fine-tuned, compared; MODEL=<Hugging Face id> for a real one, ONCE=1 to end by itself
+	$(INSTALL) server engine train
 	@$(BIN)/modelyard demo $(if $(MODEL),--model "$(MODEL)") $(ONCE_FLAG)
 
 serve:  ## The server alone, on http://127.0.0.1:8080
-	$(INSTALL) server engine
+	$(INSTALL) server engine train
 	@exec $(BIN)/modelyard serve
 
 test:  ## All tests: the fast ones side by side, then those with real vLLM; ARGS= goes to pytest

@@ -75,12 +75,13 @@ def doctor() -> None:
 def demo(
     model: str = typer.Option("", help="A model's id on Hugging Face; by default a tiny one is made on the spot."),
     once: bool = typer.Option(False, help="End when all is shown; the exit status says whether all of it worked."),
+    tune: bool = typer.Option(True, help="Fine-tune the model too, and compare base and adapter."),
 ) -> None:
-    """Show the main job: start the server, put a model into service, and ask it something."""
+    """Show the main job: start the server, put a model into service, ask it something, and make it better."""
     from modelyard.demo.run import run_demo
 
     with _refusals():
-        raise SystemExit(run_demo(model or None, once))
+        raise SystemExit(run_demo(model or None, once, tune))
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from tests.server import ENGINE_PYTHON, environment, serving
 
 
 class DemoProcess:
-    """A demo in a process of its own, and all that it has printed so far."""
+    """A demo in a process of its own, without its training, and all that it has printed so far."""
 
     def __init__(self, folder: Path, *arguments: str, **settings: str) -> None:
         self.data_dir = folder / "data"
@@ -38,7 +38,7 @@ class DemoProcess:
         }
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "modelyard", "demo", *arguments],
+                [sys.executable, "-m", "modelyard", "demo", "--no-tune", *arguments],
                 cwd=folder, env=environment(**defaults | settings), stdin=subprocess.DEVNULL,
                 stdout=output, stderr=output,
             )  # fmt: skip

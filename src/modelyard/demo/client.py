@@ -11,10 +11,12 @@ import json
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 TIMEOUT_S = 60.0
+BOUNDARY = "modelyard-demo-5b0d3c1f"
 
 
 class DemoFailed(Exception):
@@ -29,6 +31,8 @@ class Call:
     path: str
     body: dict[str, Any] | None = None
     streams: bool = False
+    #: Sent as the form field `file`.
+    file: Path | None = None
 
     def curl(self, base_url: str, *, with_key: bool) -> str:
         """Return the command that sends this request, to be pasted into a shell. Names the key, never shows it."""
@@ -43,6 +47,8 @@ class Call:
         if self.body is not None:
             words += ["-H", shlex.quote("Content-Type: application/json")]
             words += ["-d", shlex.quote(json.dumps(self.body, ensure_ascii=False))]
+        if self.file is not None:
+            words += ["-F", shlex.quote(f"file=@{self.file}")]
         return " ".join(words)
 
 
@@ -100,6 +106,9 @@ class Client:
         if call.body is not None:
             headers["Content-Type"] = "application/json"
             body = json.dumps(call.body).encode()
+        elif call.file is not None:
+            headers["Content-Type"] = f"multipart/form-data; boundary={BOUNDARY}"
+            body = _form(call.file)
         try:
             connection.request(call.method, call.path, body, headers)
             response = connection.getresponse()
@@ -115,6 +124,11 @@ class Client:
 
     def _unreachable(self, error: Exception) -> DemoFailed:
         return DemoFailed(f"The server at {self.base_url} does not answer: {error or type(error).__name__}.")
+
+
+def _form(file: Path) -> bytes:
+    head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="file"; filename="{file.name}"\r\n\r\n'
+    return head.encode() + file.read_bytes() + f"\r\n--{BOUNDARY}--\r\n".encode()
 
 
 def _parsed(body: bytes) -> Any:

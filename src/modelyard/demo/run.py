@@ -1,6 +1,7 @@
-"""`modelyard demo`: from nothing to an answer, each step with the curl command that does the same.
+"""`modelyard demo`: from nothing to a better answer, each step with the curl command that does the same.
 
-Starts a server (or takes the one that runs), puts a model into its store, deploys it, asks it, streams the answer.
+Starts a server (or takes the one that runs), puts a model into its store, deploys it, asks it, streams the answer;
+then uploads a dataset, fine-tunes the model on it, and asks base and adapter the same questions (`tuning`).
 The default model is made on the spot (`tiny_llama`) and added from the import directory, so that no network is
 needed. Leaves the server running until Ctrl-C; with `once` it ends everything itself.
 """
@@ -19,6 +20,7 @@ from urllib.parse import quote
 from modelyard.demo import server
 from modelyard.demo.client import Call, Client, DemoFailed
 from modelyard.demo.terminal import Terminal, Waiting
+from modelyard.demo.tuning import Tuning
 from modelyard.settings import Settings, load_settings
 
 TINY = "tiny-llama"
@@ -27,8 +29,10 @@ MAX_TOKENS = 64
 FAILED, INTERRUPTED = 1, 130
 
 
-def run_demo(model: str | None, once: bool) -> int:
+def run_demo(model: str | None, once: bool, tune: bool = True) -> int:
     """Run the demo with `model` (a Hugging Face id or local:NAME; None: a tiny one made here); return an exit status.
+
+    Without `tune` it ends with the model's first answer.
 
     0: all of it worked; 1: it did not, and the cause was printed; 130: it was interrupted before the end.
 
@@ -47,6 +51,8 @@ def run_demo(model: str | None, once: bool) -> int:
         model_id = demo.add_model(model)
         demo.deploy(model_id)
         demo.ask(model_id)
+        if tune:
+            demo.tune(model_id)
         status = 0
         demo.say_what_next(once)
         if not once:
@@ -112,9 +118,7 @@ class Demo:
             self._make_tiny()
         call = Call("POST", f"/api/v1/models/add/?model_id={quote(model_id, safe='/:')}")
         self.terminal.command(self.client.curl(call))
-        job = self._follow(self.client.json(call)["id"], f"Fetching {model_id}", until_ready=False)
-        if job["status"] != "FINISHED":
-            raise self._job_failed(job)
+        self._finish(self.client.json(call)["id"], f"Fetching {model_id}")
         return model_id
 
     def deploy(self, model_id: str) -> None:
@@ -162,6 +166,17 @@ class Demo:
                 "Nonsense, as it should be: this model is random numbers. MODEL=<Hugging Face id>", "dim"
             )
             self.terminal.note("makes the same demo with a real one, such as MODEL=Qwen/Qwen3-0.6B.", "dim")
+
+    def tune(self, model_id: str) -> None:
+        """Fine-tune the model on the bundled dataset, and show what that changed."""
+        tuning = Tuning(self.client, self.terminal, self._finish, is_tiny=model_id == f"local:{TINY}")
+        adapter_id = tuning.find(model_id)
+        if adapter_id is None:
+            adapter_id = tuning.train(model_id, tuning.upload())
+        else:
+            self.terminal.step("5. and 6. A dataset and an adapter that learnt from it")
+            self.terminal.note(f"{adapter_id} is there and in service already.")
+        tuning.compare(model_id, adapter_id)
 
     def say_what_next(self, once: bool) -> None:
         """Print where to go from here."""
@@ -219,6 +234,13 @@ class Demo:
                     if until_ready and event["data"].get("state") == "READY" and self._is_in_service(job_id):
                         return self._status(job_id)
         return self._status(job_id)
+
+    def _finish(self, job_id: str, what: str) -> dict[str, Any]:
+        """Follow a job to its end; it must be a good one."""
+        job = self._follow(job_id, what, until_ready=False)
+        if job["status"] != "FINISHED":
+            raise self._job_failed(job)
+        return job
 
     def _status(self, job_id: str) -> dict[str, Any]:
         job: dict[str, Any] = self.client.json(Call("GET", f"/api/v1/jobs/{job_id}/status/"))
