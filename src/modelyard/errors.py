@@ -17,6 +17,8 @@
     │   ├── DeploymentNotFound      404 deployment_not_found
     │   ├── AttemptNotFound         404 attempt_not_found
     │   ├── AliasNotFound           404 alias_not_found
+    │   ├── FinetuneNotFound        404 finetune_not_found
+    │   ├── NoFinetune              404 no_finetune
     │   └── NothingDeployed         404 nothing_deployed
     ├── MethodNotAllowed            405 method_not_allowed
     ├── Conflict                    409 conflict
@@ -25,11 +27,14 @@
     │   ├── DeploymentEnded         409 deployment_ended
     │   ├── AliasTaken              409 alias_taken
     │   ├── ModelInUse              409 model_in_use
-    │   └── DatasetInUse            409 dataset_in_use
+    │   ├── DatasetInUse            409 dataset_in_use
+    │   ├── FinetuneActive          409 finetune_active
+    │   └── FinetuneDone            409 finetune_done
     ├── TooLarge                    413 body_too_large
     ├── RangeNotSatisfiable         416 range_not_satisfiable   (with Content-Range)
     ├── Unprocessable               422 invalid_value
-    │   └── InvalidDataset          422 invalid_dataset     (with the report, where there is one)
+    │   ├── InvalidDataset          422 invalid_dataset     (with the report, where there is one)
+    │   └── NotTrainable            422 not_trainable
     ├── BadGateway                  502 engine_failed
     └── Unavailable                 503 unavailable         (with Retry-After)
         ├── DatabaseUnavailable     503 database_unavailable
@@ -177,6 +182,20 @@ class AliasNotFound(NotFound):
         super().__init__(f"There is no alias '{name}'{names}.", param="name")
 
 
+class FinetuneNotFound(NotFound):
+    code = "finetune_not_found"
+
+    def __init__(self, finetune_id: object, *, param: str = "finetune_id") -> None:
+        super().__init__(f"There is no training {finetune_id}. GET /api/v1/finetune/ lists them.", param=param)
+
+
+class NoFinetune(NotFound):
+    code = "no_finetune"
+
+    def __init__(self) -> None:
+        super().__init__("Nothing was trained yet. POST /api/v1/finetune/ starts a training.")
+
+
 class NothingDeployed(NotFound):
     code = "nothing_deployed"
 
@@ -231,6 +250,27 @@ class DatasetInUse(Conflict):
     code = "dataset_in_use"
 
 
+class FinetuneActive(Conflict):
+    code = "finetune_active"
+
+    def __init__(self, finetune_id: object, status: str) -> None:
+        super().__init__(
+            f"Training {finetune_id} has not ended ({status}): wait for it, or interrupt its job first.",
+            param="finetune_id",
+        )
+
+
+class FinetuneDone(Conflict):
+    code = "finetune_done"
+
+    def __init__(self, finetune_id: object, adapter_id: str) -> None:
+        super().__init__(
+            f"Training {finetune_id} has done its work: its adapter is '{adapter_id}'. POST /api/v1/finetune/ starts "
+            "another one.",
+            param="finetune_id",
+        )
+
+
 class TooLarge(ModelyardError):
     status = 413
     code = "body_too_large"
@@ -264,6 +304,12 @@ class InvalidDataset(Unprocessable):
     def envelope(self) -> dict[str, Any]:
         """Return the body of the answer, with the report."""
         return super().envelope() | ({"report": self.report} if self.report is not None else {})
+
+
+class NotTrainable(Unprocessable):
+    """A model that no adapter can be trained for, or none that could be served; the message says why."""
+
+    code = "not_trainable"
 
 
 class BadGateway(ModelyardError):

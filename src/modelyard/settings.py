@@ -230,6 +230,11 @@ class Settings(BaseSettings):
         """Where jobs keep their logs and their children's files, a folder per job."""
         return self.data_dir / "jobs"
 
+    @property
+    def finetunes_dir(self) -> Path:
+        """Where trainings keep their checkpoints while they run or can go on, a folder per training."""
+        return self.data_dir / "finetunes"
+
 
 def load_settings(**overrides: object) -> Settings:
     """Read the settings; `overrides` (of the command line) come before the environment, and that before `.env`.

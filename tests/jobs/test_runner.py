@@ -160,6 +160,37 @@ async def test_an_interrupt_that_comes_as_the_job_finishes_changes_nothing(datab
 # Turns
 
 
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (None, "FINISHED"),
+        (JobFailure("no_disk", "The disk is full."), "FAILED"),
+        (ValueError("nobody expected it"), "FAILED"),
+        ("interrupt", "KILLED"),
+        ("interrupt before it starts", "KILLED"),
+    ],
+)
+async def test_what_a_kind_writes_at_a_jobs_end_is_written_once_however_it_ends(
+    error: BaseException | str | None, status: str, database_url: str, tmp_path: Path
+) -> None:
+    async with job_yard(database_url, tmp_path, start=error != "interrupt before it starts") as yard:
+        job_id = await yard.create(kind="WITH_ENDING")
+        if error == "interrupt before it starts":
+            await yard.interrupt(job_id)
+            yard.start()
+        else:
+            await yard.runs(job_id)
+            if error == "interrupt":
+                await yard.interrupt(job_id)
+            else:
+                assert not isinstance(error, str)
+                yard.order(job_id, error)
+        await yard.becomes(job_id, status)
+        said = [event.message for event in await yard.events(job_id)]
+        assert said.count(f"ended as {status}") == 1
+        assert said[-1] == f"ended as {status}"
+
+
 async def test_a_limit_holds_back_the_rest_of_a_kind_in_order_and_no_other_kind(
     database_url: str, tmp_path: Path
 ) -> None:

@@ -84,6 +84,8 @@ class Finetune(Base):
     versions: Mapped[dict[str, str] | None] = mapped_column(JSON(none_as_null=True))
     #: Step of the newest checkpoint that is in the storage.
     checkpoint_step: Mapped[int | None] = mapped_column(BigInteger())
+    #: How far the trainer's reports were read: `{"attempt", "offset"}`, written together with what they said.
+    followed: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     created_at: Mapped[datetime] = mapped_column(UtcDateTime(), default=utcnow)
     #: When the trainer took its first step.
     first_step_at: Mapped[datetime | None] = mapped_column(UtcDateTime())

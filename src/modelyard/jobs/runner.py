@@ -23,6 +23,7 @@ from uuid import UUID
 
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from modelyard import tasks
 from modelyard.db import Sessions, utcnow
@@ -80,8 +81,14 @@ class JobContext:
             log.warning("the progress of job %s could not be written: %s", self.id, error)
         self._news.tell(self.id)
 
+    def tell(self) -> None:
+        """Tell those who follow the job of what was written in a transaction of the function's own."""
+        self._news.tell(self.id)
+
 
 JobFunction = Callable[[JobContext], Awaitable[None]]
+#: What else is to be written when a job of a kind ends, however it does: in the same transaction as its status.
+JobEnding = Callable[[AsyncSession, UUID], Awaitable[None]]
 
 
 class News:
@@ -117,15 +124,24 @@ class News:
 
 
 class JobRunner:
-    """Runs jobs. `functions` maps a kind to what it does, `limits` to how many of it run at the same time."""
+    """Runs jobs. `functions` maps a kind to what it does, `limits` to how many of it run at the same time.
+
+    `endings` maps a kind to what is written together with the end of such a job.
+    """
 
     def __init__(
-        self, sessions: Sessions, functions: Mapping[str, JobFunction], limits: Mapping[str, int], jobs_dir: Path
+        self,
+        sessions: Sessions,
+        functions: Mapping[str, JobFunction],
+        limits: Mapping[str, int],
+        jobs_dir: Path,
+        endings: Mapping[str, JobEnding] | None = None,
     ) -> None:
         self.news = News()
         self._sessions = sessions
         self._functions = functions
         self._limits = limits
+        self._endings = endings or {}
         self._jobs_dir = jobs_dir
         self._wake = asyncio.Event()
         self._running: dict[UUID, tuple[JobContext, asyncio.Task[None]]] = {}
@@ -220,9 +236,10 @@ class JobRunner:
 
     async def _settle(self, context: JobContext, to: JobStatus, reason: str, failure: JobFailure | None) -> None:
         """Write how a job ended, as often as it takes: a database that is away must not leave it RUNNING."""
+        ending = self._endings.get(context.kind)
         while True:
             try:
-                await self._move(context.id, to, reason, failure=failure, finished_at=utcnow())
+                await self._move(context.id, to, reason, failure=failure, ending=ending, finished_at=utcnow())
             except SQLAlchemyError:
                 log.exception("the end of job %s (%s) could not be written; trying again", context.name, to)
                 await asyncio.sleep(LOOK_AGAIN_S)
@@ -230,7 +247,14 @@ class JobRunner:
                 return
 
     async def _move(
-        self, job_id: UUID, to: JobStatus, reason: str, *, failure: JobFailure | None = None, **values: object
+        self,
+        job_id: UUID,
+        to: JobStatus,
+        reason: str,
+        *,
+        failure: JobFailure | None = None,
+        ending: JobEnding | None = None,
+        **values: object,
     ) -> bool:
         """Write a status, with its event; return False if the job has moved already."""
         if to in (JobStatus.KILLED, JobStatus.FINISHED, JobStatus.FAILED):
@@ -249,6 +273,8 @@ class JobRunner:
             async with self._sessions.begin() as session:
                 await move(session, Job, job_id, "status", MOVES, to, reason, **values)
                 await actions.append_event(session, job_id, message, level=level, data=data)
+                if ending is not None:
+                    await ending(session, job_id)
         except IllegalMove:
             log.warning("job %s could not become %s: it has moved already", job_id, to)
             return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,17 +126,25 @@ async def add(session: AsyncSession, model_id: str, revision: str, result: Mappi
     model.commit = str(result["commit"])
     model.size_bytes = int(result["size_bytes"])
     model.path = str(result["path"])
-    model.source = Source.IMPORT if is_local(model_id) else Source.HUB
+    if is_trained(model_id):
+        model.source = Source.TRAINING
+    else:
+        model.source = Source.IMPORT if is_local(model_id) else Source.HUB
+    model.training = result.get("training")
     model.added_at = utcnow()
     await session.flush()
     return model
 
 
-async def sweep(session: AsyncSession, models_dir: Path) -> list[Path]:
-    """Remove folders that no row stands for, such as a revision that was replaced. Call it before any job runs."""
+async def sweep(session: AsyncSession, models_dir: Path, unpublished: Collection[str] = ()) -> list[Path]:
+    """Remove folders that no row stands for, such as a revision that was replaced. Call it before any job runs.
+
+    `unpublished` are adapters that are being trained: their folder may be in place before their row.
+    """
     known = (await session.scalars(select(Model.path))).all()
     unfinished = select(Job.subject).where(Job.kind == DOWNLOAD, Job.status.in_(ACTIVE), Job.subject.is_not(None))
     busy = [subject for subject in (await session.scalars(unfinished)).all() if subject is not None]
+    busy += unpublished
     return await asyncio.to_thread(store.sweep, models_dir, known, busy)
 
 
