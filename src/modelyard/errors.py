@@ -26,6 +26,7 @@
     │   ├── JobFinished             409 job_finished
     │   ├── DeploymentEnded         409 deployment_ended
     │   ├── AliasTaken              409 alias_taken
+    │   ├── NothingToRollBack       409 nothing_to_roll_back
     │   ├── ModelInUse              409 model_in_use
     │   ├── DatasetInUse            409 dataset_in_use
     │   ├── FinetuneActive          409 finetune_active
@@ -240,6 +241,13 @@ class AliasTaken(Conflict):
 
     def __init__(self, name: str) -> None:
         super().__init__(f"'{name}' is a model or an adapter in the store: give the alias another name.", param="name")
+
+
+class NothingToRollBack(Conflict):
+    code = "nothing_to_roll_back"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"No move of the alias '{name}' is known that has not been taken back already.", param="name")
 
 
 class ModelInUse(Conflict):

@@ -9,11 +9,12 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from sqlalchemy import delete
 
 from modelyard.db import Sessions
 from modelyard.deploy import aliases
 from modelyard.deploy.tables import Alias
-from modelyard.errors import AliasNotFound, AliasTaken, ModelNotFound, Unprocessable
+from modelyard.errors import AliasNotFound, AliasTaken, ModelNotFound, NothingToRollBack, Unprocessable
 from modelyard.foundation import Foundation
 from modelyard.models.tables import Model
 from tests.deploy.live import POEMS, A, B, LiveYard
@@ -107,16 +108,102 @@ async def test_a_built_in_alias_that_was_deleted_is_still_there(tmp_path: Path) 
             assert await aliases.find(session, "default") is None
 
 
+async def roll_back(sessions: Sessions, name: str) -> str | None:
+    async with sessions.begin() as session:
+        row, _ = await aliases.rollback(session, name)
+        return row.target if row is not None else None
+
+
+@pytest.mark.usefixtures("on_each_database")
+async def test_moves_are_taken_back_one_after_the_other_until_none_is_left(tmp_path: Path) -> None:
+    async with store(tmp_path, "org/a", "org/b", "org/c") as sessions:
+        for target in ("org/a", "org/b", "org/b", "org/c"):
+            await put(sessions, "best", target)
+        assert await roll_back(sessions, "best") == "org/b"
+        await put(sessions, "best", "org/a")
+        assert [await roll_back(sessions, "best") for _ in range(3)] == ["org/b", "org/a", None]
+        assert await targets(sessions) == {}
+        with pytest.raises(NothingToRollBack, match="'best'"):
+            await roll_back(sessions, "best")
+        async with sessions.read() as session:
+            moves = await aliases.history(session, "best", limit=None)
+        assert [(one.before, one.after) for one in reversed(moves)] == [
+            (None, "org/a"), ("org/a", "org/b"), ("org/b", "org/c"), ("org/b", "org/a"),
+        ]  # fmt: skip
+        assert all(one.undone_at is not None for one in moves)
+        with pytest.raises(AliasNotFound):
+            await roll_back(sessions, "never")
+
+
+@pytest.mark.usefixtures("on_each_database")
+async def test_a_built_in_alias_follows_again_and_a_deletion_is_taken_back(tmp_path: Path) -> None:
+    async with store(tmp_path, "org/a") as sessions:
+        with pytest.raises(NothingToRollBack):
+            await roll_back(sessions, "default")
+        await put(sessions, "default", "org/a")
+        async with sessions.begin() as session:
+            await aliases.remove(session, "default")
+        assert await roll_back(sessions, "default") == "org/a"
+        assert await targets(sessions) == {"default": "org/a"}
+        assert await roll_back(sessions, "default") is None
+        assert await targets(sessions) == {}
+
+
+@pytest.mark.usefixtures("on_each_database")
+async def test_two_who_roll_back_at_the_same_moment_take_back_two_moves(tmp_path: Path) -> None:
+    async with store(tmp_path, "org/a", "org/b", "org/c") as sessions:
+        for number in range(5):
+            name = f"it-{number}"
+            for target in ("org/a", "org/b", "org/c"):
+                await put(sessions, name, target)
+            found = await asyncio.gather(roll_back(sessions, name), roll_back(sessions, name))
+            assert set(found) == {"org/b", "org/a"}
+            assert (await targets(sessions))[name] == "org/a"
+
+
+@pytest.mark.usefixtures("on_each_database")
+async def test_nothing_moves_back_to_what_is_not_in_the_store_any_more(tmp_path: Path) -> None:
+    async with store(tmp_path, "org/a", "org/b") as sessions:
+        await put(sessions, "best", "org/a")
+        await put(sessions, "best", "org/b")
+        async with sessions.begin() as session:
+            await session.execute(delete(Model).where(Model.model_id == "org/a"))
+        with pytest.raises(ModelNotFound, match=r"'org/a' in the store.*led to before"):
+            await roll_back(sessions, "best")
+        assert await targets(sessions) == {"best": "org/b"}
+        async with sessions.read() as session:
+            assert [one.undone_at for one in await aliases.history(session, "best", limit=None)] == [None, None]
+
+
 @pytest.mark.parametrize("name", ["a", "A1", "gpt-4o", "support/production:v1", "a.b_c", "x" * 128])
 def test_a_name_of_usual_characters_is_fine(name: str) -> None:
     aliases.check_name(name)
 
 
 @pytest.mark.parametrize(
-    "name", ["", " ", "-a", "/a", ".a", "_a", ":a", "a/", "a b", "a\n", "ä", "a?b", "a@1", "x" * 129, "a\0"]
+    "name",
+    [
+        "",
+        " ",
+        "-a",
+        "/a",
+        ".a",
+        "_a",
+        ":a",
+        "a/",
+        "a b",
+        "a\n",
+        "ä",
+        "a?b",
+        "a@1",
+        "x" * 129,
+        "a\0",
+        "a/rollback",
+        "a/history",
+    ],
 )
 def test_any_other_name_is_refused(name: str) -> None:
-    with pytest.raises(Unprocessable, match="letter or digit first") as refusal:
+    with pytest.raises(Unprocessable, match=r"letter or digit first|asked of one") as refusal:
         aliases.check_name(name)
     assert refusal.value.param == "name"
 
@@ -181,6 +268,29 @@ def test_a_built_in_alias_is_pinned_and_given_back_over_rest(live: LiveYard) -> 
         assert (freed["follows"], freed["target"]) == ("generate", None)
         assert freed["resolves_to"]["deployment_id"] == b["id"]
     assert live.ask("default").json()["model"] == B
+
+
+def test_moves_are_taken_back_over_rest_and_requests_follow(live: LiveYard) -> None:
+    live.deploy(A, POEMS)
+    name = "support/rolled-back"
+    live.alias(name, A)
+    live.alias(name, POEMS)
+    assert live.ask(name).json()["model"].startswith(POEMS)
+    found = live.server.post(f"/api/v1/aliases/{name}/rollback/").json()
+    assert (found["target"], found["resolves_to"]["adapter_id"]) == (A, None)
+    assert live.ask(name).json()["model"] == A
+    moves = live.server.get(f"/api/v1/aliases/{name}/history?limit=2").json()
+    assert [(one["before"], one["after"], one["undone_at"] is None) for one in moves] == [
+        (A, POEMS, False), (None, A, True),
+    ]  # fmt: skip
+    gone = live.server.post(f"/api/v1/aliases/{name}/rollback").json()
+    assert (gone["target"], gone["resolves_to"]) == (None, None)
+    assert live.server.get(f"/api/v1/aliases/{name}").status == 404
+    refused = live.server.post(f"/api/v1/aliases/{name}/rollback")
+    assert (refused.status, refused.error_code) == (409, "nothing_to_roll_back")
+    assert live.server.post("/api/v1/aliases/no/such/rollback").error_code == "alias_not_found"
+    assert live.server.get("/api/v1/aliases/no/such/history").error_code == "alias_not_found"
+    assert live.server.request("PUT", "/api/v1/aliases/a/history", json_body={"target": A}).status == 422
 
 
 def test_an_alias_outlives_the_model_that_it_leads_to(live: LiveYard) -> None:

@@ -1,15 +1,15 @@
-"""REST for aliases: list, get, create or move, delete."""
+"""REST for aliases: list, get, create or move, take a move back, delete."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import Path
+from fastapi import Path, Query
 
 from modelyard.deploy import aliases
 from modelyard.deploy.routes import CurrentRouting
 from modelyard.deploy.routing import Routing
-from modelyard.deploy.schemas import AliasIn, AliasOut, ResolvedOut
+from modelyard.deploy.schemas import AliasIn, AliasMoveOut, AliasOut, ResolvedOut
 from modelyard.deploy.tables import Alias, DeploymentState
 from modelyard.http import Sessions, documented, router
 
@@ -24,6 +24,31 @@ async def list_aliases(sessions: Sessions, routing: CurrentRouting) -> list[Alia
     async with sessions.read() as session:
         rows = {row.name: row for row in await aliases.all_aliases(session)}
     return [await _out(name, rows.get(name), routing) for name in dict.fromkeys([*aliases.BUILT_IN, *rows])]
+
+
+@api.get("/{name:path}/history", summary="List the moves of an alias", responses=documented(404, 422))
+async def list_moves_of_alias(
+    name: AliasName,
+    sessions: Sessions,
+    limit: Annotated[int, Query(ge=1, le=1000, description="The most moves to return.")] = 100,
+) -> list[AliasMoveOut]:
+    """Return where an alias led, the newest move first; of one that was deleted, too."""
+    async with sessions.read() as session:
+        return [AliasMoveOut.of(move) for move in await aliases.history(session, name, limit=limit)]
+
+
+@api.post("/{name:path}/rollback", summary="Take back an alias's last move", responses=documented(404, 409, 422))
+async def roll_back_alias(name: AliasName, sessions: Sessions, routing: CurrentRouting) -> AliasOut:
+    """Have an alias lead where it led before its last move; once more, where it led before that.
+
+    An alias that was not there before that move is deleted; a built-in one follows the current deployment again. Where
+    nothing is left to take back the answer is 409 `nothing_to_roll_back`, and where what it led to has been deleted
+    from the store 404 `model_not_found`; nothing is changed then.
+    """
+    async with sessions.begin() as session:
+        row, _ = await aliases.rollback(session, name)
+    routing.changed()
+    return await _out(name, row, routing)
 
 
 @api.get("/{name:path}", summary="Get an alias", responses=documented(404, 422))
@@ -64,7 +89,8 @@ async def delete_alias(name: AliasName, sessions: Sessions, routing: CurrentRout
 
 
 async def _out(name: str, row: Alias | None, routing: Routing) -> AliasOut:
-    way = await routing.where(name)
+    # A name that is no alias any more may be something else's.
+    way = await routing.where(name) if row is not None or name in aliases.BUILT_IN else None
     resolved = None
     if way is not None:
         one = way.deployment

@@ -4,6 +4,7 @@ Users' aliases are rows and name a target in the store, which need not be in ser
 alias then stays and leads nowhere until a model of that id is there again. The built-in ones have no row and follow the
 current deployment; a row of the same name pins one to a target until it is deleted.
 A model or adapter that is added later under an alias's name wins as soon as it is in service.
+Every move is kept, so that `rollback` can take back the newest, and then the one before it.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from sqlalchemy import delete, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from modelyard.db import exclusively, utcnow
-from modelyard.deploy.tables import Alias
-from modelyard.errors import AliasNotFound, AliasTaken, ModelNotFound, Unprocessable
+from modelyard.deploy.tables import Alias, AliasMove
+from modelyard.errors import AliasNotFound, AliasTaken, ModelNotFound, NothingToRollBack, Unprocessable
 from modelyard.models import actions as models
 from modelyard.models.tables import Model
 
@@ -24,6 +25,8 @@ from modelyard.models.tables import Model
 #: asked for: a request for embeddings means the embedding one by it.
 BUILT_IN: Mapping[str, str] = {"default": "generate", "Compressa-LLM": "generate", "Compressa-Embedding": "embed"}
 DEFAULT = "default"
+#: How the addresses of what can be asked of an alias end: no alias may end so.
+ACTIONS = ("/rollback", "/history")
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._:/-]{0,126}[A-Za-z0-9._:-])?")
 
 
@@ -45,7 +48,7 @@ async def find(session: AsyncSession, name: str) -> Alias | None:
     return row
 
 
-async def put(session: AsyncSession, name: str, target: str) -> Alias:
+async def put(session: AsyncSession, name: str, target: str, reason: str = "") -> Alias:
     """Create an alias, or move it; one UPDATE, so that a request finds the old or the new target. Safe to repeat.
 
     Raises:
@@ -55,19 +58,12 @@ async def put(session: AsyncSession, name: str, target: str) -> Alias:
     """
     check_name(name)
     await exclusively(session, "ALIASES")
-    if await models.find(session, name) is not None:
-        raise AliasTaken(name)
-    if await models.find(session, target) is None:
-        known = (await session.scalars(select(Model.model_id).order_by(Model.model_id).limit(20))).all()
-        raise ModelNotFound(target[:200], known=known, what="model or adapter", param="target")
-    now = utcnow()
-    values = {"target": target, "updated_at": now}
-    moved = (await session.scalars(update(Alias).where(Alias.name == name).values(values).returning(Alias))).first()
-    if moved is None:
-        moved = Alias(name=name, target=target, created_at=now, updated_at=now)
-        session.add(moved)
-        await session.flush()
-    return moved
+    await _check_target(session, name, target, "target")
+    row = await session.get(Alias, name)
+    if row is None or row.target != target:
+        before = row.target if row is not None else None
+        session.add(AliasMove(name=name, before=before, after=target, reason=reason))
+    return await _lead(session, name, target)
 
 
 async def remove(session: AsyncSession, name: str) -> Alias | None:
@@ -76,9 +72,72 @@ async def remove(session: AsyncSession, name: str) -> Alias | None:
     Raises:
         AliasNotFound: there is no such alias.
     """
+    await exclusively(session, "ALIASES")
     row = await find(session, name)
-    await session.execute(delete(Alias).where(Alias.name == name))
+    if row is not None:
+        session.add(AliasMove(name=name, before=row.target, after=None, reason="deleted"))
+        await session.execute(delete(Alias).where(Alias.name == name))
     return row
+
+
+async def rollback(session: AsyncSession, name: str) -> tuple[Alias | None, AliasMove]:
+    """Take back the newest move that has not been taken back; return what the alias is then, and that move.
+
+    None is an alias that is not there, as before that move: a built-in one follows the current deployment again.
+
+    Raises:
+        AliasNotFound: there is no such alias, and there never was one.
+        NothingToRollBack: every move that is known has been taken back.
+        AliasTaken: a model or an adapter has its name meanwhile.
+        ModelNotFound: what it led to before is not in the store any more; nothing is changed.
+    """
+    await exclusively(session, "ALIASES")
+    moves = await history(session, name, limit=None)
+    last = next((move for move in moves if move.undone_at is None), None)
+    if last is None:
+        raise NothingToRollBack(name)
+    if last.before is None:
+        await session.execute(delete(Alias).where(Alias.name == name))
+        row = None
+    else:
+        await _check_target(session, name, last.before, "name")
+        row = await _lead(session, name, last.before)
+    last.undone_at = utcnow()
+    return row, last
+
+
+async def history(session: AsyncSession, name: str, *, limit: int | None) -> Sequence[AliasMove]:
+    """Return the moves of an alias, the newest first; those of one that was deleted, too.
+
+    Raises:
+        AliasNotFound: there is no such alias, and there never was one.
+    """
+    query = select(AliasMove).where(AliasMove.name == name).order_by(AliasMove.number.desc()).limit(limit)
+    moves = (await session.scalars(query)).all()
+    if not moves:
+        await find(session, name)
+    return moves
+
+
+async def _check_target(session: AsyncSession, name: str, target: str, param: str) -> None:
+    if await models.find(session, name) is not None:
+        raise AliasTaken(name)
+    if await models.find(session, target) is None:
+        known = (await session.scalars(select(Model.model_id).order_by(Model.model_id).limit(20))).all()
+        hint = "" if param == "target" else "It is what the alias led to before: have the alias lead somewhere else."
+        raise ModelNotFound(target[:200], known=known, what="model or adapter", param=param, hint=hint)
+
+
+async def _lead(session: AsyncSession, name: str, target: str) -> Alias:
+    now = utcnow()
+    values = {"target": target, "updated_at": now}
+    move = update(Alias).where(Alias.name == name).values(values).returning(Alias)
+    moved = (await session.scalars(move, execution_options={"populate_existing": True})).first()
+    if moved is None:
+        moved = Alias(name=name, target=target, created_at=now, updated_at=now)
+        session.add(moved)
+        await session.flush()
+    return moved
 
 
 def check_name(name: str) -> None:
@@ -87,6 +146,9 @@ def check_name(name: str) -> None:
     Raises:
         Unprocessable: it says what a name is made of.
     """
+    if name.endswith(ACTIONS):
+        raise Unprocessable(f"'{name[:200]}' cannot be an alias: {name.rpartition('/')[2]} is what is asked of one.",
+                            param="name")  # fmt: skip
     if not _NAME.fullmatch(name):
         raise Unprocessable(
             f"'{name[:200]}' cannot be an alias: use 1 to 128 of A-Z, a-z, 0-9, '.', '_', ':', '/' and '-', with a "

@@ -7,7 +7,7 @@ from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from modelyard.deploy.tables import Alias, Deployment, DeploymentState, Strategy, Wanted
+from modelyard.deploy.tables import Alias, AliasMove, Deployment, DeploymentState, Strategy, Wanted
 from modelyard.jobs.schemas import JobOut, Time
 from modelyard.settings import Settings
 
@@ -240,3 +240,18 @@ class AliasOut(BaseModel):
                 "updated_at": row.updated_at if row is not None else None,
             }
         )
+
+
+class AliasMoveOut(BaseModel):
+    """One move of an alias. `before` and `after` are null where it was not there: a built-in one then follows."""
+
+    before: str | None = Field(examples=["openchat/openchat-3.5-0106"])
+    after: str | None = Field(examples=["ft:support"])
+    reason: str = Field(description="Why, where the server moved it.", examples=["training support"])
+    at: Time
+    undone_at: Time | None = Field(description="When it was taken back.")
+
+    @classmethod
+    def of(cls, move: AliasMove) -> AliasMoveOut:
+        """Show a row."""
+        return cls(before=move.before, after=move.after, reason=move.reason, at=move.at, undone_at=move.undone_at)
