@@ -94,6 +94,9 @@ class Spec:
     work_dir: str
     progress: str
     result: str
+    #: The time that chat templates are told, in seconds since 1970: the same for all attempts of a training.
+    #: None: the time of the attempt.
+    now: float | None = None
     #: Where TensorBoard's files of this training go; None: nowhere.
     tensorboard_dir: str | None = None
     #: Most memory that the training may take; None: what is free.

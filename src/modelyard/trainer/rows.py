@@ -1,0 +1,363 @@
+"""Which rows of a dataset are learnt from, which are held back, and what there is to say about them.
+
+Rows are read as a stream, exactly those that the dataset's report counts. One that is too long is cut at its end; one
+that the chat template does not take, or of which nothing learnt is left, is left out and listed with its line and the
+reason. What is held back is drawn by the seed among the rows that are whole and have no copy among the others: a row
+that was learnt is no test. The same file and settings give the same examples, in the file's order, on every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from modelyard.datasets.forms import Message, Row
+from modelyard.datasets.lines import rows_of
+from modelyard.errors import JobFailure
+from modelyard.trainer.labels import IGNORED, Labelled, Labeller
+from modelyard.trainer.rendering import Refused, Renderer, stop_ids_of
+from modelyard.trainer.reports import Reports
+from modelyard.trainer.spec import Spec
+
+DEFAULT_LENGTH = 4096
+HELD_BACK = 0.05
+#: Fewer rows than this are all learnt from, unless a part is asked for.
+FEWEST_TO_SPLIT = 20
+#: Left-out rows that are listed.
+LISTED = 20
+#: Rows that are tokenised at once.
+BATCH = 512
+BLOCK_BYTES = 1024 * 1024
+PROBED_ROWS = 4
+PROBE_TOKENS = 1024
+FIXED_PROBES: tuple[list[dict[str, Any]], ...] = (
+    [{"role": "user", "content": "Hello! What can you do?"}],
+    [{"role": "user", "content": "Привет, 世界! Ça va, naïve Ω? 🙂\n\n\tx  = 10_000.5;  "}],
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """Something to learn from: labels are as long as the ids, IGNORED (-100) where nothing is learnt, not shifted.
+
+    Both are arrays of 32-bit integers where `prepare` made them: a list of Python's takes nine times the memory.
+    """
+
+    line: int
+    input_ids: Sequence[int]
+    labels: Sequence[int]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A row that is not learnt from: its last answer as a question that a model can be asked.
+
+    `messages` and `tools` are the request, `prompt_ids` what the engine makes of it, and `answer` the text that should
+    come back, special tokens left out. `example` measures the loss.
+    """
+
+    line: int
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    prompt_ids: Sequence[int]
+    answer: str
+    example: Example
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A request, and the tokens that the engine must make of its prompt if it is to fit what was learnt."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    token_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a dataset came to. `facts` are JSON; `template` is the chat template that everything was rendered with."""
+
+    train: list[Example]
+    held_out: list[HeldOut]
+    probes: list[Probe]
+    facts: dict[str, Any]
+    template: str
+
+
+@dataclass(frozen=True)
+class _Kept:
+    line: int
+    examples: list[Example]
+    is_cut: bool
+    prompt_length: int
+    #: The same for exact duplicates only.
+    key: bytes
+
+
+def prepare(spec: Spec, tokenizer: Any, max_model_len: int | None, report: Reports) -> Prepared:
+    """Read the dataset of a training and return what is learnt, what is held back, and probes of the prompts.
+
+    Raises:
+        JobFailure: `max_seq_len_too_long`, `nothing_to_learn`, `dataset_missing`, `no_stop_token`,
+            `bad_chat_template` or `unsupported_tokenizer`.
+    """
+    report.phase("tokenizing")
+    limit = _length_limit(spec.hyperparameters.max_seq_len, max_model_len)
+    now = datetime.fromtimestamp(spec.now, UTC) if spec.now else None
+    renderer = Renderer(tokenizer, stop_ids_of(Path(spec.model_dir)), now)
+    reading = _Reading(spec, renderer, Labeller(renderer), limit)
+    kept = reading.read(report)
+    if not kept:
+        raise _nothing(reading, limit)
+    chosen, duplicates = _held_back(kept, spec.hyperparameters.validation_split, spec.hyperparameters.seed)
+    train = [example for row in kept if row.line not in chosen for example in row.examples]
+    probed = _probed(kept, spec.hyperparameters.seed)
+    held_out, probes = reading.read_again({row.line: row for row in kept if row.line in chosen}, probed)
+    learnt = sum(len(one.labels) - one.labels.count(IGNORED) for one in train)
+    facts = {
+        "rows": len(kept) - len(chosen),
+        "examples": len(train),
+        "held_out_rows": len(held_out),
+        "duplicate_rows": duplicates,
+        "left_out_rows": reading.left_out,
+        "left_out": {"count": reading.left_out, "first": reading.listed},
+        "truncated_rows": sum(row.is_cut for row in kept),
+        "tokens": sum(len(one.input_ids) for one in train),
+        "learnt_tokens": learnt,
+        "longest": max(len(one.input_ids) for one in train),
+        "max_seq_len": limit,
+        "template_source": renderer.template_source,
+        "template_is_dated": renderer.is_dated,
+        "stop_tokens": sorted(renderer.stop_ids),
+        "sha256": _hash_of(train),
+    }
+    return Prepared(train, held_out, probes, facts, renderer.template)
+
+
+def _length_limit(wanted: int | None, max_model_len: int | None) -> int:
+    if wanted is None:
+        return min(max_model_len or DEFAULT_LENGTH, DEFAULT_LENGTH)
+    if max_model_len is not None and wanted > max_model_len:
+        raise JobFailure(
+            "max_seq_len_too_long",
+            f"max_seq_len is {wanted} tokens, but the model takes {max_model_len}.",
+            f"Leave max_seq_len out, or set it to {max_model_len} at most.",
+        )
+    return wanted
+
+
+class _Reading:
+    """Reads the file of a training, once for its examples and once more for what is shown of some rows."""
+
+    def __init__(self, spec: Spec, renderer: Renderer, labeller: Labeller, limit: int) -> None:
+        self._spec = spec
+        self._renderer = renderer
+        self._labeller = labeller
+        self._limit = limit
+        self.left_out = 0
+        self.listed: list[dict[str, Any]] = []
+
+    def read(self, report: Reports) -> list[_Kept]:
+        """Return the rows that can be learnt from, as tokens."""
+        size = Path(self._spec.data).stat().st_size if Path(self._spec.data).is_file() else 0
+        kept: list[_Kept] = []
+        rows = self._rows()
+        while batch := list(islice(rows, BATCH)):
+            kept += self._kept(batch)
+            report.progress(self._bytes, size, "bytes")
+        return kept
+
+    def read_again(self, held: dict[int, _Kept], probed: set[int]) -> tuple[list[HeldOut], list[Probe]]:
+        """Return the rows of `held` as questions, and probes: the lines of `probed`, and the fixed ones."""
+        held_out, probes = [], []
+        last = max({*held, *probed})
+        for line, row in self._rows():
+            if line in held or line in probed:
+                messages, tools = _messages(row), row.tools
+                pieces = self._renderer.pieces(messages, tools)
+                if line in held:
+                    (labelled,) = self._labeller.label([pieces])
+                    assert not isinstance(labelled, Refused)
+                    held_out.append(self._question(held[line], messages, tools, pieces[-1].turn, labelled[-1]))
+                if line in probed:
+                    probes.append(self._probe(_on_the_wire(messages[: pieces[0].turn]), tools))
+            if line >= last:
+                break
+        for messages in FIXED_PROBES:
+            try:
+                probes.append(self._probe(messages, None))
+            except Refused:
+                continue  # a template that wants more than a question
+        return held_out, probes
+
+    def _question(
+        self,
+        kept: _Kept,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        turn: int,
+        labelled: Labelled,
+    ) -> HeldOut:
+        ids = labelled.input_ids
+        stop = max(at for at, label in enumerate(labelled.labels) if label != IGNORED)
+        answer = self._renderer.tokenizer.decode(
+            ids[labelled.answer_at : stop].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        prompt = ids[: labelled.answer_at]
+        return HeldOut(kept.line, _on_the_wire(messages[:turn]), tools, prompt, answer, kept.examples[-1])
+
+    def _probe(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> Probe:
+        return Probe(messages, tools, self._labeller.ids(self._renderer.prompt(messages, tools)).tolist())
+
+    def _rows(self) -> Iterator[tuple[int, Row]]:
+        self._bytes = 0
+        try:
+            with open(self._spec.data, "rb") as file:
+
+                def blocks() -> Iterator[bytes]:
+                    while block := file.read(BLOCK_BYTES):
+                        self._bytes += len(block)
+                        yield block
+
+                for line, _, row in rows_of(blocks(), self._spec.max_line_bytes):
+                    yield line, row
+        except OSError as error:
+            raise JobFailure(
+                "dataset_missing", f"The file of the dataset cannot be read: {error.strerror}.", "Start it again."
+            ) from None
+
+    def _kept(self, batch: Sequence[tuple[int, Row]]) -> list[_Kept]:
+        lines, rendered, kept = [], [], []
+        for line, row in batch:
+            try:
+                rendered.append(self._renderer.pieces(_messages(row), row.tools))
+                lines.append(line)
+            except Refused as refused:
+                self._leave_out(line, str(refused))
+        for line, labelled in zip(lines, self._labeller.label(rendered), strict=True):
+            if isinstance(labelled, Refused):
+                self._leave_out(line, str(labelled))
+                continue
+            cut = [self._cut(line, one) for one in labelled]
+            examples = [one for one in cut if one is not None]
+            if not examples:
+                self._leave_out(line, f"its first {self._limit} tokens have nothing to learn in them (max_seq_len)")
+                continue
+            is_cut = any(len(one.input_ids) > self._limit for one in labelled)
+            kept.append(_Kept(line, examples, is_cut, labelled[-1].answer_at, _key(labelled)))
+        return kept
+
+    def _cut(self, line: int, labelled: Labelled) -> Example | None:
+        ids, labels = labelled.input_ids, labelled.labels
+        if len(ids) > self._limit:
+            ids, labels = ids[: self._limit], labels[: self._limit]
+            if labels.count(IGNORED) == len(labels):
+                return None
+        return Example(line, ids, labels)
+
+    def _leave_out(self, line: int, reason: str) -> None:
+        self.left_out += 1
+        if len(self.listed) < LISTED:
+            self.listed.append({"line": line, "reason": reason})
+
+
+def _nothing(reading: _Reading, limit: int) -> JobFailure:
+    if not reading.left_out:
+        return JobFailure("nothing_to_learn", "The dataset has no row that can be learnt from.", "Look at its report.")
+    return JobFailure(
+        "nothing_to_learn",
+        f"None of the dataset's {reading.left_out} rows can be learnt from with this model.",
+        "Change the rows, or choose another model: see the reasons.",
+        [f"line {one['line']}: {one['reason']}" for one in reading.listed],
+    )
+
+
+def _held_back(kept: Sequence[_Kept], split: float | None, seed: int) -> tuple[set[int], int]:
+    """Return the lines that are held back, and how many rows have a copy, which are never held back."""
+    copies = Counter(row.key for row in kept)
+    duplicates = sum(count for count in copies.values() if count > 1)
+    wanted = held_back_count(len(kept), split)
+    candidates = [row.line for row in kept if copies[row.key] == 1 and not row.is_cut]
+    if wanted:
+        random.Random(seed).shuffle(candidates)
+    return set(candidates[:wanted]), duplicates
+
+
+def held_back_count(rows: int, split: float | None) -> int:
+    """Return how many of so many rows are held back; None is 5 %, and none of fewer than 20 rows."""
+    if split is None:
+        split = HELD_BACK if rows >= FEWEST_TO_SPLIT else 0
+    return min(max(1, round(rows * split)), rows - 1) if split else 0
+
+
+def _probed(kept: Sequence[_Kept], seed: int) -> set[int]:
+    short = [row.line for row in kept if row.prompt_length <= PROBE_TOKENS] or [row.line for row in kept]
+    return set(random.Random(seed).sample(short, min(PROBED_ROWS, len(short))))
+
+
+def _key(labelled: Sequence[Labelled]) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for one in labelled:
+        _add(digest, one.input_ids, one.labels)
+    return digest.digest()
+
+
+def _hash_of(examples: Sequence[Example]) -> str:
+    digest = hashlib.sha256()
+    for one in examples:
+        _add(digest, array("i", one.input_ids), array("i", one.labels))
+    return digest.hexdigest()
+
+
+def _add(digest: Any, ids: array[int], labels: array[int]) -> None:
+    digest.update(len(ids).to_bytes(8, "little"))
+    digest.update(ids.tobytes())
+    digest.update(labels.tobytes())
+
+
+def _messages(row: Row) -> list[dict[str, Any]]:
+    return [_message(message) for message in row.messages]
+
+
+def _message(message: Message) -> dict[str, Any]:
+    said: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        said["tool_calls"] = msgspec.to_builtins(message.tool_calls)
+    if message.tool_call_id is not None:
+        said["tool_call_id"] = message.tool_call_id
+    if message.name is not None:
+        said["name"] = message.name
+    if message.weight is not None:
+        said["weight"] = message.weight
+    return said
+
+
+def _on_the_wire(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages as a client sends them: no weights, and the arguments of calls as text."""
+    sent = []
+    for message in messages:
+        said = {key: value for key, value in message.items() if key != "weight"}
+        if "tool_calls" in said:
+            said["tool_calls"] = [
+                {
+                    "id": call.get("id") or "",
+                    "type": "function",
+                    "function": {
+                        "name": call["function"]["name"],
+                        "arguments": msgspec.json.encode(call["function"]["arguments"]).decode(),
+                    },
+                }
+                for call in said["tool_calls"]
+            ]
+        sent.append(said)
+    return sent
