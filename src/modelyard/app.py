@@ -45,7 +45,10 @@ from modelyard.errors import (
     TooLarge,
     Unprocessable,
 )
+from modelyard.finetune.errands import Errands
+from modelyard.finetune.export_routes import api as export_api
 from modelyard.foundation import Foundation, first_line
+from modelyard.gateway.envelope import ClientGone
 from modelyard.gateway.metrics import Metrics
 from modelyard.gateway.raw import RawLane
 from modelyard.gateway.raw_routes import api as raw_api
@@ -65,6 +68,8 @@ from modelyard.storage import open_storage
 log = logging.getLogger(__name__)
 
 MIB = 1024 * 1024
+#: As the gateway counts requests whose client went away.
+CLIENT_GONE = 499
 DESCRIPTION = """Download models, put them into service with LoRA adapters on vLLM, and ask them, over REST.
 
 Every path answers with and without its trailing slash. All errors have one form:
@@ -99,6 +104,8 @@ def create_app(foundation: Foundation) -> FastAPI:
             settings.jobs_dir,
         )
         storage = open_storage(settings)
+        errands = Errands(settings, children)
+        app.state.errands = errands
         app.state.sessions = sessions
         app.state.storage = storage
         app.state.runner = runner
@@ -112,6 +119,7 @@ def create_app(foundation: Foundation) -> FastAPI:
             forgotten = await datasets.leftovers(session)
         keep = await runner.folders_in_use()
         await children.end_strays(keep)
+        await errands.sweep()
         await supervisor.check_before_serving()
         task = tasks.spawn(
             "job runner", runner.run(), eternal=True, on_end=lambda: foundation.fail("The job runner ended.")
@@ -125,6 +133,7 @@ def create_app(foundation: Foundation) -> FastAPI:
         try:
             yield
         finally:
+            await errands.close()
             await tasks.end(task, sweep)
             await engines.close()
             await storage.close()
@@ -144,9 +153,10 @@ def create_app(foundation: Foundation) -> FastAPI:
     )
     app.state.settings = settings
     app.state.registry = _registry()
-    # The gateway comes first: it answers OpenAI's clients at an address that the models room has too.
+    # The gateway comes first: it answers OpenAI's clients at an address that the models room has too. An export's path
+    # would be a model's.
     apis = (
-        gateway_api, raw_api, models_api, datasets_api, deploy_api, plan_api, deployments_api, attempts_api,
+        gateway_api, raw_api, export_api, models_api, datasets_api, deploy_api, plan_api, deployments_api, attempts_api,
         aliases_api, jobs_api, health_api,
     )  # fmt: skip
     for api in apis:
@@ -157,6 +167,7 @@ def create_app(foundation: Foundation) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(SQLAlchemyError, _answer_database)
+    app.add_exception_handler(ClientGone, _answer_nobody)
     app.add_exception_handler(Exception, _answer_unexpected)
     return app
 
@@ -243,6 +254,11 @@ async def _answer_database(request: Request, error: Exception) -> Response:
         log.error("the database did not answer %s %s: %s", request.method, path, first_line(error))
         return error_response(DatabaseUnavailable(), path)
     raise error
+
+
+async def _answer_nobody(_request: Request, _error: Exception) -> Response:
+    # What was done for a client was given up when it went away: there is nobody who could read of it.
+    return Response(status_code=CLIENT_GONE)
 
 
 async def _answer_unexpected(request: Request, _error: Exception) -> Response:

@@ -61,3 +61,16 @@ class ClientWatch:
             self._waiting.reschedule(asyncio.get_running_loop().time())
         if self._give_up is not None:
             self._give_up()
+
+
+async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
+    """Await what one client waits for, from the end of its request's body on; cancelled when the client goes away.
+
+    Raises:
+        ClientGone: it did.
+    """
+    watch = ClientWatch(receive)
+    try:
+        return await watch.unless_gone(work)
+    finally:
+        watch.end()

@@ -1,0 +1,155 @@
+"""Short runs of the trainer that a request waits for: a plan, a merge. No job, no row: who asked gets the answer.
+
+An errand has a folder of its own below `jobs/errands`, which is gone when the errand is over, however that is: the one
+who leaves the `errand` block ends its child and removes it, and what a killed server left is swept at the next start.
+They run one at a time, in the order in which they came: each takes as much memory as a training.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from modelyard import evidence
+from modelyard.errors import BadGateway, JobFailure, ModelyardError, Unavailable, Unprocessable
+from modelyard.processes import Child, Children, Command, Outcome, child_environment
+from modelyard.settings import Settings
+from modelyard.trainer.spec import Spec
+
+log = logging.getLogger(__name__)
+
+#: Failures that may pass by themselves, or when somebody makes room.
+PASSING = frozenset({"out_of_memory", "disk_full", "no_process", "stopped"})
+RETRY_AFTER_S = 60
+
+STOP_TIMEOUT_S = 5.0
+LOG = "log.txt"
+#: How much of its log shows how a child died.
+LAST_LINES, LAST_BYTES = 5, 4096
+
+
+class Errands:
+    """Runs errands for the server that has `children`, until `close`."""
+
+    def __init__(self, settings: Settings, children: Children) -> None:
+        self._settings = settings
+        self._children = children
+        self._folder = settings.jobs_dir / "errands"
+        self._turn = asyncio.Lock()
+        self._running: set[asyncio.Task[Any]] = set()
+
+    async def sweep(self) -> None:
+        """Remove what a server that was killed has left. For the start of a server, when strays have been ended."""
+        await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
+
+    async def close(self) -> None:
+        """End what runs, as its callers' cancellation would. Safe to repeat."""
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+
+    @asynccontextmanager
+    async def folder(self) -> AsyncIterator[Path]:
+        """Give an errand its folder for the block."""
+        folder = self._folder / uuid4().hex
+        await asyncio.to_thread(folder.mkdir, parents=True, mode=0o700)
+        try:
+            yield folder
+        finally:
+            await _surely(asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True))
+
+    async def run(self, folder: Path, spec: Callable[[Path], Spec]) -> dict[str, Any]:
+        """Have the trainer do what the spec of the folder says, when it is its turn, and return its result.
+
+        Cancelling it ends the child and waits until nothing of it is left.
+
+        Raises:
+            ModelyardError: it failed, was killed or died; the cause and what to do.
+        """
+        task = asyncio.create_task(self._run(folder, spec(folder)), name=f"errand {folder.name}")
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        try:
+            return await asyncio.shield(task)
+        except JobFailure as failure:
+            raise refusal(failure) from failure
+        except asyncio.CancelledError:
+            task.cancel()
+            await _surely(asyncio.gather(task, return_exceptions=True))
+            raise
+
+    async def _run(self, folder: Path, spec: Spec) -> dict[str, Any]:
+        async with self._turn:
+            await asyncio.to_thread(spec.write, folder / "training.json")
+            python = self._settings.trainer_python or Path(sys.executable)
+            argv = (str(python), "-P", "-m", "modelyard.trainer", str(folder / "training.json"))
+            try:
+                child = await self._children.start(
+                    folder, Command(argv, child_environment()), log=folder / LOG, stop_timeout_s=STOP_TIMEOUT_S
+                )
+            except RuntimeError as error:
+                log.error("an errand's child did not start: %s", error)
+                raise JobFailure(
+                    "no_process", "The trainer could not be started.", "Free memory on the server, and try again."
+                ) from error
+            try:
+                outcome = await child.wait()
+            except asyncio.CancelledError:
+                await _surely(child.stop())
+                raise
+            return await asyncio.to_thread(_result, child, outcome, Path(spec.result))
+
+
+def refusal(failure: JobFailure) -> ModelyardError:
+    """Return what to answer to the request of an errand that failed."""
+    message = f"{failure.message} {failure.hint}".strip()
+    if failure.code in PASSING:
+        return Unavailable(message, retry_after_s=RETRY_AFTER_S, code=failure.code)
+    return (BadGateway if failure.code == "trainer_failed" else Unprocessable)(message, code=failure.code)
+
+
+async def _surely(work: Any) -> None:
+    """Await something to its end, although this task is being cancelled, even twice."""
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait({task})
+
+
+def _result(child: Child, outcome: Outcome, path: Path) -> dict[str, Any]:
+    try:
+        result: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        words = evidence.clipped(_last_words(child.folder / LOG))
+        log.warning("the trainer ended without a result (%s): %s", outcome.describe(), " | ".join(words))
+        raise JobFailure(
+            "out_of_memory" if outcome.signal == 9 else "trainer_failed",
+            f"The trainer ended before its work was done ({outcome.describe()}).",
+            "The system ends processes when memory runs short: free some, and try again."
+            if outcome.signal is not None
+            else "The server's log has its last words.",
+            words,
+        ) from None
+    failure = result.get("failure")
+    if failure is not None:
+        raise JobFailure(failure["code"], failure["message"], failure["hint"], failure.get("evidence", ()))
+    if result.get("stopped"):
+        raise JobFailure("stopped", "The trainer was stopped before its work was done.", "Try again.")
+    return result
+
+
+def _last_words(path: Path) -> list[str]:
+    """Return the last lines of a log that may not be there."""
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - LAST_BYTES))
+        return file.read().decode("utf-8", "replace").splitlines()[-LAST_LINES:]
+    return []

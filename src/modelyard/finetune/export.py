@@ -1,0 +1,178 @@
+"""What is in the store, to take away: an adapter or a model as a zip, or an adapter inside its base.
+
+An adapter leaves with the name of its base where PEFT looks for it, whatever its file said. To merge, a trainer child
+writes the whole model into a folder of its own (`errands`); whoever opened the `merged` block has it until the end of
+the block. Everything is checked before the first byte is sent: afterwards nothing can be said any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from modelyard.deploy.machine import GIB, this_machine
+from modelyard.errors import Conflict, JobFailure, ModelNotFound, Unprocessable
+from modelyard.finetune.archive import Entry, files_below, length
+from modelyard.finetune.errands import Errands, refusal
+from modelyard.models import actions as models
+from modelyard.models.store import bytes_below
+from modelyard.models.tables import Model
+from modelyard.settings import Settings
+from modelyard.trainer.spec import Hyperparameters, Mode, Spec
+
+CONFIG = "adapter_config.json"
+#: Another number where the same files become another archive.
+FORMAT = 1
+#: Memory that a merge takes: the base, what is copied of it at a time, and the libraries.
+MEMORY_FACTOR, MEMORY_MARGIN = 1.15, GIB
+#: A merge has no use for any of them.
+NO_HYPERPARAMETERS = Hyperparameters(
+    epochs=None, max_steps=None, learning_rate=0.0, lr_schedule="constant", warmup_steps=None, batch_size=None,
+    gradient_accumulation=1, rank=1, alpha=1.0, dropout=0.0, target_modules=None, max_seq_len=None, seed=0,
+    packing=False, quantization=None, validation_split=None, early_stopping=None, checkpoint_steps=None,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A zip that can be sent: its files, and its length in bytes."""
+
+    entries: list[Entry]
+    length: int
+
+
+async def base_of(session: AsyncSession, adapter: Model) -> Model:
+    """Return the base that an adapter is to be merged into.
+
+    Raises:
+        Unprocessable: it is no adapter.
+        Conflict: its base is not in the store.
+    """
+    if not adapter.adapter:
+        raise Unprocessable(
+            f"{adapter.model_id} is a model, not an adapter: there is nothing to merge. Without `merged` it is "
+            "exported as it is.",
+            param="merged",
+            code="not_an_adapter",
+        )
+    base = await models.find(session, adapter.base_model_id) if adapter.base_model_id else None
+    if base is None:
+        named = adapter.base_model_id or "it is not named"
+        raise Conflict(
+            f"The base of {adapter.model_id} is not in the store ({named}). POST /api/v1/models/add/ downloads it; "
+            "without `merged` the adapter is exported alone.",
+            param="merged",
+            code="base_missing",
+        )
+    return base
+
+
+def file_name(model_id: str, *, is_merged: bool) -> str:
+    """Return the name under which the archive is saved."""
+    return model_id.replace(":", "-").replace("/", "-") + ("-merged" if is_merged else "") + ".zip"
+
+
+def etag(model: Model, base: Model | None = None) -> str:
+    """Return the tag of the archive, merged where there is a base.
+
+    A folder of the store never changes, and the same files are the same archive. Sums may be rounded differently on
+    another machine: that tag is a weak one.
+    """
+    parts = [FORMAT, model.model_id, model.path, model.base_model_id, *([base.model_id, base.path] if base else [])]
+    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
+    return f'W/"{digest}"' if base is not None else f'"{digest}"'
+
+
+async def archive(model: Model, folder: Path) -> Archive:
+    """Return the archive of a model's or an adapter's folder.
+
+    Raises:
+        ModelNotFound: the folder has gone, with its model.
+    """
+    entries = await asyncio.to_thread(files_below, folder)
+    if not entries:
+        raise ModelNotFound(model.model_id, hint="It has just been deleted.")
+    if model.adapter and model.base_model_id is not None:
+        entries = [
+            await asyncio.to_thread(_with_base, one, model.base_model_id) if one.name == CONFIG else one
+            for one in entries
+        ]
+    return Archive(entries, length(entries))
+
+
+def _with_base(entry: Entry, base_model_id: str) -> Entry:
+    """Return an adapter's configuration with its base's name in it; the file as it is where it says so already."""
+    assert isinstance(entry.content, Path)
+    config = json.loads(entry.content.read_text("utf-8"))
+    if config.get("base_model_name_or_path") == base_model_id:
+        return entry
+    content = (json.dumps(config | {"base_model_name_or_path": base_model_id}, indent=2) + "\n").encode()
+    return Entry(entry.name, len(content), content)
+
+
+@asynccontextmanager
+async def merged(errands: Errands, settings: Settings, adapter: Model, base: Model) -> AsyncIterator[Archive]:
+    """Merge an adapter into its base, and give the archive of the result for the block.
+
+    Raises:
+        ModelyardError: there is no memory or no room on the disk for it, or the child failed, with the cause.
+    """
+    base_dir = settings.models_dir / base.path
+    await asyncio.to_thread(_check_room, base_dir, settings)
+    async with errands.folder() as folder:
+
+        def spec(folder: Path) -> Spec:
+            return Spec(
+                mode=Mode.MERGE,
+                name=adapter.model_id,
+                model_id=base.model_id,
+                model_dir=str(base_dir),
+                adapter_id=adapter.model_id,
+                data="",
+                max_line_bytes=0,
+                hyperparameters=NO_HYPERPARAMETERS,
+                work_dir=str(folder / "work"),
+                progress=str(folder / "progress.jsonl"),
+                result=str(folder / "result.json"),
+                disk_reserve_bytes=int(settings.disk_reserve_gib * GIB),
+                adapter_dir=str(settings.models_dir / adapter.path),
+                merged_dir=str(folder / "merged"),
+            )
+
+        result = await errands.run(folder, spec)
+        entries = await asyncio.to_thread(files_below, Path(result["model_dir"]))
+        yield Archive(entries, length(entries))
+
+
+def _check_room(base_dir: Path, settings: Settings) -> None:
+    """Refuse a merge that cannot end well before it has begun."""
+    size = bytes_below(base_dir)
+    needed = int(size * MEMORY_FACTOR) + MEMORY_MARGIN
+    available = this_machine().memory_available_bytes
+    if available < needed:
+        raise refusal(
+            JobFailure(
+                "out_of_memory",
+                f"Merging takes about {needed / GIB:.1f} GiB of memory, and {available / GIB:.1f} GiB are free.",
+                "Take a deployment out of service or wait for the training that runs, and try again.",
+            )
+        )
+    reserve = int(settings.disk_reserve_gib * GIB)
+    free = shutil.disk_usage(settings.jobs_dir).free
+    if free - reserve < size:
+        raise refusal(
+            JobFailure(
+                "disk_full",
+                f"The merged model takes {size / GIB:.1f} GiB of disk, and {max(0, free - reserve) / GIB:.1f} GiB are "
+                f"free beside the reserve of {reserve / GIB:g} GiB (MODELYARD_DISK_RESERVE_GIB).",
+                "Free some space on the disk of the data folder, and try again.",
+            )
+        )

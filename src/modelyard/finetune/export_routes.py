@@ -1,0 +1,85 @@
+"""REST for taking a model or an adapter away. Its path lies in the models room's: it must be registered before that."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, aclosing
+from typing import Annotated, Any
+
+from fastapi import Depends, Header, Query, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from modelyard.datasets.download import content_disposition
+from modelyard.finetune import archive, export
+from modelyard.finetune.errands import Errands as ErrandRunner
+from modelyard.gateway.client_watch import unless_gone
+from modelyard.http import Sessions, Settings, documented, router
+from modelyard.models import actions as models
+from modelyard.models.routes import ModelId
+
+api = router("/api/v1/models", "Models")
+
+MEDIA_TYPE = "application/zip"
+ZIP: dict[str, Any] = {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}, "example": "PK..."}}
+
+
+def _errands(request: Request) -> ErrandRunner:
+    found: ErrandRunner = request.app.state.errands
+    return found
+
+
+Errands = Annotated[ErrandRunner, Depends(_errands)]
+
+
+@api.get(
+    "/{model_id:path}/export",
+    summary="Export a model or an adapter",
+    response_class=Response,
+    responses={200: {"description": "The files, as a zip.", "content": ZIP}, **documented(404, 409, 422, 502, 503)},
+)
+async def export_model(
+    request: Request,
+    model_id: ModelId,
+    sessions: Sessions,
+    settings: Settings,
+    errands: Errands,
+    merged: Annotated[bool, Query(description="Of an adapter: put it into its base, and export that.")] = False,
+    if_none_match: Annotated[str | None, Header(description="The ETag that is there already.")] = None,
+) -> Response:
+    """Return a model or an adapter as a zip of its files, which transformers or PEFT load as they are elsewhere.
+
+    With `merged` an adapter is put into its base first, in the base's number format: that takes the memory and, for as
+    long as the zip is sent, the disk space of the whole base, and some minutes for a large one. One merge runs at a
+    time, others wait; a client that goes away ends its own.
+    """
+    async with sessions.read() as session:
+        model = await models.get(session, model_id.rstrip("/"))
+        base = await export.base_of(session, model) if merged else None
+    tag = export.etag(model, base)
+    headers = {"ETag": tag, "Cache-Control": "private, no-cache", "X-Content-Type-Options": "nosniff"}
+    known = (if_none_match or "").strip()
+    if known == "*" or tag.removeprefix("W/") in known:
+        return Response(status_code=304, headers=headers)
+    async with AsyncExitStack() as stack:
+        if base is None:
+            found = await export.archive(model, settings.models_dir / model.path)
+        else:
+            merging = stack.enter_async_context(export.merged(errands, settings, model, base))
+            found = await unless_gone(request.receive, merging)
+        headers["Content-Length"] = str(found.length)
+        headers["Content-Disposition"] = content_disposition(export.file_name(model.model_id, is_merged=merged))
+        return _Zip(archive.stream(found.entries), headers, stack.pop_all())
+
+
+class _Zip(StreamingResponse):
+    """Sends an archive, and ends what it was made from whether or not all of it was sent."""
+
+    def __init__(self, blocks: AsyncGenerator[bytes], headers: dict[str, str], made_from: AsyncExitStack) -> None:
+        super().__init__(blocks, headers=headers, media_type=MEDIA_TYPE)
+        self._blocks = blocks
+        self._made_from = made_from
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._made_from, aclosing(self._blocks):
+            await super().__call__(scope, receive, send)

@@ -1,0 +1,105 @@
+"""The zip archive that is streamed: what other programs read of it, byte for byte and beyond 4 GiB."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from modelyard.finetune.archive import MOST_32, Entry, FileChanged, blocks, files_below, length
+
+
+def folder(path: Path) -> Path:
+    for name, content in {"b.txt": b"second", "a.bin": os.urandom(3_000_000), "in/ü.json": b"{}", "empty": b""}.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(content)
+    return path
+
+
+def test_python_reads_every_file_back_and_the_length_was_known_before(tmp_path: Path) -> None:
+    entries = files_below(folder(tmp_path))
+    whole = b"".join(blocks(entries))
+    assert len(whole) == length(entries)
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        assert archive.namelist() == ["a.bin", "b.txt", "empty", "in/ü.json"]
+        assert archive.testzip() is None
+        for name in archive.namelist():
+            assert archive.read(name) == (tmp_path / name).read_bytes()
+
+
+def test_the_same_files_are_the_same_archive_whenever_they_were_written(tmp_path: Path) -> None:
+    first = b"".join(blocks(files_below(folder(tmp_path / "one"))))
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    for path in (tmp_path / "two").rglob("*"):
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+    assert b"".join(blocks(files_below(tmp_path / "two"))) == first
+
+
+def test_hidden_files_and_links_stay_at_home(tmp_path: Path) -> None:
+    folder(tmp_path)
+    (tmp_path / ".hidden").write_text("no")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git/config").write_text("no")
+    (tmp_path / "link").symlink_to("/etc/passwd")
+    assert [entry.name for entry in files_below(tmp_path)] == ["a.bin", "b.txt", "empty", "in/ü.json"]
+
+
+def test_an_empty_archive_is_one(tmp_path: Path) -> None:
+    whole = b"".join(blocks([]))
+    assert len(whole) == length([])
+    assert zipfile.ZipFile(io.BytesIO(whole)).namelist() == []
+
+
+def test_more_files_than_16_bits_can_count_are_all_there() -> None:
+    entries = [Entry(f"{number:05}", 1, b"x") for number in range(70_000)]
+    whole = b"".join(blocks(entries))
+    assert len(whole) == length(entries)
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        assert len(archive.namelist()) == 70_000
+        assert archive.read("69999") == b"x"
+
+
+@pytest.mark.parametrize("change", [b"longer than it was", b"sh", None])
+def test_a_file_that_changes_meanwhile_breaks_the_archive_off(tmp_path: Path, change: bytes | None) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(b"as it was")
+    entries = files_below(tmp_path)
+    if change is None:
+        path.unlink()
+    else:
+        path.write_bytes(change)
+    with pytest.raises(FileChanged, match="weights"):
+        b"".join(blocks(entries))
+
+
+@pytest.mark.slow
+def test_a_file_beyond_4_gib_and_one_behind_it_are_read_by_other_programs(tmp_path: Path) -> None:
+    size = MOST_32 + 4096
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(size)  # a hole: it takes no room on the disk
+    (tmp_path / "small").write_bytes(b"behind it")
+    entries = files_below(tmp_path)
+    archive = tmp_path / "archive.zip"
+    with archive.open("wb") as out:
+        for block in blocks(entries):
+            # Holes stay holes.
+            if block.count(0) == len(block):
+                out.seek(len(block), os.SEEK_CUR)
+            else:
+                out.write(block)
+        out.truncate()
+        assert out.tell() == length(entries)
+    with zipfile.ZipFile(archive) as opened:
+        assert [(one.filename, one.file_size) for one in opened.infolist()] == [("large", size), ("small", 9)]
+        assert opened.read("small") == b"behind it"
+        # Reading so much twice would take long: the other program, where there is one, checks the sums.
+        unzip = shutil.which("unzip")
+        assert unzip is not None or opened.testzip() is None
+    if unzip is not None:
+        checked = subprocess.run([unzip, "-tq", str(archive)], capture_output=True, text=True, check=False)
+        assert checked.returncode == 0, checked.stdout + checked.stderr
