@@ -18,6 +18,7 @@ NOBODY = "00000000-0000-4000-8000-000000000000"
 SAMPLES = {
     "job_id": NOBODY,
     "dataset_id": NOBODY,
+    "finetune_id": NOBODY,
     "deployment_id": NOBODY,
     "model_id": "no/such",
     "name": "no/such",

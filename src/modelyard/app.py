@@ -7,9 +7,10 @@ runner and, at the end, stops it, which ends every child in good order. Errors b
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
+from uuid import UUID
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -45,8 +46,13 @@ from modelyard.errors import (
     TooLarge,
     Unprocessable,
 )
+from modelyard.finetune import actions as finetunes
+from modelyard.finetune.accelerator import Accelerator
 from modelyard.finetune.errands import Errands
 from modelyard.finetune.export_routes import api as export_api
+from modelyard.finetune.routes import api as finetune_api
+from modelyard.finetune.stand_aside import bring_back_forgotten
+from modelyard.finetune.trainings import Trainings
 from modelyard.foundation import Foundation, first_line
 from modelyard.gateway.envelope import ClientGone
 from modelyard.gateway.metrics import Metrics
@@ -79,6 +85,7 @@ TAGS = {
     "Raw prompts": "Text from prompts as they are, one or many at once, continued by request id.",
     "Models": "The store: what was downloaded or imported, and is verified and scanned.",
     "Datasets": "Conversations to learn from: validated while they arrive, never changed after.",
+    "Fine-tuning": "Train LoRA adapters of a model on a dataset, measured, checked, and put into service.",
     "Deploy": "Put a model into service, and take it out again.",
     "Aliases": "Names of your own for what is in service, which move from one model or adapter to another at once.",
     "Jobs": "Everything that takes time is a job: follow it, read its log, interrupt it.",
@@ -97,13 +104,27 @@ def create_app(foundation: Foundation) -> FastAPI:
         children = Children(foundation.owner_lock, settings.grace_s)
         routing = Routing(sessions, settings.engine_wake_timeout_s)
         supervisor = Supervisor(settings, sessions, children, routing)
+        storage = open_storage(settings)
+
+        def told(job_ids: Iterable[UUID]) -> None:
+            routing.changed()
+            supervisor.stir()
+            runner.wake()
+            for job_id in job_ids:
+                runner.news.tell(job_id)
+
+        accelerator = Accelerator(settings, sessions, supervisor.sharing_memory, told)
         runner = JobRunner(
             sessions,
-            {"DOWNLOAD": Downloads(sessions, children, settings).run, deployments.KIND: supervisor.serve},
-            {"DOWNLOAD": settings.max_downloads},
+            {
+                models.DOWNLOAD: Downloads(sessions, children, settings).run,
+                deployments.KIND: supervisor.serve,
+                finetunes.KIND: Trainings(settings, sessions, storage, children, accelerator, told).run,
+            },
+            {models.DOWNLOAD: settings.max_downloads, finetunes.KIND: settings.max_finetunes},
             settings.jobs_dir,
+            {finetunes.KIND: finetunes.ended},
         )
-        storage = open_storage(settings)
         errands = Errands(settings, children)
         app.state.errands = errands
         app.state.sessions = sessions
@@ -115,7 +136,8 @@ def create_app(foundation: Foundation) -> FastAPI:
         app.state.raw_lane = RawLane(app.state.gateway, sessions, settings)
         async with sessions.begin() as session:
             await deployments.end_forgotten(session)
-            await models.sweep(session, settings.models_dir)
+            await models.sweep(session, settings.models_dir, await finetunes.unpublished(session))
+            await bring_back_forgotten(session)
             forgotten = await datasets.leftovers(session)
         keep = await runner.folders_in_use()
         await children.end_strays(keep)
@@ -157,7 +179,7 @@ def create_app(foundation: Foundation) -> FastAPI:
     # would be a model's.
     apis = (
         gateway_api, raw_api, export_api, models_api, datasets_api, deploy_api, plan_api, deployments_api, attempts_api,
-        aliases_api, jobs_api, health_api,
+        aliases_api, finetune_api, jobs_api, health_api,
     )  # fmt: skip
     for api in apis:
         app.include_router(api)

@@ -136,6 +136,14 @@ async def add(session: AsyncSession, model_id: str, revision: str, result: Mappi
     return model
 
 
+async def note_checks(session: AsyncSession, model_id: str, checks: Mapping[str, Any]) -> None:
+    """Keep with an adapter that was trained here what was found before it was named to clients. Safe to repeat."""
+    model = await find(session, model_id)
+    if model is not None and model.training is not None:
+        model.training = {**model.training, "checks": dict(checks)}
+        await session.flush()
+
+
 async def sweep(session: AsyncSession, models_dir: Path, unpublished: Collection[str] = ()) -> list[Path]:
     """Remove folders that no row stands for, such as a revision that was replaced. Call it before any job runs.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_serializer
 
@@ -17,6 +18,7 @@ EXAMPLE: dict[str, JsonValue] = {
     "commit": "c1899de289a04d12100db370d81485cdf75e47ca",
     "size_bytes": 1518834176,
     "added_at": "2026-11-20T21:15:00Z",
+    "training": None,
 }
 ADAPTER_EXAMPLE: dict[str, JsonValue] = {
     **EXAMPLE,
@@ -26,6 +28,39 @@ ADAPTER_EXAMPLE: dict[str, JsonValue] = {
     "commit": "5f0b02c75b57c5855da9ae460ce51323ea669d8a",
     "size_bytes": 18874368,
 }
+
+
+class TrainingOut(BaseModel):
+    """How an adapter that was trained here came to be."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    finetune_id: UUID
+    """The training: GET /api/v1/finetune/{id} has its curve."""
+    name: str
+    """The training's name."""
+    base_commit: str
+    """The commit of the base that it was trained on."""
+    dataset_id: UUID
+    """The dataset, which may have been deleted since."""
+    dataset_name: str
+    """The name of the dataset's file."""
+    dataset_sha256: str
+    """The hash of the dataset's file."""
+    learnt_from: JsonValue
+    """The hash of what it learnt from: the rows as tokens, without those held back."""
+    hyperparameters: dict[str, JsonValue]
+    """The settings, with their defaults."""
+    seed: int
+    """What all chance in the training came from."""
+    figures: dict[str, JsonValue] | None
+    """What it took, and its losses."""
+    evaluation: dict[str, JsonValue] | None
+    """Base and adapter on the rows that were held back; null where none were."""
+    checks: dict[str, JsonValue] | None
+    """What was checked before it was first named to clients; null before."""
+    versions: dict[str, str] | None
+    """Of the libraries that it was trained with."""
 
 
 class ModelOut(BaseModel):
@@ -51,6 +86,8 @@ class ModelOut(BaseModel):
     """Its size on disk."""
     added_at: datetime
     """When it became available, in UTC."""
+    training: TrainingOut | None = None
+    """How an adapter that was trained here came to be; null for all else."""
 
     @field_serializer("added_at")
     def _utc(self, value: datetime) -> str:

@@ -1,0 +1,180 @@
+"""What a trainer reports becomes rows, events and progress: each line once, however often the server is restarted.
+
+How far the file was read is written in the transaction that writes what was read. Points are held together for a
+second, so that a training of quick steps is one small transaction a second; all else is written as it comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import update
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from modelyard.db import Sessions, utcnow
+from modelyard.finetune import curves
+from modelyard.finetune.tables import Finetune, Phase
+from modelyard.jobs import actions as jobs
+from modelyard.jobs.runner import JobContext
+
+log = logging.getLogger(__name__)
+
+POINTS_EVERY_S = 1.0
+#: The most of the file that one look reads.
+READ_BYTES = 1024 * 1024
+UNIT_LENGTH = 16
+LEVELS = {"info": "info", "warning": "warning", "error": "error"}
+
+_PHASES = {
+    "loading": (Phase.TRAINING, "Loading the base."),
+    "tokenizing": (Phase.TRAINING, "Preparing the rows."),
+    "training": (Phase.TRAINING, "Training."),
+    "evaluating": (Phase.EVALUATING, "Scoring base and adapter on the rows that were held back."),
+    "saving": (None, "Writing the adapter."),
+}
+
+
+class Follower:
+    """Reads one attempt's reports from `offset` on. `on_checkpoint` is told of each checkpoint's step and folder.
+
+    `memory_bytes` is the most memory that it has reported.
+    """
+
+    def __init__(
+        self,
+        sessions: Sessions,
+        job: JobContext,
+        finetune_id: UUID,
+        *,
+        attempt: int,
+        path: Path,
+        offset: int,
+        on_checkpoint: Callable[[int, Path], None],
+    ) -> None:
+        self._sessions = sessions
+        self._job = job
+        self._finetune_id = finetune_id
+        self._attempt = attempt
+        self._path = path
+        self._read_to = offset
+        self._on_checkpoint = on_checkpoint
+        self._waiting: list[dict[str, Any]] = []
+        self._wrote_at = 0.0
+        self.memory_bytes = 0
+
+    async def look(self) -> None:
+        """Read what was added, and write down what is due."""
+        await self._read()
+        now = asyncio.get_running_loop().time()
+        urgent = any(report["kind"] not in ("point", "progress") for report in self._waiting)
+        if self._waiting and (urgent or now - self._wrote_at >= POINTS_EVERY_S):
+            await self._write()
+
+    async def finish(self) -> None:
+        """Read to the end and write everything down. For when the trainer is gone."""
+        while await self._read():
+            await self._write()
+        if self._waiting:
+            await self._write()
+
+    async def _read(self) -> bool:
+        if len(self._waiting) > 10_000:  # a database that is away: the file keeps the rest
+            return False
+        lines = await asyncio.to_thread(_whole_lines, self._path, self._read_to)
+        self._read_to += len(lines)
+        for line in lines.splitlines():
+            try:
+                report = json.loads(line)
+            except (ValueError, RecursionError):
+                log.warning("a report of training %s cannot be read: %r", self._finetune_id, line[:200])
+                continue
+            if isinstance(report, dict) and isinstance(report.get("kind"), str):
+                self._waiting.append(report)
+                if report["kind"] == "checkpoint":
+                    self._on_checkpoint(int(report["step"]), Path(report["folder"]))
+        return bool(lines)
+
+    async def _write(self) -> None:
+        reports, self._waiting = self._waiting, []
+        self._wrote_at = asyncio.get_running_loop().time()
+        try:
+            async with self._sessions.begin() as session:
+                await self._write_reports(session, reports)
+        except SQLAlchemyError as error:
+            # What is late is no reason to end a training: it is tried again with what comes next.
+            log.warning("reports of training %s could not be written yet: %s", self._finetune_id, error)
+            self._waiting = reports + self._waiting
+            return
+        self._job.tell()
+
+    async def _write_reports(self, session: AsyncSession, reports: list[dict[str, Any]]) -> None:
+        values: dict[str, Any] = {"followed": {"attempt": self._attempt, "offset": self._read_to}}
+        points: list[dict[str, Any]] = []
+        progress: dict[str, Any] | None = None
+        for report in reports:
+            kind = report["kind"]
+            if kind == "point":
+                if (point := curves.point_of(report)) is not None:
+                    points.append(point)
+                    self.memory_bytes = max(self.memory_bytes, point.get("memory_bytes", 0))
+            elif kind == "progress":
+                progress = report
+            elif kind in ("prepared", "estimate"):
+                facts = {key: value for key, value in report.items() if key != "kind"}
+                values[kind] = facts
+                await jobs.append_event(session, self._job.id, _SAID[kind], data={kind: facts})
+            elif kind == "phase":
+                phase, message = _PHASES.get(report.get("phase", ""), (None, ""))
+                if phase is not None:
+                    values["phase"] = phase
+                if message:
+                    await self._say_points(session, points)
+                    points = []
+                    await jobs.append_event(session, self._job.id, message, data={"phase": report["phase"]})
+            elif kind == "note":
+                level = LEVELS.get(str(report.get("level")).lower(), "info")
+                data = report.get("data") if isinstance(report.get("data"), dict) else {}
+                await jobs.append_event(session, self._job.id, str(report.get("message")), level=level, data=data)
+        await self._say_points(session, points)
+        if progress is not None:
+            done, total, unit = int(progress["done"]), int(progress["total"]), str(progress["unit"])[:UNIT_LENGTH]
+            await jobs.set_progress(session, self._job.id, done, total, unit)
+        await session.execute(update(Finetune).where(Finetune.id == self._finetune_id).values(**values))
+
+    async def _say_points(self, session: AsyncSession, points: list[dict[str, Any]]) -> None:
+        if not points:
+            return
+        await curves.write(session, self._finetune_id, points)
+        shown = curves.merged(points)
+        last = shown[-1]
+        figures = [
+            f"{words} {last[name]:.4g}" for name, words in (("loss", "loss"), ("validation_loss", "validation loss"))
+            if name in last
+        ]  # fmt: skip
+        message = f"Step {last['step']}{': ' + ', '.join(figures) if figures else ''}."
+        await jobs.append_event(session, self._job.id, message, data={"points": shown})
+        if last["step"] > 0:
+            first = update(Finetune).where(Finetune.id == self._finetune_id, Finetune.first_step_at.is_(None))
+            await session.execute(first.values(first_step_at=utcnow()))
+
+
+_SAID = {"prepared": "The rows are prepared.", "estimate": "What the training is expected to take is known."}
+
+
+def _whole_lines(path: Path, offset: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            lines = file.read(READ_BYTES)
+    except FileNotFoundError:
+        return b""
+    end = lines.rfind(b"\n") + 1
+    # A line longer than a look is passed over in parts, none of which can be read.
+    return lines[:end] if end or len(lines) < READ_BYTES else lines

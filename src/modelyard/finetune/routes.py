@@ -1,0 +1,160 @@
+"""REST for trainings: what can be trained, start, look, follow its curve, interrupt, resume, delete."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from typing import Annotated
+from uuid import UUID
+
+from fastapi import Path, Query
+
+from modelyard.datasets.routes import Storage
+from modelyard.errors import NotTrainable, Unprocessable
+from modelyard.finetune import actions, checkpoints, curves, trainable
+from modelyard.finetune.schemas import FinetuneDetailOut, FinetuneIn, FinetuneOut
+from modelyard.http import Sessions, Settings, documented, router
+from modelyard.jobs import actions as jobs
+from modelyard.jobs.routes import Runner
+from modelyard.jobs.schemas import JobOut
+from modelyard.models import actions as models
+from modelyard.models.kinds import Task
+from modelyard.models.schemas import ModelOut
+from modelyard.models.tables import Model
+
+api = router("/api/v1/finetune", "Fine-tuning")
+
+FinetuneId = Annotated[UUID, Path(description="The training's id.", examples=["46c155b4-17fe-4226-9412-a77edfadc7e7"])]
+
+
+@api.get("/models/", summary="List models that can be trained", responses=documented())
+async def list_trainable_models(sessions: Sessions, settings: Settings) -> list[ModelOut]:
+    """Return the generative models in the store that an adapter can be trained for, by name."""
+    async with sessions.read() as session:
+        known = [model for model in await models.all_models(session) if not model.adapter]
+    found = await asyncio.to_thread(_trainable, settings, [one for one in known if one.task == Task.GENERATE])
+    return [ModelOut.model_validate(model) for model in found]
+
+
+def _trainable(settings: Settings, known: list[Model]) -> list[Model]:
+    found = []
+    for model in known:
+        try:
+            trainable.check(model.model_id, settings.models_dir / model.path)
+        except NotTrainable:
+            continue
+        found.append(model)
+    return found
+
+
+@api.post("/", summary="Train an adapter", responses=documented(400, 404, 409, 413, 422))
+async def start_finetune(wanted: FinetuneIn, sessions: Sessions, settings: Settings, runner: Runner) -> JobOut:
+    """Start the job that trains a LoRA adapter of a model on a dataset, and puts it into the store.
+
+    One training runs at a time (MODELYARD_MAX_FINETUNES); more of them wait in a queue. The model and the dataset
+    cannot be deleted meanwhile. GET /api/v1/finetune/{id} shows how it goes and what came of it, and the job's events
+    bring it as it happens. With `deploy` the adapter is loaded into the running engine of its base, after it was
+    checked there.
+    """
+    await check(wanted, sessions, settings)
+    async with sessions.begin() as session:
+        job = await actions.start(session, wanted)
+    runner.wake()
+    return JobOut.of(job)
+
+
+async def check(wanted: FinetuneIn, sessions: Sessions, settings: Settings) -> None:
+    """Refuse what the files and the settings show to be impossible.
+
+    Raises:
+        Unprocessable: param `model_id` or `hyperparameters.rank`.
+        ModelNotFound: there is no such model.
+    """
+    rank, most = wanted.hyperparameters.rank, settings.engine_max_lora_rank
+    if rank > most:
+        raise Unprocessable(
+            f"Engines have room for adapters of rank {most} at most (MODELYARD_ENGINE_MAX_LORA_RANK), and this one "
+            f"would have {rank}: train with a lower rank, or raise the setting.",
+            param="hyperparameters.rank",
+        )
+    async with sessions.read() as session:
+        model = await actions.trainable(session, wanted.model_id)
+    await asyncio.to_thread(trainable.check, model.model_id, settings.models_dir / model.path)
+
+
+@api.get("/", summary="List trainings, newest first", responses=documented(404, 422))
+async def list_finetunes(
+    sessions: Sessions,
+    limit: Annotated[int, Query(ge=1, le=1000, description="The most trainings to return.")] = 100,
+    before: Annotated[UUID | None, Query(description="Only trainings created before this one: the next page.")] = None,
+) -> list[FinetuneOut]:
+    """Return a page of trainings. Pass the last one's id as `before` for the next page."""
+    async with sessions.read() as session:
+        rows = await actions.newest(session, limit=limit, before=before)
+        places = await actions.places(session)
+    return [FinetuneOut.of(row, job, places.get(job.id)) for row, job in rows]
+
+
+@api.get("/status/", summary="Get the current training and its job", responses=documented(404))
+async def get_finetune_status(sessions: Sessions) -> FinetuneOut:
+    """Return the training that runs, else the next of the queue, else the last one; 404 `no_finetune` without any."""
+    async with sessions.read() as session:
+        row = await actions.current(session)
+        job = await jobs.get(session, row.job_id)
+        places = await actions.places(session)
+    return FinetuneOut.of(row, job, places.get(job.id))
+
+
+@api.post("/interrupt/", summary="Interrupt the current training", responses=documented(404, 409))
+async def interrupt_finetune(sessions: Sessions, runner: Runner) -> JobOut:
+    """Ask the current training to stop, with a checkpoint to go on from. 409 `job_finished` if none runs or waits.
+
+    The answer may still say RUNNING: the job becomes KILLED when nothing of it runs any more.
+    """
+    async with sessions.begin() as session:
+        job = await actions.interrupt(session)
+    runner.wake()
+    return JobOut.of(job)
+
+
+@api.get("/{finetune_id:uuid}", summary="Get a training", responses=documented(404, 422))
+async def get_finetune(
+    finetune_id: FinetuneId,
+    sessions: Sessions,
+    points: Annotated[int, Query(ge=2, le=10_000, description="The most measurements of the curve.")] = 1000,
+) -> FinetuneDetailOut:
+    """Return all that is known of a training: settings, figures, how it did on held-out rows, and its curve."""
+    async with sessions.read() as session:
+        row = await actions.get(session, finetune_id)
+        job = await jobs.get(session, row.job_id)
+        places = await actions.places(session)
+        curve, total = await curves.read(session, row.id, points)
+    return FinetuneDetailOut.with_curve(row, job, places.get(job.id), curve, total)
+
+
+@api.post("/{finetune_id:uuid}/resume/", summary="Resume a training", responses=documented(404, 409, 422))
+async def resume_finetune(finetune_id: FinetuneId, sessions: Sessions, runner: Runner) -> JobOut:
+    """Have a training that was interrupted or failed go on from its last checkpoint, as a new job."""
+    async with sessions.begin() as session:
+        job = await actions.resume(session, finetune_id)
+    runner.wake()
+    return JobOut.of(job)
+
+
+@api.delete("/{finetune_id:uuid}", summary="Delete a training", responses=documented(404, 409, 422, 503))
+async def delete_finetune(
+    finetune_id: FinetuneId, sessions: Sessions, settings: Settings, storage: Storage
+) -> FinetuneOut:
+    """Delete a training's record, curve and checkpoints, and return what it was. Its adapter stays in the store.
+
+    409 `finetune_active` while its job has not ended. Safe to repeat where the storage was away.
+    """
+    async with sessions.read() as session:
+        await actions.check_ended(session, await actions.get(session, finetune_id))
+    # Its objects go first, so that a row is there for as long as anything of it is.
+    await checkpoints.remove_all(storage, finetune_id)
+    await asyncio.to_thread(shutil.rmtree, settings.finetunes_dir / str(finetune_id), ignore_errors=True)
+    async with sessions.begin() as session:
+        row = await actions.delete(session, finetune_id)
+        job = await jobs.get(session, row.job_id)
+    return FinetuneOut.of(row, job, None)

@@ -1,0 +1,57 @@
+"""Which models an adapter can be trained for, as far as `config.json` tells; the trainer has the last word.
+
+Reads one small file of the store. What it does not know it lets through: the trainer then says what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from modelyard.errors import NotTrainable
+
+_OTHER = "Train a decoder model such as Llama, Qwen, Mistral, Gemma or Phi: GET /api/v1/finetune/models/ lists them."
+#: What models are for that continue no text.
+_OTHER_USES = (
+    "ForAudioClassification", "ForCTC", "ForImageClassification", "ForMaskedLM", "ForMultipleChoice",
+    "ForQuestionAnswering", "ForSequenceClassification", "ForSpeechSeq2Seq", "ForTokenClassification",
+)  # fmt: skip
+#: Decoders whose layers are no linear ones in the sense that engines put adapters on.
+_WITHOUT_LINEAR_LAYERS = frozenset({"gpt2", "openai-gpt", "mamba", "mamba2", "rwkv"})
+
+
+def check(model_id: str, folder: Path) -> None:
+    """Refuse a model whose configuration shows that it cannot be trained. Blocks on the disk.
+
+    Raises:
+        NotTrainable: with the reason.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise NotTrainable(
+            f"The config.json of {model_id} cannot be read ({str(error)[:100]}). Add the model again.", param="model_id"
+        ) from None
+    if (fault := _fault(config)) is not None:
+        raise NotTrainable(f"{model_id} {fault}", param="model_id")
+
+
+def _fault(config: Any) -> str | None:
+    if not isinstance(config, dict):
+        return "has a config.json that is no JSON object. Add the model again."
+    named = config.get("architectures") or []
+    named = [str(name)[:100] for name in named] if isinstance(named, list) else []
+    shown = ", ".join(named[:3]) or str(config.get("model_type"))[:100]
+    if config.get("is_encoder_decoder") or (named and all(name.endswith(_OTHER_USES) for name in named)):
+        return f"is a {shown}, which does not continue text as a decoder does. {_OTHER}"
+    if config.get("model_type") in _WITHOUT_LINEAR_LAYERS:
+        return f"is a {shown}, which has no layers that an adapter could be served on. {_OTHER}"
+    if config.get("quantization_config"):
+        method = config["quantization_config"]
+        method = method.get("quant_method") if isinstance(method, dict) else None
+        return (
+            f"has weights that are quantised ({str(method or 'in some way')[:40]}), and adapters are trained on whole "
+            "ones. Train the model that it was made from."
+        )
+    return None
