@@ -58,6 +58,7 @@ class Labeller:
         self._tokens.no_truncation()
         self._tokens.no_padding()
         self._stops = renderer.stop_ids
+        self._stop_text = renderer.stop_text
         self._to_check = CHECKED_SPANS
 
     def ids(self, text: str) -> array[int]:
@@ -106,11 +107,14 @@ class Labeller:
 
     def _apart(self, piece: Piece, span: tuple[int, int]) -> Labelled:
         start, end = span
-        prompt, answer = self.ids(piece.text[:start]), self.ids(piece.text[start:end])
-        self._check_stop(answer)
-        if self._decoded(prompt + answer) != self._decoded(self.ids(piece.text[:end])):
-            raise Refused("the chat template's prompt ends inside a token, which this tokenizer cannot take apart")
-        return Labelled(prompt + answer, array("i", [IGNORED]) * len(prompt) + answer, len(prompt), piece.turn)
+        prompt, whole = self.ids(piece.text[:start]), self._decoded(self.ids(piece.text[:end]))
+        # Some tokenizers put a space before a text, but not after a special token.
+        for before in ("", self._stop_text):
+            answer = self.ids(before + piece.text[start:end])[bool(before) :]
+            if self._decoded(prompt + answer) == whole:
+                self._check_stop(answer)
+                return Labelled(prompt + answer, array("i", [IGNORED]) * len(prompt) + answer, len(prompt), piece.turn)
+        raise Refused("the chat template's prompt ends inside a token, which this tokenizer cannot take apart")
 
     def _decoded(self, ids: Sequence[int]) -> str:
         return str(self._tokens.decode(list(ids), skip_special_tokens=False))

@@ -96,7 +96,9 @@ class Renderer:
                 "Set eos_token in tokenizer_config.json, or eos_token_id in generation_config.json.",
             )
         self._stops = [str(text) for text in tokenizer.convert_ids_to_tokens(sorted(self.stop_ids)) if text]
-        self._end = str(tokenizer.eos_token) if own is not None else self._stops[0]
+        one_stop = f"(?:{'|'.join(map(re.escape, self._stops))})"
+        self._ending = re.compile(rf"({one_stop})\s*(?:{one_stop}\s*)*\Z")
+        self.stop_text = str(tokenizer.eos_token) if own is not None else self._stops[0]
         self._now = (now or datetime.now()).strftime
         self.template_source = "model" if tokenizer.chat_template else "default"
         self._named: dict[bool, str] = {}
@@ -164,7 +166,8 @@ class Renderer:
         prompt = self._render(said[:at], tools, asks=True)
         answered = self._render(said[: at + 1], tools)
         content, calls = _text(said[at]), said[at].get("tool_calls")
-        completion = _completion(prompt, answered, content)
+        anchor = content.strip() or (calls[0]["function"]["name"] if calls else "")
+        completion = _completion(prompt, answered, content, (_text(said[at - 1]), anchor))
         thought = _THOUGHT.match(content)
         answer = content[thought.end() :].strip() if thought else content.strip()
 
@@ -175,11 +178,11 @@ class Renderer:
             raise Refused(f"the chat template leaves out the content of message {at + 1}, which is to be learnt")
         if calls and not _has_calls(calls, completion, depends_on):
             raise Refused(f"the chat template leaves out the tool calls of message {at + 1}, which are to be learnt")
-        bare = completion.rstrip()
-        if bare.endswith(tuple(self._stops)):
-            return _Turn(at, prompt, bare)
+        if ending := self._ending.search(completion):
+            # What the template puts after the first stop token is never asked for.
+            return _Turn(at, prompt, completion[: ending.end(1)])
         follower = self._follower(said[: at + 1], tools, answered)
-        return _Turn(at, prompt, completion + follower if follower else bare + self._end)
+        return _Turn(at, prompt, completion + follower if follower else completion.rstrip() + self.stop_text)
 
     def _follower(self, said: Sequence[Message], tools: list[Any] | None, answered: str) -> str | None:
         """Return the stop token that the template puts before whatever follows the last turn, if it does."""
@@ -285,8 +288,11 @@ def _learnt_turns(messages: Sequence[Mapping[str, Any]]) -> list[int]:
     return turns
 
 
-def _completion(prompt: str, answered: str, content: str) -> str:
-    """Return what the model has to say after the prompt."""
+def _completion(prompt: str, answered: str, content: str, around: tuple[str, str]) -> str:
+    """Return what the model has to say after the prompt, by the rendering of the conversation with its answer.
+
+    `around` are a text before the answer, and one at its beginning.
+    """
     thought = _THOUGHT.match(content)
     if answered.startswith(prompt):
         rest, opening = answered[len(prompt) :], ""
@@ -299,6 +305,10 @@ def _completion(prompt: str, answered: str, content: str) -> str:
         if not opening.strip():
             return rest
         if opening.strip() != "<think>" or "</think>" in rest:
+            # A template may word the last message differently, or put something before it: its end is the same.
+            found = _after_the_same_end(prompt, answered, *around)
+            if found is not None:
+                return found
             raise Refused(
                 f"the chat template's prompt for an answer ends with {opening[-40:]!r}, which is not how it renders "
                 f"the answer ({rest[:40]!r})"
@@ -308,6 +318,17 @@ def _completion(prompt: str, answered: str, content: str) -> str:
             body = body.removeprefix("\n")
     gap = thought[2] if thought else "\n\n"
     return f"{body}</think>{'' if rest[:1].isspace() else gap}{rest}"
+
+
+def _after_the_same_end(prompt: str, answered: str, question: str, answer: str) -> str | None:
+    """Return what follows in `answered` on the end of the prompt, if that end has the question in it."""
+    ahead = answered.rfind(answer) if answer else -1
+    best, length = 0, 0
+    for at in range(ahead, max(ahead - 100, 0), -1):
+        same = _shared(prompt[::-1], answered[at - 1 :: -1])
+        if same > length:
+            best, length = at, same
+    return answered[best:] if length and question.strip() in prompt[len(prompt) - length :] else None
 
 
 def _shared(one: str, other: str) -> int:
