@@ -119,9 +119,13 @@ def upgrade() -> None:
 
     with op.batch_alter_table("models") as table:
         table.add_column(sa.Column("training", sa.JSON(), nullable=True))
+    with op.batch_alter_table("deployments") as table:
+        table.add_column(sa.Column("restores", sa.Uuid(), nullable=True))
 
 
 def downgrade() -> None:
+    with op.batch_alter_table("deployments") as table:
+        table.drop_column("restores")
     with op.batch_alter_table("models") as table:
         table.drop_column("training")
 

@@ -277,10 +277,10 @@ class Events(RuleBasedStateMachine):
         return found or list(self.yard.ask("unserved"))
 
     def _waits_for_memory(self, row: Json, rows: Sequence[Json]) -> bool:
-        """Whether it served once, and others have all the memory now: that is how it stays until they leave."""
+        """Whether others have the memory of one that has served: that is how it stays until they leave."""
         taken = any(one["memory_bytes"] for one in rows if one is not row)
         return bool(
-            self.budget_gib and row["was_ready"] and taken and row["wanted"] == "UP" and not row["memory_bytes"]
+            self.budget_gib and row["has_served"] and taken and row["wanted"] == "UP" and not row["memory_bytes"]
         )
 
     def _traces(self, serving: set[str]) -> list[str]:

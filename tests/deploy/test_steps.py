@@ -14,11 +14,11 @@ NEW = Facts(
     wanted=Wanted.UP,
     state=State.STARTING,
     child=ChildState.NONE,
-    was_ready=False,
+    has_served=False,
     restarts=0,
     max_restarts=3,
 )
-SERVING = replace(NEW, state=State.READY, child=ChildState.ALIVE, was_ready=True)
+SERVING = replace(NEW, state=State.READY, child=ChildState.ALIVE, has_served=True)
 DIED = replace(SERVING, child=ChildState.ENDED)
 RESTING = replace(SERVING, state=State.IDLE, child=ChildState.NONE)
 

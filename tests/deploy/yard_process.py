@@ -194,8 +194,9 @@ class _Desk:
                     "restarts",
                 )},
                 "id": str(row.id), "job": str(job.id), "is_live": row.state in LIVE,
-                "was_ready": row.ready_at is not None, "has_ended": row.ended_at is not None,
-                "status": job.status, "interrupted": job.interrupt_requested, "failure": job.failure_code,
+                "was_ready": row.ready_at is not None, "has_served": row.has_served,
+                "has_ended": row.ended_at is not None, "status": job.status, "interrupted": job.interrupt_requested,
+                "failure": job.failure_code,
                 "why": job.failure_message, "held": sorted(held.get(row.id, [])),
             }
             for row, job in found

@@ -76,6 +76,7 @@ async def deploy(session: AsyncSession, wish: Wish) -> tuple[Job, list[UUID]]:
         job = await jobs.get(session, same.job_id)
         same.strategy, same.idle_timeout_s = wish.strategy, wish.idle_timeout_s
         same.current_at = utcnow()
+        await succession.forget(session, same)
         if same.state in (DeploymentState.IDLE, DeploymentState.DRAINING):
             same.wake_requested = True  # whoever deploys waits for READY
         if wish.keep_others:
@@ -107,14 +108,14 @@ async def _want_adapters(session: AsyncSession, deployment: Deployment, job: Job
 
 
 async def restore_replaced(session: AsyncSession, failed: Deployment) -> Job | None:
-    """Want back what left for a deployment that then never got ready; return the new job.
+    """Want back what left for a deployment that then did not get ready; return the new job.
 
     Nothing comes back where another deployment of the task is wanted meanwhile.
     """
     await exclusively(session, KIND)
     if any(one.id != failed.id for one in await _up(session, failed.task)):
         return None
-    gone = [one for one in await succession.replaced_by(session, failed) if one.ready_at is not None]
+    gone = [one for one in await succession.replaced_by(session, failed) if one.has_served]
     if not gone:
         return None
     last = max(gone, key=lambda one: one.current_at)
@@ -126,6 +127,7 @@ async def restore_replaced(session: AsyncSession, failed: Deployment) -> Job | N
     failed.replaces = []
     failed.wanted = Wanted.DOWN
     job, _ = await deploy(session, wish)
+    (await of_job(session, job.id)).restores = last.id
     message = f"Wanted again, since what replaced it, {failed.model_id}, failed."
     await jobs.append_event(session, job.id, message, data={"failed": str(failed.job_id)})
     return job

@@ -67,7 +67,7 @@ class Fitting:
             alone = left_when_gone(now, row, live, staying, self._settings)
             if (await asyncio.to_thread(self.fit, row, model, adapters, alone)).fits:
                 return Room.TO_BE_MADE
-        if row.ready_at is not None:
+        if row.has_served:
             return Room.COMING  # it has served before: what lacks is not the model's fault, and may come back
         # Nobody leaves for what then cannot start all the same: the command refuses it, with the numbers.
         return Room.THERE

@@ -141,7 +141,7 @@ class Record:
         )
 
     async def restore_what_left(self) -> Job | None:
-        """Want back what made room for it, which never got ready; return the new job."""
+        """Want back what made room for it since it was last ready; return the new job."""
         async with self._sessions.begin() as session:
             job = await actions.restore_replaced(session, await self._of(session))
         self._changed()

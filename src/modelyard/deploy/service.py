@@ -63,7 +63,7 @@ class Service:
         #: Where each adapter that is wanted lies, as the store says.
         self.adapters: list[Adapter] = []
         self.stirred = supervisor.stirred
-        self.was_ready = row.ready_at is not None
+        self.has_served = row.has_served
         self.delay_until = 0.0
         self.started_at = self.told_at = self.looked_at = time.monotonic()
         self.stable_at = time.monotonic() + STABLE_S
@@ -172,7 +172,7 @@ class Service:
             wanted=wanted,
             state=DeploymentState(row.state),
             child=child,
-            was_ready=self.was_ready,
+            has_served=self.has_served,
             restarts=row.restarts,
             max_restarts=self.settings.engine_max_restarts,
             room=await self.fitting.room(row) if due and delay_over else Room.THERE,
@@ -283,7 +283,7 @@ class Service:
         await self._sleep(PROBE_EVERY_S, stir=False)
 
     async def _load_and_be_ready(self) -> None:
-        """Load the adapters. One that fails ends a first start; a restarted engine goes on without it, and says so."""
+        """Load the adapters. One that fails ends a first start; what has served goes on without it, and says so."""
         assert self.client is not None
         wanted, refused = self.adapters, None
         asked = [one.adapter_id for one in wanted]
@@ -293,7 +293,7 @@ class Service:
             except AdapterRefused as error:
                 if not await self._is_well():
                     return
-                if not self.was_ready:
+                if not self.has_served:
                     if not await self.record.wants(asked):
                         return
                     raise error.failure from None
@@ -328,7 +328,7 @@ class Service:
 
     async def _ready(self, loaded: list[dict[str, str]]) -> None:
         seconds = round(self._waited_s(), 2)
-        self.was_ready = True
+        self.has_served = True
         self.unwell = 0
         self.stable_at = time.monotonic() + STABLE_S
         if await self.record.become_ready("it generated a token", ready_at=utcnow(), loaded=loaded):
@@ -412,7 +412,7 @@ class Service:
         self.requests.engine_is_gone()
 
     async def _back_off(self, cause: JobFailure) -> None:
-        if not self.was_ready or self.row.restarts >= self.settings.engine_max_restarts:
+        if not self.has_served or self.row.restarts >= self.settings.engine_max_restarts:
             raise cause
         delay_s = min(self.settings.engine_restart_delay_s * 2**self.row.restarts, LONGEST_DELAY_S)
         await self._stop_engine()
@@ -440,9 +440,7 @@ class Service:
         await self.record.end(to, reason, self._leaves(), None if self.context.interrupted_before_start else failure)
 
     async def _restore_what_left(self) -> None:
-        """Want back what made room for this deployment, if it never got ready."""
-        if self.was_ready:
-            return
+        """Want back what made room for this deployment since it was last ready."""
         job = await self.record.restore_what_left()
         if job is not None:
             await self.context.event(f"{job.name} is wanted again (job {job.id}).", data={"restored": str(job.id)})

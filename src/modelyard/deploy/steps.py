@@ -74,14 +74,15 @@ class Step(StrEnum):
 class Facts:
     """What the supervisor knows.
 
-    `was_ready`: an engine of this deployment has generated a token before. `drained`: it has had no request for a
-    moment, or time is up. `unasked`: nobody asked for as long as its idle timeout. `awaited`: a request waits for it.
+    `has_served`: an engine of it, or of what it brings back, has generated a token. `drained`: it has had no request
+    for a moment, or time is up. `unasked`: nobody asked for as long as its idle timeout. `awaited`: a request waits
+    for it.
     """
 
     wanted: Wanted
     state: DeploymentState
     child: ChildState
-    was_ready: bool
+    has_served: bool
     restarts: int
     max_restarts: int
     room: Room = Room.THERE
@@ -99,7 +100,7 @@ def next_step(facts: Facts) -> Step:
     if facts.wanted == Wanted.DRAINED:
         return _leave(facts)
     if facts.child == ChildState.ENDED:
-        if not facts.was_ready or facts.restarts >= facts.max_restarts:
+        if not facts.has_served or facts.restarts >= facts.max_restarts:
             return Step.GIVE_UP
         return Step.BACK_OFF
     if facts.child == ChildState.ALIVE:

@@ -40,7 +40,7 @@ async def take_down(session: AsyncSession, deployment: Deployment, wanted: Wante
 
 
 async def forget(session: AsyncSession, deployment: Deployment) -> None:
-    """Have a deployment, which leaves by a wish of its own, not be wanted again when what was to replace it fails."""
+    """Have a deployment, which has a newer wish of its own, neither leave for others nor come back when they fail."""
     for one in await live(session, deployment.task):
         if str(deployment.id) in one.replaces:
             one.replaces = [each for each in one.replaces if each != str(deployment.id)]
@@ -68,7 +68,7 @@ async def take_the_place_of(
             touched.append(await _leave(session, old, Wanted.DRAINED if serves else Wanted.DOWN))
             await jobs.append_event(session, old.job_id, f"Replaced by {job.name}.", data={"replaced_by": str(job.id)})
         # What it was to replace falls to the new one.
-        replaces += [*([str(old.id)] if old.ready_at is not None else []), *old.replaces]
+        replaces += [*([str(old.id)] if old.has_served else []), *old.replaces]
     new.replaces = [] if is_ready else [one for one in dict.fromkeys(replaces) if one != str(new.id)]
     return touched
 

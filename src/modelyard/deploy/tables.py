@@ -102,6 +102,8 @@ class Deployment(Base):
     strategy: Mapped[str] = mapped_column(String(16), default=Strategy.AUTO)
     #: Ids of the deployments that leave when this one is ready, or before it starts.
     replaces: Mapped[list[str]] = mapped_column(JSON(), default=list)
+    #: Id of the deployment that this one brings back, since what it left for failed.
+    restores: Mapped[uuid.UUID | None] = mapped_column(Uuid())
     #: Seconds without a request after which the engine is ended until the next one; NULL: never.
     idle_timeout_s: Mapped[float | None] = mapped_column()
     wanted: Mapped[str] = mapped_column(String(8), default=Wanted.UP)
@@ -123,6 +125,11 @@ class Deployment(Base):
     created_at: Mapped[datetime] = mapped_column(UtcDateTime(), default=utcnow)
     ready_at: Mapped[datetime | None] = mapped_column(UtcDateTime())
     ended_at: Mapped[datetime | None] = mapped_column(UtcDateTime())
+
+    @property
+    def has_served(self) -> bool:
+        """Whether it, or what it brings back, has been ready: what fails then may work the next time, or in part."""
+        return self.ready_at is not None or self.restores is not None
 
 
 class Alias(Base):
