@@ -7,32 +7,258 @@ model's folder is run.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from modelyard.errors import JobFailure
+from modelyard.trainer.failures import is_out_of_memory
 from modelyard.trainer.reports import Reports
 from modelyard.trainer.spec import Spec
 
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+#: Layers that choose among others (experts): engines do not take adapters on them.
+_ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "score", "classifier"})
+
 
 def load_tokenizer(spec: Spec) -> Any:
-    """Return the model's tokenizer. Raises JobFailure `bad_tokenizer` where it cannot be read."""
+    """Return the model's tokenizer.
+
+    Raises:
+        JobFailure: `bad_tokenizer`: there is none, or it cannot be read.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(spec.model_dir, local_files_only=True, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(spec.model_dir, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise JobFailure(
+            "bad_tokenizer",
+            f"The tokenizer of {spec.model_id} cannot be read: {type(error).__name__}: {str(error)[:200]}",
+            "Download or import the model again, with its tokenizer's files (tokenizer.json, tokenizer_config.json).",
+        ) from error
 
 
 def load_base(spec: Spec, report: Reports) -> Any:
     """Return the base on the device of the training, frozen.
 
     Raises:
-        JobFailure: `unsupported_architecture`, `quantization_needs_gpu`, `out_of_memory`, `bad_weights`.
+        JobFailure: `unsupported_architecture`, `unsupported_quantization`, `quantization_needs_gpu`,
+            `bad_configuration`, `bad_weights`.
     """
-    raise NotImplementedError
+    import torch
+
+    config = read_config(spec)
+    on_gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if on_gpu or bf16_is_quick() else torch.float32
+    options: dict[str, Any] = {"config": config, "dtype": dtype}
+    if spec.hyperparameters.quantization == "4bit":
+        options["quantization_config"] = _four_bits(on_gpu)
+    if on_gpu:
+        options["device_map"] = {"": torch.cuda.current_device()}
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            spec.model_dir, local_files_only=True, trust_remote_code=False, use_safetensors=True, **options
+        )
+    except Exception as error:
+        if is_out_of_memory(error) or isinstance(error, ImportError):
+            raise
+        raise JobFailure(
+            "bad_weights",
+            f"The weights of {spec.model_id} cannot be loaded: {type(error).__name__}: {str(error)[:300]}",
+            "Download or import the model again.",
+        ) from error
+    model.requires_grad_(False)
+    # A cache of keys and values is of no use where nothing is generated, and takes memory.
+    model.config.use_cache = False
+    report.note(
+        f"The base is loaded in {str(dtype).removeprefix('torch.')} on {device_name(model.device)}.",
+        dtype=str(dtype).removeprefix("torch."),
+    )
+    return model
 
 
 def with_adapter(model: Any, spec: Spec) -> Any:
     """Return the base with a fresh adapter on it (a PeftModel), the same one for the same seed.
 
     Raises:
-        JobFailure: `unknown_target_modules`, naming what there is.
+        JobFailure: `unknown_target_modules`, naming what there is; `unsupported_architecture` where nothing fits.
     """
-    raise NotImplementedError
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    settings = spec.hyperparameters
+    torch.manual_seed(settings.seed)
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=target_modules(model, settings.target_modules, spec.model_id),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=spec.model_id,
+    )
+    adapted = get_peft_model(model, config)
+    # PEFT writes the folder that the base was loaded from, which means nothing on another machine.
+    adapted.peft_config["default"].base_model_name_or_path = spec.model_id
+    return adapted
+
+
+def target_modules(model: Any, wanted: list[str] | None, model_id: str) -> list[str]:
+    """Return the names of the linear layers to adapt: those wanted, or all but the output layer.
+
+    Raises:
+        JobFailure: `unknown_target_modules` or `unsupported_architecture`.
+    """
+    from torch import nn
+
+    output = model.get_output_embeddings()
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not output and name
+    }
+    known = sorted(linear - _ROUTERS)
+    if not known:
+        raise JobFailure(
+            "unsupported_architecture",
+            f"{model_id} has no linear layers that an adapter could be put on.",
+            "Train a decoder model such as Llama, Qwen, Mistral, Gemma or Phi.",
+        )
+    if wanted is None:
+        return known
+    unknown = sorted(set(wanted) - set(known))
+    if unknown or not wanted:
+        named = ", ".join(f"'{name[:60]}'" for name in unknown[:10]) or "no layer at all"
+        raise JobFailure(
+            "unknown_target_modules",
+            f"target_modules names {named}; the linear layers of {model_id} that can be trained are: "
+            f"{', '.join(known)}.",
+            "Name some of these, or leave target_modules out: then all of them are trained.",
+        )
+    return sorted(set(wanted))
+
+
+def bf16_is_quick() -> bool:
+    """Return whether this processor multiplies bfloat16 faster than float32."""
+    import torch
+
+    # By matrix units (AMX) or by the instructions of AVX-512; elsewhere it is imitated, and slower than float32.
+    asked = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(is_there() for is_there in asked if is_there is not None)
+
+
+def device_name(device: Any) -> str:
+    """Return what the training runs on, in words."""
+    import torch
+
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}"
+    return f"the processor ({torch.get_num_threads()} threads)"
+
+
+def read_config(spec: Spec) -> Any:
+    """Return the base's configuration, after refusing what cannot be trained.
+
+    Raises:
+        JobFailure: `unsupported_architecture`, `unsupported_quantization` or `bad_configuration`.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    try:
+        raw = json.loads((Path(spec.model_dir) / "config.json").read_text("utf-8"))
+        kind = str(raw.get("model_type"))
+        named = [str(name) for name in raw.get("architectures") or []]
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise JobFailure(
+            "bad_configuration",
+            f"The config.json of {spec.model_id} cannot be read: {str(error)[:200]}",
+            "Download or import the model again.",
+        ) from error
+    fitting = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    classes = (fitting,) if isinstance(fitting, str) else tuple(fitting or ())
+    if not classes or (named and not set(named) & set(classes)) or raw.get("is_encoder_decoder"):
+        raise JobFailure(
+            "unsupported_architecture",
+            f"{spec.model_id} is of the architecture {', '.join(named) or 'unknown'} (model_type {kind[:60]}), which "
+            "is not a causal language model that can be trained here.",
+            "Train a decoder model such as Llama, Qwen, Mistral, Gemma or Phi.",
+        )
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"]
+        method = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
+        raise JobFailure(
+            "unsupported_quantization",
+            f"The weights of {spec.model_id} are quantised ({str(method)[:40]}): only whole ones can be trained on.",
+            "Train the model that it was made from; the adapter can be served on either.",
+        )
+    try:
+        return AutoConfig.from_pretrained(spec.model_dir, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise JobFailure(
+            "bad_configuration",
+            f"The config.json of {spec.model_id} is not valid: {str(error)[:300]}",
+            "Download or import the model again.",
+        ) from error
+
+
+def max_length(config: Any) -> int | None:
+    """Return how many tokens the model takes, if its configuration says so."""
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        if isinstance(length := getattr(text, name, None), int) and length > 0:
+            return length
+    return None
+
+
+def _four_bits(on_gpu: bool) -> Any:
+    import importlib.util
+
+    if not on_gpu or importlib.util.find_spec("bitsandbytes") is None:
+        lacking = "bitsandbytes is not installed" if on_gpu else "there is none"
+        raise JobFailure(
+            "quantization_needs_gpu",
+            f"A base in 4 bits (quantization: 4bit) needs an NVIDIA GPU and bitsandbytes; here {lacking}.",
+            "Train without quantization, or on a machine with a GPU.",
+        )
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def adapter_weights(model: Any) -> dict[str, Any]:
+    """Return the adapter's weights on the CPU, under the names that PEFT's files have."""
+    return {
+        name.replace(".default.", "."): each.detach().cpu().contiguous()
+        for name, each in model.named_parameters()
+        if each.requires_grad
+    }
+
+
+def set_adapter_weights(model: Any, weights: Mapping[str, Any]) -> None:
+    """Put weights that `adapter_weights` returned into the adapter. Raises KeyError where one is missing."""
+    import torch
+
+    with torch.no_grad():
+        for name, each in model.named_parameters():
+            if each.requires_grad:
+                each.copy_(weights[name.replace(".default.", ".")])
+
+
+def adapter_config(model: Any) -> str:
+    """Return the text of PEFT's adapter_config.json, the same for the same settings."""
+    values = model.peft_config["default"].to_dict() | {"inference_mode": True}
+    plain = {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
+    return json.dumps(plain, indent=2, sort_keys=True) + "\n"

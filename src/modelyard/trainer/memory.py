@@ -1,0 +1,138 @@
+"""How much memory there is for a training, how much it takes, and what would fit.
+
+Without a GPU the trainer limits itself to its share by RLIMIT_DATA, so that what is too much is refused inside it,
+where a smaller batch can be tried, instead of ending in the system's killing of whichever process is the largest.
+The estimate is arithmetic over the model's shape, for a first guess; what was measured overrules it.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+#: What the system and the other processes keep when the training may take what is free.
+MARGIN = 0.05
+#: Bytes per trained weight: itself, its gradient and two moments, each in float32.
+TRAINED_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the training may take in all, and what of that was taken when it was asked."""
+
+    total_bytes: int
+    used_bytes: int
+
+    @property
+    def free_bytes(self) -> int:
+        return max(0, self.total_bytes - self.used_bytes)
+
+
+def budget(limit_bytes: int | None) -> Budget:
+    """Return the memory for this training on its device: the limit, or what is free if that is less."""
+    import torch
+
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        used = torch.cuda.memory_reserved()
+        most = used + int(free * (1 - MARGIN))
+        return Budget(min(most, limit_bytes or most, total), torch.cuda.memory_allocated())
+    used = resident_bytes()
+    most = used + int(available_bytes() * (1 - MARGIN))
+    return Budget(min(most, limit_bytes or most), used)
+
+
+def hold_to(limit_bytes: int | None) -> None:
+    """Make what goes beyond the budget fail as an error of this process. May be called once."""
+    import torch
+
+    allowed = budget(limit_bytes)
+    if torch.cuda.is_available():
+        share = allowed.total_bytes / torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
+        return
+    # The kernel counts private memory that may be written, in use or not; we count what is in use.
+    private = _status("VmData")
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    soft = private + allowed.free_bytes
+    resource.setrlimit(resource.RLIMIT_DATA, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
+
+
+def resident_bytes() -> int:
+    """Return what this process has in memory now, or on its GPU."""
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def in_use_bytes() -> int:
+    """Return what the training's device holds for it now: memory of the GPU, or of this process."""
+    import torch
+
+    return int(torch.cuda.memory_allocated()) if torch.cuda.is_available() else resident_bytes()
+
+
+def peak_bytes() -> int:
+    """Return the most that it ever held."""
+    import torch
+
+    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else _status("VmHWM")
+
+
+def available_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return what could still be taken on this machine, or in this container."""
+    lines = dict(line.split(":", 1) for line in (proc / "meminfo").read_text("ascii").splitlines())
+    available = int(lines["MemAvailable"].split()[0]) * 1024
+    try:
+        limit = (cgroup / "memory.max").read_text("ascii").strip()
+        used = int((cgroup / "memory.current").read_text("ascii"))
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text("ascii").splitlines())
+    except (OSError, ValueError):
+        return available
+    if limit == "max":
+        return available
+    # Pages of files that could be dropped are not in use.
+    return min(available, max(0, int(limit) - used + int(stat.get("inactive_file", 0))))
+
+
+def step_bytes(config: Any, dtype_bytes: int, rows: int, length: int) -> int:
+    """Estimate what one forward and backward pass takes beside the weights, from the model's configuration."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    hidden = int(getattr(text, "hidden_size", 0) or 0)
+    inner = int(getattr(text, "intermediate_size", 0) or 4 * hidden)
+    layers = int(getattr(text, "num_hidden_layers", 0) or 1)
+    words = int(getattr(text, "vocab_size", 0) or 0)
+    # Each layer keeps its inputs for the base's gradient and, cast to float32, for the adapter's.
+    casts = 0 if dtype_bytes == 4 else 7 * 4
+    per_layer = hidden * (14 * dtype_bytes + 8 + casts) + inner * (5 * dtype_bytes + (4 if casts else 0))
+    # Logits as they are, in float32, their exponentials and their gradients.
+    per_token = layers * per_layer + words * (2 * dtype_bytes + 8)
+    return rows * length * per_token
+
+
+def adapter_bytes(trained_weights: int) -> int:
+    """Return what the adapter takes with its gradients and the optimizer's moments."""
+    return trained_weights * TRAINED_BYTES
+
+
+def suggestions(needed: int, free: int, rows: int, length: int) -> Mapping[str, int]:
+    """Return settings that should fit, given that so many rows of that length need so much: what is known to scale."""
+    fit: dict[str, int] = {}
+    if free <= 0 or needed <= 0:
+        return fit
+    share = 0.9 * free / needed
+    if rows > 1 and int(rows * share) >= 1:
+        fit["batch_size"] = min(rows - 1, int(rows * share))
+    shorter = int(length * share) // 8 * 8
+    if shorter >= 32:
+        fit["max_seq_len"] = min(length - 1, shorter)
+    return fit
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text("ascii", "replace").splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    return 0

@@ -1,0 +1,225 @@
+"""One step of the optimizer at a time, inside transformers' Trainer.
+
+Trainer asks for batches and gets steps: the rows that one update learns from. `training_step` is ours, and takes them
+in as many forward and backward passes as memory asks for. What Trainer does for each step beside that, and nobody
+here reads, is left out: counting operations, walking through all modules, and waiting for the loss.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from modelyard.trainer.batches import Rows, Step, Steps, micros
+from modelyard.trainer.failures import is_out_of_memory
+from modelyard.trainer.spec import Hyperparameters
+
+MAX_GRADIENT = 1.0
+WARMUP_SHARE = 0.03
+#: A step that takes longer is left unfinished when the training is asked to end.
+LONG_STEP_S = 5.0
+
+
+class Left(Exception):
+    """A step was left unfinished: the training is to end, and the state is that before the step."""
+
+
+class Owner(Protocol):
+    """Who the steps are taken for."""
+
+    model: Any
+    rows: Rows
+    pad: int
+    settings: Hyperparameters
+    total_steps: int
+
+    def loss(self, model: Any, micro: Any) -> Any: ...
+
+    def size_at(self, step: int) -> int: ...
+
+    def shrink(self, step: int, error: BaseException) -> None: ...
+
+    def is_to_end(self) -> bool: ...
+
+    def after_step(self, stepper: Stepper, step: Step) -> bool: ...
+
+
+class Stepper(Trainer):  # type: ignore[misc]
+    """Takes the steps of a training from `start` on, with the optimizer's `moments` where it goes on."""
+
+    def __init__(self, owner: Owner, steps: Steps, start: int, moments: Mapping[str, Any] | None, folder: str) -> None:
+        self.owner = owner
+        self._steps = steps
+        self._start = start
+        self._restored = moments
+        self._trained = [(name, each) for name, each in owner.model.named_parameters() if each.requires_grad]
+        self._random: list[Any] = []
+        #: Of the step that was done last.
+        self.step: Step
+        self.loss: Any = None
+        self.norm: Any = None
+        self.rate = 0.0
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=len(steps),
+            per_device_train_batch_size=1,
+            learning_rate=owner.settings.learning_rate,
+            max_grad_norm=MAX_GRADIENT,
+            use_cpu=not torch.cuda.is_available(),
+            seed=owner.settings.seed,
+            save_strategy="no",
+            eval_strategy="no",
+            logging_strategy="no",
+            logging_nan_inf_filter=False,
+            report_to=[],
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            average_tokens_across_devices=False,
+            dataloader_pin_memory=False,
+        )
+        super().__init__(model=owner.model, args=arguments, train_dataset=None, callbacks=[_AfterStep(self)])
+        self.remove_callback(PrinterCallback)
+
+    def get_train_dataloader(self) -> Any:
+        """Return the steps that are left."""
+        return self._steps
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Step], num_batches: int, device: Any
+    ) -> tuple[list[Step], None]:
+        """Return the next step: what is learnt in it has been counted already."""
+        return list(islice(epoch_iterator, num_batches)), None
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Make AdamW over the adapter's weights, with the moments of the checkpoint."""
+        self.optimizer = torch.optim.AdamW(
+            [each for _, each in self._trained], lr=self.owner.settings.learning_rate, weight_decay=0.0, fused=True
+        )
+        if self._restored:
+            for name, each in self._trained:
+                self.optimizer.state[each] = {
+                    key: self._restored[f"{name}:{key}"].to(each.device) for key in ("step", "exp_avg", "exp_avg_sq")
+                }
+            self._restored = None
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Make the schedule of learning rates, as far on as the training is."""
+        settings, total = self.owner.settings, self.owner.total_steps
+        warmup = int(WARMUP_SHARE * total) if settings.warmup_steps is None else settings.warmup_steps
+        optimizer = optimizer if optimizer is not None else self.optimizer
+        for group in optimizer.param_groups:
+            group["initial_lr"] = settings.learning_rate
+        self.lr_scheduler = LambdaLR(
+            optimizer, lambda step: rate_share(settings.lr_schedule, step, total, warmup), last_epoch=self._start - 1
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def training_step(self, model: Any, inputs: Step, num_items_in_batch: Any = None) -> Any:
+        """Learn from a step's rows; return the mean loss of their learnt tokens, on the device."""
+        if not model.training:
+            model.train()
+        self.step, self.rate = inputs, self.lr_scheduler.get_last_lr()[0]
+        while True:
+            self._random = random_tensors()
+            try:
+                self.loss = self._learn(model, inputs)
+                return self.loss
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                shortage = error
+            # Outside of the handler: its frames hold the tensors that were too many.
+            self.owner.shrink(inputs.number, shortage)
+            del shortage
+            self._undo()
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Count none."""
+        return 0
+
+    def step_back(self) -> None:
+        """Bring back the state from before a step that was left."""
+        self._undo()
+
+    def moments(self) -> dict[str, Any]:
+        """Return the optimizer's moments as tensors on the CPU."""
+        state = self.optimizer.state if self.optimizer is not None else {}
+        return {
+            f"{name}:{key}": value.detach().cpu().contiguous()
+            for name, each in self._trained
+            for key, value in state.get(each, {}).items()
+        }
+
+    def random_state(self) -> list[Any]:
+        """Return the state of chance before the next step."""
+        return random_tensors()
+
+    def _learn(self, model: Any, step: Step) -> Any:
+        began, total = time.monotonic(), None
+        share = 1.0 / max(1, step.learnt)
+        for micro in micros(self.owner.rows, step.rows, self.owner.size_at(step.number), self.owner.pad):
+            if self.owner.is_to_end() and time.monotonic() - began > LONG_STEP_S:
+                raise Left
+            loss = self.owner.loss(model, micro) * share
+            self.accelerator.backward(loss)
+            total = loss.detach() if total is None else total + loss.detach()
+        return total
+
+    def _undo(self) -> None:
+        for _, each in self._trained:
+            each.grad = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        set_random_tensors(self._random)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        self.norm = torch.nn.utils.clip_grad_norm_([each for _, each in self._trained], MAX_GRADIENT)
+        return self.norm
+
+
+class _AfterStep(TrainerCallback):  # type: ignore[misc]
+    def __init__(self, stepper: Stepper) -> None:
+        self._stepper = stepper
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        stepper = self._stepper
+        if stepper.owner.after_step(stepper, stepper.step):
+            control.should_training_stop = True
+        return control
+
+
+def rate_share(schedule: str, step: int, total: int, warmup: int) -> float:
+    """Return which share of the learning rate step number `step` (from 0) has."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return 1.0
+    left = max(0.0, (total - step) / max(1, total - warmup))
+    if schedule == "cosine":
+        return 0.5 * (1.0 - math.cos(math.pi * left))
+    return left
+
+
+def random_tensors() -> list[Any]:
+    """Return the state of torch's chance: the CPU's, then each GPU's."""
+    state = [torch.get_rng_state()]
+    return state + (torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+
+
+def set_random_tensors(state: list[Any]) -> None:
+    """Bring back what `random_tensors` returned; more or fewer GPUs than then get what there is."""
+    torch.set_rng_state(state[0])
+    for index, each in enumerate(state[1:]):
+        if torch.cuda.is_available() and index < torch.cuda.device_count():
+            torch.cuda.set_rng_state(each, index)
