@@ -1,0 +1,119 @@
+"""Scores of texts: how like an answer is to the one that was wanted, and whether an adapter is better than its base.
+
+ROUGE-L is computed by the library rouge-score, on words of our own: its own splitting knows no letter but a to z, so
+that of a Russian or Chinese answer nothing would be left. For English text both split alike. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Mapping
+from functools import cache, lru_cache
+from typing import Any
+
+#: Scripts that put no space between words: each of their characters counts as a word.
+UNSPACED = ("CJK ", "HIRAGANA ", "KATAKANA ", "THAI ", "LAO ", "KHMER ", "MYANMAR ", "TIBETAN ", "BOPOMOFO ")
+#: Words of a text that are compared: the comparison takes the product of two lengths.
+MOST_WORDS = 2000
+
+
+def words(text: str) -> list[str]:
+    """Return the words of a text of any script, in lower case; of one that has none, its signs."""
+    found: list[str] = []
+    is_open = False
+    for character in unicodedata.normalize("NFKC", text).lower():
+        kind = _kind(character)
+        if kind == "mark":
+            if found and is_open:
+                found[-1] += character
+        elif kind == "alone":
+            found.append(character)
+            is_open = True
+        elif kind == "letter":
+            if is_open and _kind(found[-1][0]) == "letter":
+                found[-1] += character
+            else:
+                found.append(character)
+            is_open = True
+        else:
+            is_open = False
+    return found or [character for character in text if not character.isspace()]
+
+
+@lru_cache(maxsize=65536)
+def _kind(character: str) -> str:
+    """Return what a character is to a word: a letter of it, a mark on one, a word alone, or none of these."""
+    category = unicodedata.category(character)
+    if category.startswith("M"):
+        return "mark"
+    if category[0] in "LN":
+        return "alone" if unicodedata.name(character, "").startswith(UNSPACED) else "letter"
+    return ""
+
+
+class _Words:
+    """What rouge-score asks to split a text."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return words(text)[:MOST_WORDS]
+
+
+@cache
+def _scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], tokenizer=_Words())
+
+
+def rouge_l(reference: str, answer: str) -> float:
+    """Return ROUGE-L's F-measure, from 0 to 1: the longest common subsequence of words. Two empty texts are alike."""
+    if not reference.strip() or not answer.strip():
+        return float(reference.strip() == answer.strip())
+    return float(_scorer().score(reference, answer)["rougeL"].fmeasure)
+
+
+def is_exact(reference: str, answer: str) -> bool:
+    """Whether an answer is the one that was wanted, but for space around it."""
+    return reference.strip() == answer.strip()
+
+
+def mean(values: Iterable[float]) -> float | None:
+    """Return the mean, None of nothing."""
+    found = list(values)
+    return sum(found) / len(found) if found else None
+
+
+def verdict(base: Mapping[str, Any], adapter: Mapping[str, Any]) -> tuple[bool, str]:
+    """Return whether the adapter is better than its base, and why, in one sentence with the numbers.
+
+    Better is a lower loss per token with neither fewer exact answers nor a lower ROUGE-L. A score that is no number is
+    never better.
+    """
+    loss = f"loss per token {_shown(base['loss'])} → {_shown(adapter['loss'])}"
+    exact = f"exact answers {_percent(base['exact_match'])} → {_percent(adapter['exact_match'])}"
+    rouge = f"ROUGE-L {_shown(base['rouge_l'])} → {_shown(adapter['rouge_l'])}"
+    numbers = f"{loss}, {exact}, {rouge}, on {adapter['rows']} rows that were held back"
+    worse = [
+        what
+        for what, is_worse in (
+            ("its loss is not lower", not _is_lower(adapter["loss"], base["loss"])),
+            ("it gives fewer exact answers", _is_lower(adapter["exact_match"], base["exact_match"])),
+            ("its answers are less like those wanted", _is_lower(adapter["rouge_l"], base["rouge_l"])),
+        )
+        if is_worse
+    ]
+    if worse:
+        return False, f"Not better: {' and '.join(worse)} ({numbers})."
+    return True, f"Better: {numbers}."
+
+
+def _is_lower(one: float | None, other: float | None) -> bool:
+    return one is not None and other is not None and one < other
+
+
+def _shown(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3f}"
+
+
+def _percent(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.1%}".replace("%", " %")
