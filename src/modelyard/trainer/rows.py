@@ -189,8 +189,9 @@ class _Reading:
                     (labelled,) = self._labeller.label([pieces])
                     assert not isinstance(labelled, Refused)
                     held_out.append(self._question(held[line], messages, tools, pieces[-1].turn, labelled[-1]))
-                if line in probed:
-                    probes.append(self._probe(_on_the_wire(messages[: pieces[0].turn]), tools))
+                asked = messages[: pieces[-1].turn]
+                if line in probed and all(call.get("id") for one in asked for call in one.get("tool_calls", ())):
+                    probes.append(self._probe(_on_the_wire(asked), tools))
             if line >= last:
                 break
         for messages in FIXED_PROBES:
