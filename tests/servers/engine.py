@@ -2,7 +2,8 @@
 
 Started through `engine_python` with vLLM's own arguments; it heeds --model, --served-model-name A B, --uds, --runner,
 --max-model-len, --enable-lora, --lora-modules, --max-loras and --max-lora-rank, and ignores the rest. Answers take
-max_tokens tokens (16 by default) of " tok0 tok1 ...", as Server-Sent Events where the request says `stream`.
+max_tokens tokens (16 by default) of " tok0 tok1 ...", as Server-Sent Events where the request says `stream`. Their ids
+and log probabilities, in completions that ask for them, are the same for a prompt and others for each adapter.
 
 A file `misbehave.json` in the model's folder makes it misbehave. All keys are optional:
   starts            list of start numbers (1 is the first) at which the rest holds; absent: at every start
@@ -23,6 +24,11 @@ A file `misbehave.json` in the model's folder makes it misbehave. All keys are o
   fail_load         text: no adapter loads, and this is the worker's complaint; {"prefix": text}: none named so does
   slow_load         seconds that it takes to load an adapter
   fail_adapters     {"prefix": text}: a generation with an adapter whose name begins so is the engine's error
+  adapter_ignored   ["prefix"]: with adapters whose names begin so it answers just as without
+  adapter_weak      ["prefix"]: with those it takes the same tokens, but not with quite the same probabilities
+  noise             how much the log probabilities of the same answer differ from one time to the next
+  tokenizer_differs position of the first token of a conversation's prompt that is another than it should be
+  no_chat_template  true: it makes no prompt of a conversation
   ignore_sigterm    true: SIGTERM does nothing
   grandchild        true: it starts a process in its group that ignores SIGTERM, SIGINT and SIGHUP
   allocate_mib      memory that it takes and touches
@@ -41,10 +47,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -407,7 +415,14 @@ async def _completions(link: Connection, engine: Engine, request: Json, sent: li
         text = await _generate(engine, limit, sent, None)
         choice: Json = {"index": 0, "logprobs": None, "finish_reason": reason, "stop_reason": None}
         choice |= {"message": {"role": "assistant", "content": text, "tool_calls": []}} if chat else {"text": text}
-        link.reply(200, json.dumps({**base, "choices": [choice], "usage": _usage(prompt, limit)}).encode())
+        choices = [choice]
+        if not chat and request.get("return_token_ids") and isinstance(request.get("logprobs"), int):
+            prompts = prompt if isinstance(prompt[0], list) else [prompt]
+            choices = [
+                {**choice, "index": at, **_tokens(engine, request["model"], one, limit)}
+                for at, one in enumerate(prompts)
+            ]
+        link.reply(200, json.dumps({**base, "choices": choices, "usage": _usage(prompt, limit)}).encode())
         return 200
     base["object"] = "chat.completion.chunk" if chat else kind
     link.start_stream()
@@ -426,6 +441,19 @@ async def _completions(link: Connection, engine: Engine, request: Json, sent: li
     link.chunk(b"data: [DONE]\n\n")
     link.transport.write(b"0\r\n\r\n")
     return 200
+
+
+def _tokens(engine: Engine, name: str, prompt: object, limit: int) -> Json:
+    """Return ids and log probabilities of an answer's tokens, as a choice has them."""
+    adapter = name.partition("@")[0] if name in engine.loras else ""
+    if name.startswith(tuple(engine.plan.get("adapter_ignored", ()))):
+        adapter = ""
+    is_weak = name.startswith(tuple(engine.plan.get("adapter_weak", ())))
+    seed = zlib.crc32(json.dumps([prompt, "" if is_weak else adapter]).encode())
+    ids = [(seed >> (number % 16)) % 50_000 + number for number in range(limit)]
+    shift = 0.01 if is_weak else random.uniform(0, engine.plan.get("noise", 0))
+    logprobs = [-0.1 - (seed >> (number % 8)) % 100 / 100 - shift for number in range(limit)]
+    return {"token_ids": ids, "logprobs": {"token_logprobs": logprobs, "tokens": [f"tok{one}" for one in ids]}}
 
 
 async def _chat(link: Connection, engine: Engine, request: Json, sent: list[int]) -> int:
@@ -546,10 +574,20 @@ async def _messages(link: Connection, engine: Engine, request: Json, sent: list[
     return 200
 
 
+def chat_prompt(messages: list[Json], tools: list[Json] | None = None) -> str:
+    """Return what this engine's chat template makes of a conversation."""
+    return json.dumps(messages if not tools else [tools, *messages])
+
+
 async def _tokenize(link: Connection, engine: Engine, request: Json, sent: list[int]) -> int:
-    text = request["prompt"] if "prompt" in request else json.dumps(request.get("messages"))
+    if "messages" in request and engine.plan.get("no_chat_template"):
+        raise Refused(400, "As of transformers v4.44, default chat template is no longer allowed, so you must provide "
+                           "a chat template if the tokenizer does not define one.")  # fmt: skip
+    text = request["prompt"] if "prompt" in request else chat_prompt(request["messages"], request.get("tools"))
     has_begin = "recites" in engine.plan and request.get("add_special_tokens", True)
     tokens = recital.tokenize(text, has_begin=has_begin)
+    if "messages" in request and "tokenizer_differs" in engine.plan:
+        tokens[engine.plan["tokenizer_differs"]] += 1
     body = {"count": len(tokens), "max_model_len": engine.max_model_len, "tokens": tokens, "token_strs": None}
     link.reply(200, json.dumps(body).encode())
     return 200

@@ -87,6 +87,32 @@ async def deploy(session: AsyncSession, wish: Wish) -> tuple[Job, list[UUID]]:
     return job, touched
 
 
+async def add_adapter(session: AsyncSession, deployment: Deployment, adapter_id: str) -> Job:
+    """Want one more adapter of a live deployment, and nothing else of it changed; return its job. Safe to repeat.
+
+    Hold `exclusively(session, KIND)`, in which the deployment was read.
+
+    Raises:
+        ModelNotFound: the store lacks the adapter.
+        Unprocessable: it does not belong to the model.
+    """
+    await wanted_models(session, deployment.model_id, [adapter_id])
+    job = await jobs.get(session, deployment.job_id)
+    if deployment.state in (DeploymentState.IDLE, DeploymentState.DRAINING):
+        deployment.wake_requested = True  # whoever wants it waits for it
+    if adapter_id not in deployment.adapter_ids:
+        await _want_adapters(session, deployment, job, [*deployment.adapter_ids, adapter_id])
+    return job
+
+
+async def remove_adapter(session: AsyncSession, deployment: Deployment, adapter_id: str) -> Job:
+    """Want one adapter less of a live deployment; return its job. Safe to repeat, and to be held as `add_adapter`."""
+    job = await jobs.get(session, deployment.job_id)
+    if adapter_id in deployment.adapter_ids:
+        await _want_adapters(session, deployment, job, [one for one in deployment.adapter_ids if one != adapter_id])
+    return job
+
+
 async def _up(session: AsyncSession, task: str) -> list[Deployment]:
     """Return the deployments of a task that are wanted; those whose job was interrupted are so no longer."""
     up = [one for one in await succession.live(session, task) if one.wanted == Wanted.UP]

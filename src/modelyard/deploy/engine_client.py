@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,30 @@ class Health(StrEnum):
     BAD = "bad"
     #: It does not answer.
     SILENT = "silent"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a prompt was answered with: tokens, and how likely each was."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The prompt that a conversation becomes, and the most tokens that the engine takes with the answer."""
+
+    token_ids: list[int]
+    max_model_len: int
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """Why there is no answer. `is_final`: asking again would not help."""
+
+    message: str
+    is_final: bool
 
 
 class EngineClient:
@@ -97,6 +122,43 @@ class EngineClient:
         wrong = await self._post("/v1/unload_lora_adapter", {"lora_name": name}, timeout_s)
         return "" if wrong.startswith("HTTP 404") and "cannot be found" in wrong else wrong
 
+    async def prompt_of(
+        self, name: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, timeout_s: float
+    ) -> Prompt | Wrong:
+        """Return the prompt that the engine makes of a conversation that awaits an answer."""
+        body: dict[str, Any] = {"model": name, "messages": messages, "add_generation_prompt": True}
+        found = await self._ask("/tokenize", body | ({"tools": tools} if tools else {}), timeout_s)
+        if isinstance(found, Wrong):
+            return found
+        try:
+            return Prompt([int(one) for one in found["tokens"]], int(found["max_model_len"]))
+        except (LookupError, TypeError, ValueError):
+            return Wrong("its answer has no tokens", is_final=True)
+
+    async def answers(
+        self, name: str, prompts: list[list[int]], max_tokens: int, timeout_s: float
+    ) -> list[Answer] | Wrong:
+        """Return what the engine answers to prompts of token ids, always with the likeliest token."""
+        body = {
+            "model": name, "prompt": prompts, "max_tokens": max_tokens, "temperature": 0, "logprobs": 1,
+            "return_token_ids": True,
+        }  # fmt: skip
+        found = await self._ask("/v1/completions", body, timeout_s)
+        if isinstance(found, Wrong):
+            return found
+        try:
+            choices = sorted(found["choices"], key=lambda choice: int(choice["index"]))
+            answers = [
+                Answer([int(one) for one in choice["token_ids"]],
+                       [float(one) for one in choice["logprobs"]["token_logprobs"]])
+                for choice in choices
+            ]  # fmt: skip
+        except (LookupError, TypeError, ValueError):
+            return Wrong("its answer has no tokens with their probabilities", is_final=True)
+        if len(answers) != len(prompts):
+            return Wrong(f"it gave {len(answers)} answers to {len(prompts)} prompts", is_final=True)
+        return answers
+
     async def names(self) -> list[str] | None:
         """Return what the engine serves now, its own names before its adapters'; None if it does not answer."""
         roots = await self._roots()
@@ -146,6 +208,23 @@ class EngineClient:
             return f"no answer within {timeout_s:g} s"
         except self._errors as error:
             return f"{type(error).__name__}: {error}"
+
+    async def _ask(self, path: str, body: dict[str, Any], timeout_s: float) -> dict[str, Any] | Wrong:
+        try:
+            async with self._http.post(path, json=body, timeout=self._timeout(total=timeout_s)) as response:
+                text = await response.text(errors="replace")
+                if response.status != 200:
+                    is_final = response.status not in (408, 429, 503)
+                    return Wrong(f"HTTP {response.status}: {_message(text)}", is_final)
+        except TimeoutError:
+            return Wrong(f"no answer within {timeout_s:g} s", is_final=False)
+        except self._errors as error:
+            return Wrong(f"{type(error).__name__}: {error}", is_final=False)
+        try:
+            found = json.loads(text)
+        except ValueError:
+            found = None
+        return found if isinstance(found, dict) else Wrong("its answer is no JSON", is_final=True)
 
     async def _roots(self) -> dict[str, str] | None:
         """Return what the engine serves, each name with the folder behind it."""

@@ -1,7 +1,8 @@
 """Whether a deployment's engine may start now, and with which command: the fit check on what others were given.
 
-Reads the machine, the model's files and the table. The supervisor holds a lock from `room` until the engine's share is
-written to the row (`memory_bytes`), so that two engines never count on the same memory.
+Reads the machine, the model's files and the tables. The supervisor holds a lock from `room` until the engine's share is
+written to the row (`memory_bytes`), so that two engines never count on the same memory. What is promised to jobs of
+other rooms is left free for them.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from pathlib import Path
 from uuid import UUID
 
 from modelyard.db import Sessions
-from modelyard.deploy import actions, succession
+from modelyard.deploy import actions, promises, succession
 from modelyard.deploy.adapters import check_adapter
-from modelyard.deploy.fit import Fit, fit
+from modelyard.deploy.fit import Fit, fit, gib
 from modelyard.deploy.machine import GIB, Machine, given_back, left_for_engines, this_machine
+from modelyard.deploy.promises import NOTHING, Promised
 from modelyard.deploy.schemas import EngineOptions
 from modelyard.deploy.steps import Room
 from modelyard.deploy.tables import LIVE, Deployment, DeploymentState, Strategy, Wanted
@@ -50,21 +52,23 @@ class Fitting:
             live = await succession.live(session)
             replaced = await succession.replaced_by(session, row)
             model, adapters = await actions.model_rows(session, row)
+            promised = await promises.promised(session)
         if row.strategy == Strategy.REPLACE and any(one.state in LIVE and one.wanted != Wanted.UP for one in replaced):
             return Room.COMING
         now = await asyncio.to_thread(this_machine)
-        machine = left(now, row, live, self._settings)
+        machine = left(now, row, live, self._settings, promised)
         found = await asyncio.to_thread(self.fit, row, model, adapters, machine)
-        self.message = found.message
+        self.message = f"{found.message} {in_words(promised)}".rstrip()
         # Where nothing tells how much memory a GPU has, one engine at a time is all that is safe.
-        is_blind = machine.has_gpu and not machine.gpus and any(one.memory_bytes for one in live if one.id != row.id)
+        others = promised.memory_bytes or any(one.memory_bytes for one in live if one.id != row.id)
+        is_blind = machine.has_gpu and not machine.gpus and others
         if found.fits and not is_blind:
             return Room.THERE
         if any(one.wanted != Wanted.UP and one.id != row.id for one in live):
             return Room.COMING
         staying = {one.id for one in replaced if one.wanted == Wanted.UP and one.state in LIVE}
         if staying and row.strategy == Strategy.AUTO:
-            alone = left_when_gone(now, row, live, staying, self._settings)
+            alone = left_when_gone(now, row, live, staying, self._settings, promised)
             if (await asyncio.to_thread(self.fit, row, model, adapters, alone)).fits:
                 return Room.TO_BE_MADE
         if row.has_served:
@@ -81,14 +85,21 @@ class Fitting:
         async with self._sessions.read() as session:
             live = await succession.live(session)
             model, adapters = await actions.model_rows(session, row)
+            promised = await promises.promised(session)
 
         def make() -> tuple[Command, int]:
-            machine = left(this_machine(), row, live, self._settings)
+            machine = left(this_machine(), row, live, self._settings, promised)
             files, adapter_files = model_files(self._settings, model), self._adapter_files(model, adapters)
             options = EngineOptions(**row.options).over(self._settings)
-            command = engine_command(
-                python, files, adapter_files, options, machine, scratch, self._settings.data_dir / "cache"
-            )
+            try:
+                command = engine_command(
+                    python, files, adapter_files, options, machine, scratch, self._settings.data_dir / "cache"
+                )
+            except JobFailure as failure:
+                if failure.code == "not_enough_memory" and promised.memory_bytes:
+                    failure.message = f"{failure.message} {in_words(promised)}"
+                    failure.hint = f"Wait for it to end. {failure.hint}"
+                raise
             return command, self.fit(row, model, adapters, machine).total_bytes
 
         return await asyncio.to_thread(make)
@@ -137,18 +148,31 @@ def model_files(settings: Settings, model: Model) -> ModelFiles:
     return ModelFiles(model.model_id, path, model.size_bytes, config, model.task)
 
 
-def left(machine: Machine, row: Deployment | None, live: Sequence[Deployment], settings: Settings) -> Machine:
-    """Return what a machine has left for one deployment's engine, beside those of others."""
+def left(
+    machine: Machine, row: Deployment | None, live: Sequence[Deployment], settings: Settings,
+    promised: Promised = NOTHING,
+) -> Machine:  # fmt: skip
+    """Return what a machine has left for one deployment's engine, beside those of others and what is promised."""
     others = [one for one in live if row is None or one.id != row.id]
-    given = sum(one.memory_bytes or 0 for one in others)
+    given = sum(one.memory_bytes or 0 for one in others) + promised.memory_bytes
     starting = sum(one.memory_bytes or 0 for one in others if one.state == DeploymentState.STARTING)
     budget_gib = settings.engine_memory_gib
-    return left_for_engines(machine, given, starting, int(budget_gib * GIB) if budget_gib else None)
+    return left_for_engines(
+        machine, given, starting + promised.not_taken_bytes, int(budget_gib * GIB) if budget_gib else None
+    )
 
 
 def left_when_gone(
-    machine: Machine, row: Deployment, live: Sequence[Deployment], gone: Collection[UUID], settings: Settings
-) -> Machine:
+    machine: Machine, row: Deployment | None, live: Sequence[Deployment], gone: Collection[UUID], settings: Settings,
+    promised: Promised = NOTHING,
+) -> Machine:  # fmt: skip
     """Return what a machine will have left for one deployment's engine when others have given their memory back."""
     held = sum(one.memory_bytes or 0 for one in live if one.id in gone and one.state in HOLDING)
-    return left(given_back(machine, held), row, [one for one in live if one.id not in gone], settings)
+    return left(given_back(machine, held), row, [one for one in live if one.id not in gone], settings, promised)
+
+
+def in_words(promised: Promised) -> str:
+    """Return to whom how much is promised, as a sentence; empty if nothing is."""
+    if not promised.memory_bytes:
+        return ""
+    return f"{gib(promised.memory_bytes)} is promised to {' and '.join(promised.holders)}."

@@ -1,15 +1,19 @@
-"""Adapters of a running engine: loaded under a versioned name, probed, named to clients by the supervisor, unloaded.
+"""Adapters of a running engine: loaded under a versioned name, probed, checked, named to clients, unloaded.
 
 An engine knows an adapter as `<adapter id>@<n>`, so that a changed adapter never takes the name of the one before it,
-whose requests still run: replacing in place has vLLM keep answers of the old one. Nothing here writes to the database.
+whose requests still run: replacing in place has vLLM keep answers of the old one. What is checked of an adapter that
+was trained here is `adapter_probes`'. The supervisor names it to clients; nothing here writes to the database.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from modelyard.deploy import adapter_probes
 from modelyard.deploy.engine_client import EngineClient
 from modelyard.errors import JobFailure
 
@@ -25,7 +29,7 @@ class Adapter:
     adapter_id: str
     path: Path
 
-    def is_loaded(self, loaded: Sequence[dict[str, str]]) -> bool:
+    def is_loaded(self, loaded: Sequence[dict[str, Any]]) -> bool:
         """Whether this very folder is what an engine serves."""
         return any(one["adapter_id"] == self.adapter_id and one["path"] == str(self.path) for one in loaded)
 
@@ -49,16 +53,17 @@ class AdapterRefused(Exception):
 
 
 async def load(
-    client: EngineClient, wanted: Sequence[Adapter], loaded: Sequence[dict[str, str]]
-) -> list[dict[str, str]]:
+    client: EngineClient, base: str, wanted: Sequence[Adapter], loaded: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """Have an engine serve what is wanted besides what it has; return the adapters that are wanted as a row keeps them.
 
     What is loaded but not wanted is left alone. When one fails, those that were loaded before it are unloaded again.
+    `base` is the engine's name for its model.
 
     Raises:
-        AdapterRefused: the engine does not load one, or that one does not generate.
+        AdapterRefused: the engine does not load one, or that one does not generate, or does not pass its checks.
     """
-    fresh: list[dict[str, str]] = []
+    fresh: list[dict[str, Any]] = []
     # An engine that is silent for a moment must not be given a name twice: it would refuse the adapter.
     names = [*(await client.names() or []), *(one["name"] for one in loaded)]
     try:
@@ -68,7 +73,10 @@ async def load(
             name = _next_name(adapter.adapter_id, names)
             names.append(name)
             fresh.append({"adapter_id": adapter.adapter_id, "name": name, "path": str(adapter.path)})
-            await _load_one(client, adapter, name)
+            probes = await asyncio.to_thread(adapter_probes.read, adapter.path)
+            await _load_one(client, adapter, name, PROBE_TIMEOUT_S if probes is None else adapter_probes.PATIENCE_S)
+            if probes is not None:
+                fresh[-1]["checks"] = await _check(client, adapter, name, base, probes)
     except BaseException:
         for one in fresh:
             await client.unload_adapter(one["name"], UNLOAD_TIMEOUT_S)
@@ -77,7 +85,7 @@ async def load(
     return [by_id[adapter.adapter_id] for adapter in wanted]
 
 
-async def _load_one(client: EngineClient, adapter: Adapter, name: str) -> None:
+async def _load_one(client: EngineClient, adapter: Adapter, name: str, probe_timeout_s: float) -> None:
     wrong = await client.load_adapter(name, adapter.path, LOAD_TIMEOUT_S)
     if wrong:
         raise AdapterRefused(
@@ -89,7 +97,7 @@ async def _load_one(client: EngineClient, adapter: Adapter, name: str) -> None:
             ),
         )
     # vLLM answers 200 to some adapters with which every request then fails.
-    wrong = await client.generates(name, "generate", PROBE_TIMEOUT_S)
+    wrong = await client.generates(name, "generate", probe_timeout_s)
     if wrong.startswith("no answer"):
         raise AdapterRefused(
             adapter.adapter_id,
@@ -109,6 +117,15 @@ async def _load_one(client: EngineClient, adapter: Adapter, name: str) -> None:
                 "Check that it was trained for this very model; the job's log has all that the engine says.",
             ),
         )
+
+
+async def _check(
+    client: EngineClient, adapter: Adapter, name: str, base: str, probes: adapter_probes.Probes
+) -> dict[str, Any]:
+    try:
+        return await adapter_probes.check(client, adapter.adapter_id, name, base, probes)
+    except JobFailure as failure:
+        raise AdapterRefused(adapter.adapter_id, failure) from None
 
 
 def _next_name(adapter_id: str, names: Sequence[str]) -> str:

@@ -15,10 +15,11 @@ from typing import Literal
 from uuid import UUID
 
 from modelyard.db import Sessions
-from modelyard.deploy import actions, succession
+from modelyard.deploy import actions, promises, succession
 from modelyard.deploy.fit import Fit
-from modelyard.deploy.fitting import Fitting, left, left_when_gone, model_files
+from modelyard.deploy.fitting import Fitting, in_words, left, left_when_gone, model_files
 from modelyard.deploy.machine import Machine, this_machine
+from modelyard.deploy.promises import Promised
 from modelyard.deploy.schemas import EngineOptions
 from modelyard.deploy.tables import Deployment, Strategy
 from modelyard.deploy.vllm_args import check_length
@@ -67,8 +68,10 @@ async def plan(sessions: Sessions, settings: Settings, wish: actions.Wish) -> Pl
         Unprocessable: an adapter is given as the model, or does not belong to it.
     """
     row, model, adapters, live, leaving = await _decided(sessions, wish)
+    async with sessions.read() as session:
+        promised = await promises.promised(session)
     fitting = Fitting(settings, sessions)
-    return await asyncio.to_thread(_worked_out, fitting, settings, row, model, adapters, live, leaving)
+    return await asyncio.to_thread(_worked_out, fitting, settings, row, model, adapters, live, leaving, promised)
 
 
 async def _decided(
@@ -94,9 +97,9 @@ async def _decided(
 
 def _worked_out(
     fitting: Fitting, settings: Settings, row: Deployment, model: Model, adapters: Sequence[Model],
-    live: Sequence[Deployment], leaving: Sequence[Leaving],
+    live: Sequence[Deployment], leaving: Sequence[Leaving], promised: Promised,
 ) -> Plan:  # fmt: skip
-    look = _Look(this_machine(), live, row, settings)
+    look = _Look(this_machine(), live, row, settings, promised)
     is_same = any(one.id == row.id for one in live)
     way: Way = "in_place" if is_same else "side_by_side"
     found, fits, fits_beside, failure = None, False, False, None
@@ -117,7 +120,8 @@ def _worked_out(
                 way, machine, found, fits = "replace", alone, instead, instead.fits
                 leaving = [replace(one, first=True) for one in leaving]
         if not fits:
-            failure = JobFailure("not_enough_memory", found.message, " ".join(found.hints))
+            message = f"{found.message} {in_words(promised)}".rstrip()
+            failure = JobFailure("not_enough_memory", message, " ".join(found.hints))
     except JobFailure as error:
         failure = error
     after = _free(machine)
@@ -130,7 +134,7 @@ def _worked_out(
         fit=found,
         fits=fits,
         fits_beside=fits_beside,
-        free_bytes=_free(left(look.machine, row, live, settings)),
+        free_bytes=_free(left(look.machine, row, live, settings, promised)),
         free_after_bytes=after,
         disk_free_bytes=shutil.disk_usage(settings.data_dir).free,
         leaving=leaving,
@@ -141,8 +145,11 @@ def _worked_out(
 class _Look:
     """A machine as it is now, with the deployments that hold a part of it."""
 
-    def __init__(self, machine: Machine, live: Sequence[Deployment], row: Deployment, settings: Settings) -> None:
+    def __init__(
+        self, machine: Machine, live: Sequence[Deployment], row: Deployment, settings: Settings, promised: Promised
+    ) -> None:
         self.machine = machine
+        self._promised = promised
         self._live = live
         self._row = row
         self._settings = settings
@@ -150,13 +157,13 @@ class _Look:
     def without(self, leaving: Sequence[Leaving]) -> Machine:
         """Return what is left for the deployment when others have given their memory back, and its own engine too."""
         gone = {self._row.id, *(one.deployment_id for one in leaving)}
-        return left_when_gone(self.machine, self._row, self._live, gone, self._settings)
+        return left_when_gone(self.machine, self._row, self._live, gone, self._settings, self._promised)
 
     def is_blind(self, leaving: Sequence[Leaving]) -> bool:
         """Whether nothing tells how much memory the GPUs have, and another engine is on them."""
         gone = {self._row.id, *(one.deployment_id for one in leaving if one.first)}
         others = any(one.memory_bytes for one in self._live if one.id not in gone)
-        return self.machine.has_gpu and not self.machine.gpus and others
+        return self.machine.has_gpu and not self.machine.gpus and (others or self._promised.memory_bytes > 0)
 
 
 def _free(machine: Machine) -> int | None:

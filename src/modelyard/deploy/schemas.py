@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -150,6 +150,12 @@ class DeployOut(BaseModel):
     job_id: UUID = Field(description="Its job, which runs for as long as the model is in service.")
     wanted: Wanted = Field(description=_WANTED)
     served_adapter_ids: list[str] = Field(description="The adapters that requests may name now.", examples=[[]])
+    adapter_checks: dict[str, dict[str, Any]] = Field(
+        description="What was found of adapters that were trained here before requests could name them, by their ids: "
+        "whether prompts are tokenised as in the training, how many fixed prompts are answered otherwise than without "
+        "the adapter, and by how much the log probabilities of their tokens change at most.",
+        examples=[{"ft:support": {"tokens_equal": True, "prompts": 6, "acts": True, "changed_answers": 6}}],
+    )
     adapter_failure: AdapterFailureOut | None
     strategy: Strategy
     idle_timeout_s: float | None = Field(
@@ -177,6 +183,9 @@ class DeployOut(BaseModel):
             job_id=deployment.job_id,
             wanted=Wanted(deployment.wanted),
             served_adapter_ids=[one["adapter_id"] for one in deployment.loaded] if serves else [],
+            adapter_checks={
+                one["adapter_id"]: one["checks"] for one in deployment.loaded if serves and "checks" in one
+            },
             adapter_failure=AdapterFailureOut(**failure) if failure is not None else None,
             strategy=Strategy(deployment.strategy),
             idle_timeout_s=deployment.idle_timeout_s,

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Awaitable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from modelyard.db import utcnow
 from modelyard.deploy import actions, attempts, loading, scratch
@@ -289,7 +289,7 @@ class Service:
         asked = [one.adapter_id for one in wanted]
         while True:
             try:
-                loaded = await self._unless_it_ends(loading.load(self.client, wanted, []))
+                loaded = await self._unless_it_ends(loading.load(self.client, self.row.model_id, wanted, []))
             except AdapterRefused as error:
                 if not await self._is_well():
                     return
@@ -326,7 +326,7 @@ class Service:
     def _waited_s(self) -> float:
         return time.monotonic() - self.started_at
 
-    async def _ready(self, loaded: list[dict[str, str]]) -> None:
+    async def _ready(self, loaded: list[dict[str, Any]]) -> None:
         seconds = round(self._waited_s(), 2)
         self.has_served = True
         self.unwell = 0
@@ -343,7 +343,7 @@ class Service:
         assert self.client is not None
         wanted, before = self.adapters, self.row.loaded
         try:
-            loaded = await self._unless_it_ends(loading.load(self.client, wanted, before))
+            loaded = await self._unless_it_ends(loading.load(self.client, self.row.model_id, wanted, before))
         except AdapterRefused as error:
             if await self._is_well():
                 await self._take_back(error, [one["adapter_id"] for one in before], [one.adapter_id for one in wanted])

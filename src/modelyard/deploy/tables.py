@@ -112,8 +112,9 @@ class Deployment(Base):
     #: When it was last asked to be the current one of its task.
     current_at: Mapped[datetime] = mapped_column(UtcDateTime(), default=utcnow)
     state: Mapped[str] = mapped_column(String(16), default=DeploymentState.STARTING)
-    #: The adapters that clients may name: `{"adapter_id", "name", "path"}`, where `name` is the engine's for them.
-    loaded: Mapped[list[dict[str, str]]] = mapped_column(JSON(), default=list)
+    #: The adapters that clients may name: `{"adapter_id", "name", "path"}`, where `name` is the engine's for them, and
+    #: `checks`, what was found before, where the adapter says how it can be checked.
+    loaded: Mapped[list[dict[str, Any]]] = mapped_column(JSON(), default=list)
     #: Why the last change of adapters was taken back: `{"adapter_id", "code", "message", "hint"}`.
     adapter_failure: Mapped[dict[str, str] | None] = mapped_column(JSON())
     #: Memory that its engine was given by the fit check.
