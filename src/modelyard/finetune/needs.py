@@ -1,0 +1,175 @@
+"""How much memory a training will want, worked out before it begins from the model's shape and the settings.
+
+An estimate from above, to decide who must make room; the trainer measures, and keeps to what it was given. The parts:
+
+    processes    Python, torch, transformers and PEFT; on a GPU CUDA's context instead
+    weights      the frozen base: in 16 bits on a GPU and where the CPU has AMX, else in 32; about 4.5 with quantization
+    adapter      each of its numbers in float32 four times: weight, gradient, and Adam's two moments
+    activations  what the backward pass needs, for each token of a row and each layer: the inputs of the adapted
+                 layers, in float32 because the adapter computes in that (twice with dropout), the attention's
+                 queries, keys, values and output, what the feed-forward multiplies, and the norms' inputs; and for
+                 each token the output over the vocabulary, in its own format and twice in float32 (loss, gradient)
+
+`needed_bytes` holds one row of `batch_size` (one, where that is found by trying), `useful_bytes` as many as are worth
+while. Where the configuration does not tell the shape, activations are taken to be as large as the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from modelyard.deploy import model_shape
+from modelyard.deploy.fit import gib
+from modelyard.deploy.machine import GIB
+from modelyard.deploy.model_shape import DTYPE_BYTES
+from modelyard.trainer.spec import Hyperparameters
+
+# Measured: a trainer on a CPU that has imported everything and loaded a model of 0.7 million weights.
+CPU_PROCESS_BYTES = int(0.9 * GIB)
+#: CUDA's context and what its allocator keeps in reserve. An estimate, not measured.
+GPU_PROCESS_BYTES = int(1.5 * GIB)
+#: Rows of one forward pass above which more of them hardly gain anything.
+USEFUL_ROWS = 16
+LONGEST_TOKENS = 4096
+QUANTISED_BITS = 4.5
+
+
+@dataclass(frozen=True)
+class Need:
+    """Memory that a training will want, in bytes."""
+
+    processes_bytes: int
+    weights_bytes: int
+    adapter_bytes: int
+    #: Of one row of the length that was counted on.
+    row_bytes: int
+    row_tokens: int
+    needed_bytes: int
+    useful_bytes: int
+
+    def as_dict(self) -> dict[str, int]:
+        """Return it as JSON has it."""
+        return asdict(self)
+
+    def in_words(self) -> str:
+        """Return the parts as people read them."""
+        return (
+            f"about {gib(self.needed_bytes)} ({gib(self.processes_bytes)} for the trainer, {gib(self.weights_bytes)} "
+            f"for the weights, {gib(self.adapter_bytes)} for the adapter, {gib(self.row_bytes)} for a row of "
+            f"{self.row_tokens} tokens)"
+        )
+
+
+def estimate(
+    config: Mapping[str, Any], size_bytes: int, settings: Hyperparameters, *, has_gpu: bool,
+    longest_tokens: int | None = None,
+) -> Need:  # fmt: skip
+    """Return what a training will want.
+
+    Args:
+        config: The base's `config.json`.
+        size_bytes: The size of its weights' files.
+        settings: The training's settings.
+        has_gpu: Whether it runs on a GPU.
+        longest_tokens: The longest row, as far as it is known; None: as long as rows may be.
+    """
+    number_bytes = 2 if has_gpu or has_amx() else 4
+    processes = GPU_PROCESS_BYTES if has_gpu else CPU_PROCESS_BYTES
+    weights = _weights(config, size_bytes, settings, number_bytes)
+    tokens = min(settings.max_seq_len or LONGEST_TOKENS, model_shape.longest(config) or LONGEST_TOKENS)
+    tokens = min(tokens, max(1, longest_tokens)) if longest_tokens is not None else tokens
+    per_token = _activations(config, number_bytes, settings)
+    row = tokens * per_token if per_token is not None else weights
+    adapter = 16 * (_adapter_numbers(config, settings) or weights // number_bytes // 50)
+    fixed = processes + weights + adapter
+    rows = settings.batch_size
+    return Need(
+        processes_bytes=processes,
+        weights_bytes=weights,
+        adapter_bytes=adapter,
+        row_bytes=row,
+        row_tokens=tokens,
+        needed_bytes=fixed + row * (rows or 1),
+        useful_bytes=fixed + row * (rows or USEFUL_ROWS),
+    )
+
+
+@cache
+def has_amx(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this processor multiplies numbers of 16 bits fast, so that a trainer computes in them."""
+    try:
+        return " amx_tile " in cpuinfo.read_text("ascii", errors="replace").replace("\n", " ")
+    except OSError:
+        return False
+
+
+def _weights(config: Mapping[str, Any], size_bytes: int, settings: Hyperparameters, number_bytes: int) -> int:
+    stored = model_shape.stored_dtype(config)
+    # Where the configuration does not tell, the files may be in 16 bits.
+    numbers = size_bytes // (DTYPE_BYTES[stored] if stored else 2)
+    if settings.quantization is None:
+        return numbers * number_bytes
+    whole = min(numbers, model_shape.embedding_numbers(config))
+    return int(whole * number_bytes + (numbers - whole) * QUANTISED_BITS / 8)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    layers: int
+    hidden: int
+    queries: int
+    keys: int
+    inner: int
+    vocabulary: int
+
+
+def _shape(config: Mapping[str, Any]) -> _Shape | None:
+    text = model_shape.text_part(config)
+
+    def first(names: tuple[str, ...]) -> int | None:
+        found = next((text[name] for name in names if text.get(name) is not None), None)
+        return found if isinstance(found, int) else None
+
+    layers, heads, hidden = first(model_shape.LAYERS), first(model_shape.HEADS), first(model_shape.HIDDEN)
+    vocabulary = first(("vocab_size",))
+    if not (layers and heads and hidden and vocabulary):
+        return None
+    size = first(("head_dim",)) or hidden // heads
+    inner = first(("intermediate_size", "n_inner", "ffn_dim")) or 4 * hidden
+    return _Shape(layers, hidden, heads * size, (first(("num_key_value_heads",)) or heads) * size, inner, vocabulary)
+
+
+def _adapter_numbers(config: Mapping[str, Any], settings: Hyperparameters) -> int | None:
+    """Return how many numbers the adapter has; of layers whose names are not known here, all are counted."""
+    shape = _shape(config)
+    if shape is None:
+        return None
+    by_layer = {
+        "q_proj": shape.hidden + shape.queries,
+        "k_proj": shape.hidden + shape.keys,
+        "v_proj": shape.hidden + shape.keys,
+        "o_proj": shape.queries + shape.hidden,
+        "gate_proj": shape.hidden + shape.inner,
+        "up_proj": shape.hidden + shape.inner,
+        "down_proj": shape.inner + shape.hidden,
+    }
+    names = settings.target_modules
+    if names is None or not set(names) <= by_layer.keys():
+        names = list(by_layer)
+    return settings.rank * shape.layers * sum(by_layer[name] for name in set(names))
+
+
+def _activations(config: Mapping[str, Any], number_bytes: int, settings: Hyperparameters) -> int | None:
+    """Return the bytes that one token takes until the backward pass, over all layers."""
+    shape = _shape(config)
+    if shape is None:
+        return None
+    inputs = 5 * shape.hidden + shape.queries + shape.inner
+    adapted = 4 * inputs * (2 if settings.dropout else 1)
+    own = number_bytes * (4 * shape.hidden + 2 * shape.queries + 2 * shape.keys + 3 * shape.inner)
+    norms = 4 * 2 * shape.hidden
+    return shape.layers * (adapted + own + norms) + shape.vocabulary * (number_bytes + 8)
