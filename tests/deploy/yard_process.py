@@ -76,6 +76,8 @@ class YardProcess:
     def last_words(self) -> str:
         """Return the end of what it logged."""
         log = Path(self._arguments[2])
+        if not log.parent.exists():
+            return f"its folder {log.parent} is gone"
         return log.read_text("utf-8", "replace")[-3000:] if log.exists() else "it logged nothing"
 
     def stop(self) -> None:
