@@ -14,6 +14,8 @@ from tests.datasets.forms import FORM_HEADERS, upload
 from tests.server import Server, serving
 
 FINETUNE = "/api/v1/finetune/"
+#: The imitation trainer, for MODELYARD_TRAINER_PYTHON.
+TRAINER_PYTHON = Path(__file__).parents[1] / "servers" / "trainer_python"
 MODEL = "local:tiny-llama"
 #: A busy machine with two cores takes its time to import torch.
 TRAINING_S = 240.0
