@@ -83,9 +83,20 @@ class Trainings:
             JobFailure: with the cause and what to do.
             JobInterrupted: nothing of it runs; its newest checkpoint is kept.
         """
+        finetune_id = UUID(job.spec["finetune_id"])
+        try:
+            await self._run(job, finetune_id)
+        except asyncio.CancelledError:
+            raise  # a server that stops goes on with it when it is back
+        except BaseException:
+            # What made room for it comes back, also where it ended before it came to the trainer again.
+            await self._accelerator.give_back(job, finetune_id)
+            raise
+
+    async def _run(self, job: JobContext, finetune_id: UUID) -> None:
         _leave_if_interrupted(job)
         async with self._sessions.read() as session:
-            row = await actions.get(session, UUID(job.spec["finetune_id"]))
+            row = await actions.get(session, finetune_id)
             base = await models.get(session, row.model_id)
             dataset = await datasets.get(session, row.dataset_id)
         training = _Training(self, job, row, base, dataset)
@@ -122,6 +133,8 @@ class _Training:
                 result = await self._train()
             finally:
                 await self.keeper.close()
+        else:
+            await self.accelerator.give_back(self.job, self.row.id)
         await self._publish(result)
         if self.row.deploy:
             await self._into_service(result)
