@@ -55,6 +55,7 @@ def spec_of(
         work_dir=str(work),
         progress=str(folder / "progress.jsonl"),
         result=str(folder / "result.json"),
+        now=row.created_at.timestamp(),
         tensorboard_dir=str(tensorboard / folder_name(row.adapter_id)) if tensorboard is not None else None,
         memory_bytes=memory_bytes,
         disk_reserve_bytes=int(settings.disk_reserve_gib * GIB),
