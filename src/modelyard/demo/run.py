@@ -228,6 +228,9 @@ class Demo:
                     return event
                 if name == "progress":
                     waiting.say(f"{what}: {_amount(event)}")
+                elif "points" in event["data"]:
+                    # Each step of a training: of use where it is, not one below the other.
+                    waiting.say(f"{what}: {str(event['message'])[:-1].lower()}")
                 elif event["level"] != "debug":
                     self.terminal.note(str(event["message"]))
                     # An earlier engine of the same deployment may have been ready, and gone: the status tells.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -22,6 +23,8 @@ MAX_TOKENS = 48
 #: A real model takes its time: it is asked some of the questions.
 ASKED_OF_REAL = 10
 SHOWN = 6
+#: Questions that the engine has at a time.
+SIDE_BY_SIDE = 8
 #: The tiny model, whose training the demo knows by heart, must answer so many of the 50.
 ENOUGH = 45
 
@@ -99,8 +102,12 @@ class Tuning:
         self.terminal.command(self.client.curl(first))
         right = {model_id: 0, adapter_id: 0}
         with Waiting(self.terminal, f"Asking both {len(rows)} questions"):
+            names = [name for _ in rows for name in right]
+            asked = [question["content"] for question, _ in rows for _ in right]
+            with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+                answers = pool.map(self._ask, names, asked)
             for number, (question, expected) in enumerate(rows):
-                said = {name: self._ask(name, question["content"]) for name in right}
+                said = {name: next(answers) for name in right}
                 for name in right:
                     right[name] += said[name] == expected["content"]
                 if number < SHOWN:
