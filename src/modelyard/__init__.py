@@ -18,6 +18,7 @@ jobs                pieces of work with status, events and log, and the runner t
 auth, docs          the gate before every route; Swagger UI
 http                what routes share: either slash, documented errors, limits on bodies
 foundation          data folder, locks and migrations: what must stand before the server serves
+filters             children that read what they are fed, answer once, and are gone
 storage             objects: a local folder or S3
 processes, keeper   children that are never orphaned
 states              state machines on rows, with their history

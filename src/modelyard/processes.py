@@ -1,4 +1,4 @@
-"""Start, adopt and end children. The only module that touches processes.
+"""Start, adopt and end children. Beside `filters`, whose children live by a pipe, nothing else touches processes.
 
 Each child runs under a keeper (`modelyard.keeper`) in a folder of its own, one run per folder:
 

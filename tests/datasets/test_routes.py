@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
+import resource
+import signal
 import socket
 import sqlite3
 import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
+from modelyard import db
+from modelyard.datasets.tables import Dataset
+from modelyard.finetune.tables import Finetune, FinetuneHold
+from modelyard.jobs.tables import Job
+from modelyard.models.tables import Model
 from tests.datasets.forms import FORM_HEADERS, bad_at, chat, form, jsonl, part, questions, upload
 from tests.eventually import PATIENCE_S
 from tests.fixtures import S3Server
 from tests.server import Server, serving
 
+MIB = 1024 * 1024
+END_BYTES = 1000
 UPLOAD = "/api/v1/datasets/upload/"
 
 
@@ -286,6 +297,167 @@ def test_an_upload_that_breaks_off_leaves_nothing(server: Server) -> None:
     assert "Traceback" not in server.log
 
 
+def validators(server: Server) -> list[int]:
+    """Return the children of the server that validate; they have no keeper, and so its parent is the server."""
+    tasks = Path(f"/proc/{server.pid}/task").iterdir()
+    found = [int(pid) for task in tasks for pid in (task / "children").read_text("ascii").split()]
+    return [pid for pid in found if b"modelyard.datasets.validator" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+@contextmanager
+def half_sent(server: Server, body: bytes) -> Iterator[socket.socket]:
+    """Send all but the end of an upload, on a connection of its own."""
+    head = f"POST {UPLOAD} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
+    head += f"Content-Type: {FORM_HEADERS['Content-Type']}\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S) as connection:
+        connection.sendall(head.encode() + body[:-END_BYTES])
+        yield connection
+
+
+def answer_to(connection: socket.socket, body: bytes) -> bytes:
+    """Send the end of an upload and return the whole answer."""
+    connection.sendall(body[-END_BYTES:])
+    return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+def test_a_large_file_is_validated_by_a_child_which_goes_with_the_upload(server: Server) -> None:
+    body = upload(questions(100_000))
+    with half_sent(server, body) as connection:
+        until(lambda: len(validators(server)) == 1, "a child validates")
+        answer = answer_to(connection, body)
+        assert answer.startswith(b"HTTP/1.1 200"), answer
+        assert b'"rows":100000,' in answer
+        assert validators(server) == []
+    with half_sent(server, body):
+        until(lambda: len(validators(server)) == 1, "a child validates")
+    until(lambda: validators(server) == [], "the child is gone with the connection")
+    until(lambda: len(objects(server)) == 2, "nothing of the second one is stored")
+    assert "Traceback" not in server.log
+
+
+def test_a_validator_that_is_killed_is_said_and_nothing_is_kept(server: Server) -> None:
+    body = upload(questions(100_000))
+    with half_sent(server, body) as connection:
+        until(lambda: len(validators(server)) == 1, "a child validates")
+        os.kill(validators(server)[0], signal.SIGKILL)
+        answer = answer_to(connection, body)
+        assert answer.startswith(b"HTTP/1.1 503"), answer
+        assert b'"code":"validation_failed"' in answer
+        assert b"killed by SIGKILL. Nothing of it was kept" in answer
+    assert server.get("/api/v1/datasets/").json() == []
+    assert objects(server) == []
+    assert "Traceback" not in server.log
+    put(server, questions(100_000))
+
+
+def test_a_server_that_ends_within_an_upload_ends_the_validator(tmp_path: Path) -> None:
+    with serving(tmp_path / "data") as server:
+        for end in (server.stop, server.kill):
+            with half_sent(server, upload(questions(100_000))):
+                until(lambda: len(validators(server)) == 1, "a child validates")
+                command = Path(f"/proc/{validators(server)[0]}/cmdline")
+                end()
+                until(functools.partial(has_ended, command), "the child is gone with the server")
+            server.start()
+
+
+def has_ended(command: Path) -> bool:
+    try:
+        return b"modelyard.datasets.validator" not in command.read_bytes()
+    except OSError:
+        return True
+
+
+def peak_memory_mib(*pids: int) -> int:
+    """Return the most memory that processes had so far, all together."""
+    texts = [Path(f"/proc/{pid}/status").read_text("ascii") for pid in pids]
+    return sum(int(text.partition("VmHWM:")[2].split()[0]) for text in texts) // 1024
+
+
+@pytest.mark.slow
+def test_a_line_of_a_gigabyte_is_refused_with_an_answer_of_its_own_in_little_memory(tmp_path: Path) -> None:
+    before, _, after = upload(questions(2) + b'{"prompt":"HERE","completion":"a"}\n' + questions(1)).partition(b"HERE")
+    with serving(tmp_path / "data") as server:
+        put(server, questions(70_000))  # what is imported and kept from then on is no memory of this upload
+        idle, used = peak_memory_mib(server.pid), 0
+
+        def body() -> Iterator[bytes]:
+            nonlocal used
+            yield before
+            for number in range(1024):
+                yield b"x" * MIB
+                if number in (500, 1023):
+                    used = peak_memory_mib(server.pid, *validators(server)) - idle
+            yield after
+
+        refused = server.request("POST", UPLOAD, body=body(), headers=FORM_HEADERS, timeout_s=10 * PATIENCE_S)
+        assert (refused.status, refused.error_code) == (422, "invalid_dataset")
+        (problem,) = refused.json()["report"]["problems"]["listed"]
+        assert (problem["line"], problem["path"], problem["kind"]) == (3, "$", "line_too_long")
+        assert "is longer than the 16 MiB that a line may have" in problem["reason"]
+        assert 0 < used < 80
+        assert len(objects(server)) == 2
+        answer = server.request(
+            "POST", f"{UPLOAD}?on_error=skip", body=body(), headers=FORM_HEADERS, timeout_s=10 * PATIENCE_S
+        )
+        assert (answer.json()["rows"], answer.json()["skipped_lines"]) == (3, 1)
+        rows = server.request("GET", f"/api/v1/datasets/{answer.json()['id']}/rows", timeout_s=10 * PATIENCE_S)
+        assert [row["line"] for row in rows.json()["rows"]] == [1, 2, 4]
+        assert peak_memory_mib(server.pid) - idle < 80
+
+
+def test_a_disk_that_is_full_is_said_and_nothing_is_kept(tmp_path: Path) -> None:
+    with serving(tmp_path / "data") as server:
+        kept = put(server, questions(3))
+        # A file that may not grow is for the store what a full disk is: the write fails, at whatever byte.
+        full = 6 * MIB + 12_345
+        resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (full, full))
+        answer = server.request("POST", UPLOAD, body=upload(questions(100_000)), headers=FORM_HEADERS)
+        assert (answer.status, answer.error_code) == (503, "storage_full"), answer.text
+        assert "There is no room left in" in answer.json()["error"]["message"]
+        assert validators(server) == []
+        assert server.get("/api/v1/datasets/").json() == [kept]
+        assert len(objects(server)) == 2
+        assert "Traceback" not in server.log
+        put(server, questions(10))
+
+
+async def test_a_dataset_that_a_training_holds_is_not_deleted(database_url: str, tmp_path: Path) -> None:
+    with serving(tmp_path / "data", MODELYARD_DATABASE_URL=database_url) as server:
+        dataset = put(server, questions(3))
+        path = f"/api/v1/datasets/{dataset['id']}/"
+        sessions = db.Sessions(db.database_url(database_url, tmp_path))
+        try:
+            job = Job(kind="FT", name="FT_a", spec={})
+            async with sessions.begin() as session:
+                (held,) = await session.scalars(select(Dataset.id))
+                session.add(job)
+                session.add(
+                    Model(model_id="a", adapter=False, task="generate", revision="", commit="", size_bytes=1,
+                          path="a", source="local")
+                )  # fmt: skip
+                await session.flush()
+                training = Finetune(
+                    job_id=job.id, name="a", model_id="a", dataset_id=held, adapter_id="ft:a",
+                    hyperparameters={},
+                )  # fmt: skip
+                session.add(training)
+                await session.flush()
+                hold = FinetuneHold(finetune_id=training.id, model_id="a", dataset_id=held)
+                session.add(hold)
+            answer = server.delete(path)
+            assert (answer.status, answer.error_code) == (409, "dataset_in_use")
+            assert "in use by a training: interrupt that first" in answer.json()["error"]["message"]
+            assert server.get("/api/v1/datasets/").json() == [dataset]
+            assert server.get(path).body == questions(3)
+            async with sessions.begin() as session:
+                await session.delete(hold)
+        finally:
+            await sessions.close()
+        assert server.delete(path).json() == dataset
+        assert objects(server) == []
+
+
 def test_what_is_too_large_is_refused_while_it_arrives_and_before_if_it_says_so(tmp_path: Path) -> None:
     limit = 1024 * 1024
     with serving(tmp_path / "data", MODELYARD_MAX_DATASET_GIB=str(limit / 1024**3)) as server:
@@ -295,6 +467,8 @@ def test_what_is_too_large_is_refused_while_it_arrives_and_before_if_it_says_so(
         streamed = server.request("POST", UPLOAD, body=iter([upload(data)]), headers=FORM_HEADERS)
         for answer in (announced, streamed):
             assert (answer.status, answer.error_code) == (413, "dataset_too_large")
+        with half_sent(server, upload(data)) as connection:  # it may be long at it, and reads the answer only then
+            assert answer_to(connection, upload(data)).startswith(b"HTTP/1.1 413")
         assert objects(server) == []
         put(server, data[: limit - 1000].rpartition(b"\n")[0])
 

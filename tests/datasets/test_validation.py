@@ -95,6 +95,40 @@ def test_any_bytes_have_a_report_or_a_refusal_and_the_rows_are_those_that_it_cou
     assert len(list(rows_of(cut(data, 2, longest), 32))) == report["rows"]
 
 
+LINES = st.sampled_from(
+    [
+        b'{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}]}',
+        b'{"messages":[{"role":"user","content":"\xd0\xb9"},{"role":"assistant","content":"bc"}],"note":1}',
+        b' {"messages":[{"content":"a","role":"user"},{"role":"assistant","content":"b","name":"n"}],"tools":null} ',
+        b'{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}]}\r',
+        b'{"messages":[{"role":"assistant","content":"b"}]}',
+        b'{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":" "}]}',
+        b'{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":null}]}',
+        b'{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b","weight":0}]}',
+        b'{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b","weight":"c"}]}',
+        b'{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b","tool_calls":[]}]}',
+        b'{"messages":[{"role":"user","content":"a"},{"role":"tool","content":"b"}]}',
+        b'{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b","name":3}]}',
+        b'{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}],"tools":[{}]}',
+        b'{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}],"note":"\xff"}',
+        b'{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}]} {"messages":[]}',
+        b'{"messages":[{"role":"user","content":"a"},',
+        b'{"role":"assistant","content":"b"}]}',
+        b'{"messages":[]}',
+        b'{"messages":null,"prompt":"a","completion":"b"}',
+        b'{"prompt":"a","completion":"b"}',
+        b"",
+    ]
+)
+
+
+@given(st.lists(LINES, max_size=12))
+def test_lines_that_are_read_at_once_are_read_as_one_by_one(lines: list[bytes]) -> None:
+    lines = [b'{"prompt":"a","completion":"b"}', *lines]
+    whole = b"\n".join(lines) + b"\n"
+    assert report_of(line + b"\n" for line in lines) == report_of([whole])
+
+
 def test_a_mark_at_the_beginning_ends_of_lines_as_on_windows_and_blank_lines_are_no_problem() -> None:
     report = report_of([b"\xef\xbb\xbf" + questions(2).replace(b"\n", b"\r\n\r\n")])
     assert (report["rows"], report["blank_lines"], report["byte_order_mark"], report["crlf_lines"]) == (2, 2, True, 4)
@@ -186,8 +220,9 @@ def test_many_different_orders_of_roles_are_counted_right() -> None:
 
 def test_duplicates_are_exact_among_many() -> None:
     seen = Duplicates()
-    for number in range(200_000):
-        seen.see(b"row %d" % (number % 150_000), number)
+    rows = [b"row %d" % (number % 150_000) for number in range(200_000)]
+    for first in range(0, 200_000, 1000):
+        seen.see(rows[first : first + 1000], first)
     assert (seen.rows, seen.lines[0]) == (50_000, 150_000)
     seen.close()
 

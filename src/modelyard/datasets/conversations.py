@@ -9,7 +9,8 @@ row that passed means the same to all of them. Pure functions; nothing here know
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -18,7 +19,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET
 
-from modelyard.datasets.forms import Fault, Faults, Form, Kind, Message, Role, Row, SystemBeside, ToolCall
+from modelyard.datasets.forms import Fault, Faults, Form, Kind, Message, PlainRow, Role, Row, SystemBeside, ToolCall
 
 WARNINGS = {
     "empty_content": "a message has no text",
@@ -90,6 +91,29 @@ def examine(row: Row, form: Form = Form.MESSAGES) -> tuple[Shape, int, tuple[str
         if not shape.faults and not shape.has_tools:
             return shape, characters, shape.warnings
     return _examine_closely(row, shape, form)
+
+
+def lengths_if_plain(rows: Iterable[PlainRow]) -> tuple[list[int], Counter[tuple[Role, ...]]] | None:
+    """Return the characters of each row and how often each order of roles is there; None if one needs a closer look."""
+    lengths: list[int] = []
+    orders: list[tuple[Role, ...]] = []
+    for row in rows:
+        roles: list[Role] = []
+        characters = 0
+        for message in row.messages:
+            content = message.content
+            if not content or content.isspace():
+                return None
+            roles.append(message.role)
+            characters += len(content)
+        lengths.append(characters)
+        orders.append(tuple(roles))
+    counted = Counter(orders)
+    for order in counted:
+        shape = shape_of(order)
+        if shape.faults or shape.warnings or shape.has_tools:
+            return None
+    return lengths, counted
 
 
 def _examine_closely(row: Row, shape: Shape, form: Form) -> tuple[Shape, int, tuple[str, ...]]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -127,6 +127,25 @@ class SystemBeside(Row, gc=False, omit_defaults=True):
     """One whose system message was not among the turns: places in the line are one less than in the messages."""
 
 
+class Plain(Struct, gc=False):
+    """A message with text and nothing else that means something."""
+
+    role: Role
+    content: str
+    tool_calls: None = None
+    weight: None = None
+    # Read, so that what `Message` refuses is refused here.
+    tool_call_id: str | None = None
+    name: str | None = None
+
+
+class PlainRow(Struct, gc=False):
+    """A conversation of such messages."""
+
+    messages: list[Plain]
+    tools: None = None
+
+
 class Turn(Struct, gc=False):
     """One turn of ShareGPT's form."""
 
@@ -177,6 +196,7 @@ _DECODERS: dict[Form, msgspec.json.Decoder[Any]] = {
     Form.INSTRUCTION: msgspec.json.Decoder(_Instruction),
 }
 _decode_messages = _DECODERS[Form.MESSAGES].decode
+_decode_plain = msgspec.json.Decoder(PlainRow).decode
 _fields: msgspec.json.Decoder[dict[str, Raw]] = msgspec.json.Decoder(dict[str, Raw])
 _items: msgspec.json.Decoder[list[Raw]] = msgspec.json.Decoder(list[Raw])
 _message: msgspec.json.Decoder[Message] = msgspec.json.Decoder(Message)
@@ -188,7 +208,8 @@ _KEYS = (
     (Form.PROMPT_COMPLETION, ("prompt", "completion")),
     (Form.INSTRUCTION, ("instruction", "output")),
 )
-_UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+#: What decoders raise at a line that is not theirs.
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 FORMS_HINT = (
     'a row is {"messages": [{"role": ..., "content": ...}, ...]}, '
     '{"conversations": [{"from": ..., "value": ...}, ...]}, {"prompt": ..., "completion": ...} '
@@ -208,7 +229,7 @@ def read_row(line: bytes, likely: Form = Form.MESSAGES) -> tuple[Form, Row]:
         found = _DECODERS[likely].decode(line)
         if _is_really(found):
             return likely, _canonical(found)
-    except _UNREADABLE:
+    except UNREADABLE:
         pass
     form = _form_of(line)
     try:
@@ -220,6 +241,15 @@ def read_row(line: bytes, likely: Form = Form.MESSAGES) -> tuple[Form, Row]:
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise Faults(diagnose(line)) from None
     return form, found if form is Form.MESSAGES else _canonical(found)
+
+
+def plain_rows(lines: Iterable[bytes]) -> Iterator[PlainRow]:
+    """Yield the rows of lines that are plain conversations in the canonical form; `read_row` would say the same.
+
+    Raises:
+        one of UNREADABLE: the next one is something else, or wrong.
+    """
+    return map(_decode_plain, lines)
 
 
 def _is_really(found: Any) -> bool:
@@ -291,7 +321,7 @@ def _all_faults(line: bytes, form: Form, first: msgspec.ValidationError) -> Iter
         decoder: msgspec.json.Decoder[Any] = _message if form is Form.MESSAGES else _turn
         try:
             items = _items.decode(_fields.decode(line)[name])
-        except _UNREADABLE:
+        except UNREADABLE:
             items = []
         for number, item in enumerate(items):
             try:
@@ -299,7 +329,7 @@ def _all_faults(line: bytes, form: Form, first: msgspec.ValidationError) -> Iter
             except msgspec.ValidationError as error:
                 found += 1
                 yield _fault(error, f"$.{name}[{number}]")
-            except _UNREADABLE:
+            except UNREADABLE:
                 continue  # the first fault stands for it
     if not found:
         yield _fault(first, "$")

@@ -16,8 +16,8 @@ from uuid import UUID, uuid4
 import msgspec
 
 from modelyard.datasets import actions
+from modelyard.datasets.inspection import Inspection
 from modelyard.datasets.tables import Dataset, data_key, metadata_key, prefix
-from modelyard.datasets.validation import Validation
 from modelyard.db import Sessions
 from modelyard.errors import InvalidDataset, ModelyardError, TooLarge
 from modelyard.storage import Storage, delete_prefix
@@ -26,7 +26,8 @@ from modelyard.storage.streams import to_the_end
 log = logging.getLogger(__name__)
 
 MIB = 1024 * 1024
-BLOCK_BYTES = MIB
+#: What is validated and stored at once, at least.
+BLOCK_BYTES = 128 * 1024
 OnError = Literal["refuse", "skip"]
 
 
@@ -124,39 +125,38 @@ async def sweep(sessions: Sessions, storage: Storage, forgotten: Sequence[UUID])
 
 
 class _Reader:
-    """Validates blocks in a thread while they are stored; `report` and `index` are there after the last one."""
+    """Validates blocks while they are stored; `report` and `index` are there after the last one."""
 
     def __init__(self, max_line_bytes: int, max_bytes: int, on_error: OnError) -> None:
-        self._validation = Validation(max_line_bytes)
+        self._inspection = Inspection(max_line_bytes)
         self._max_bytes = max_bytes
         self._on_error = on_error
         self.report: dict[str, Any] = {}
         self.index: list[tuple[int, int, int]] = []
 
     async def blocks(self, chunks: AsyncIterable[bytes]) -> AsyncGenerator[bytes]:
-        """Yield the file in blocks; the last one only once the whole file is known to be good."""
-        loop = asyncio.get_running_loop()
-        working: asyncio.Future[None] | None = None
+        """Yield the file in blocks; ends well only if the whole file is known to be good."""
+        working: asyncio.Task[None] | None = None
         try:
             async with aclosing(_regrouped(chunks, self._max_bytes)) as regrouped:
                 async for block in regrouped:
                     if working is not None:
-                        await asyncio.shield(working)
-                    working = loop.run_in_executor(None, self._validation.feed, block)
+                        await working
+                    working = asyncio.create_task(self._inspection.feed(block), name="validate a dataset")
                     yield block
             if working is not None:
-                await asyncio.shield(working)
-            working = loop.run_in_executor(None, self._finish)
-            await asyncio.shield(working)
+                await working
+            found = await self._inspection.finish()
+            assert found.report is not None
+            self.report, self.index = found.report, found.index
+            self._judge(found.report)
         finally:
-            # A thread cannot be cancelled, and what it works on is about to be closed.
             if working is not None:
+                working.cancel()
                 await to_the_end(working)
-            self._validation.close()
+            await self._inspection.close()
 
-    def _finish(self) -> None:
-        self.report = report = self._validation.finish()
-        self.index = self._validation.index
+    def _judge(self, report: dict[str, Any]) -> None:
         bad = report["bad_lines"]
         if not bad or (self._on_error == "skip" and report["rows"]):
             return
@@ -173,6 +173,7 @@ class _Reader:
 
 
 async def _regrouped(chunks: AsyncIterable[bytes], max_bytes: int) -> AsyncGenerator[bytes]:
+    """Yield blocks that are not tiny, whatever the chunks are; what is large enough already is not copied."""
     pieces: list[bytes] = []
     length = total = 0
     async for chunk in chunks:

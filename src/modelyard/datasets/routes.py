@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -15,7 +16,7 @@ from modelyard.datasets import actions, intake, reading, tokens
 from modelyard.datasets.download import content_disposition, part_of
 from modelyard.datasets.multipart import FormFile
 from modelyard.datasets.schemas import DatasetOut, PageOut, ReportOut, Tokens
-from modelyard.errors import BadRequest, TooLarge
+from modelyard.errors import BadRequest, ModelyardError, TooLarge
 from modelyard.http import Sessions, Settings, documented, router
 from modelyard.models import actions as models
 from modelyard.storage import Storage as ObjectStorage
@@ -26,6 +27,8 @@ GIB = 1024**3
 MIB = 1024**2
 #: What a form adds to its file, at most.
 FORM_BYTES = 64 * 1024
+#: How long a client that was refused may go on sending.
+HEAR_OUT_S = 30.0
 MEDIA_TYPE = "application/jsonl"
 ROW = '{"messages": [{"role": "user", "content": "Name a river."}, {"role": "assistant", "content": "The Volga."}]}\n'
 FILE: dict[str, Any] = {MEDIA_TYPE: {"schema": {"type": "string"}, "example": ROW}}
@@ -82,27 +85,45 @@ async def upload_dataset(
     """
     max_bytes = int(settings.max_dataset_gib * GIB)
     announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > max_bytes + FORM_BYTES:
-        raise TooLarge(
-            f"The upload is longer than the {settings.max_dataset_gib:g} GiB that a dataset may have "
-            "(MODELYARD_MAX_DATASET_GIB).",
-            param="file",
-            code="dataset_too_large",
+    async with _hearing_out(request):
+        if announced.isdecimal() and int(announced) > max_bytes + FORM_BYTES:
+            raise TooLarge(
+                f"The upload is longer than the {settings.max_dataset_gib:g} GiB that a dataset may have "
+                "(MODELYARD_MAX_DATASET_GIB).",
+                param="file",
+                code="dataset_too_large",
+            )
+        form = FormFile(request.headers.get("content-type", ""), _body(request))
+        await form.open()
+        dataset = await intake.take_in(
+            sessions,
+            storage,
+            form.chunks(),
+            name=form.name,
+            description=description,
+            parent_id=parent_id,
+            on_error=on_error,
+            max_bytes=max_bytes,
+            max_line_bytes=settings.dataset_line_mib * MIB,
         )
-    form = FormFile(request.headers.get("content-type", ""), _body(request))
-    await form.open()
-    dataset = await intake.take_in(
-        sessions,
-        storage,
-        form.chunks(),
-        name=form.name,
-        description=description,
-        parent_id=parent_id,
-        on_error=on_error,
-        max_bytes=max_bytes,
-        max_line_bytes=settings.dataset_line_mib * MIB,
-    )
     return DatasetOut.model_validate(dataset)
+
+
+@asynccontextmanager
+async def _hearing_out(request: Request) -> AsyncGenerator[None]:
+    """Let a refused client send what it still has, for a while, where the answer ends the connection.
+
+    Closed before, it would be reset under a client that sends first and reads then (a proxy), and the answer with it.
+    """
+    try:
+        yield
+    except ModelyardError:
+        if request.scope["http_version"] == "1.0" or "close" in request.headers.get("connection", "").lower():
+            with suppress(ClientDisconnect, TimeoutError):
+                async with asyncio.timeout(HEAR_OUT_S):
+                    async for _ in request.stream():
+                        pass
+        raise
 
 
 async def _body(request: Request) -> AsyncGenerator[bytes]:

@@ -1,0 +1,118 @@
+"""Where an upload is validated: a small file here, when it is whole; a large one in a child, while it arrives.
+
+Validation is computation in Python, which would hold up every other request for as long as it takes. A small file does
+not pay for a process: it waits in memory until it is known to be small.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import msgspec
+
+from modelyard.datasets.validation import Validation
+from modelyard.datasets.validator import Found, found_by
+from modelyard.errors import InvalidDataset, ModelyardError, Unavailable
+from modelyard.filters import Filter, FilterFailed
+from modelyard.storage.streams import to_the_end
+
+log = logging.getLogger(__name__)
+
+#: What is longer is validated by a child.
+SMALL_BYTES = 4 * 1024 * 1024
+#: A thread of the server works on no more at once.
+STEP_BYTES = 64 * 1024
+
+
+class Inspection:
+    """The validation of one file: `feed` it the bytes in order, then `finish`; `close` it whatever happened."""
+
+    def __init__(self, max_line_bytes: int) -> None:
+        self._max_line_bytes = max_line_bytes
+        self._waiting: list[bytes] = []
+        self._waiting_bytes = 0
+        self._child: Filter | None = None
+
+    async def feed(self, block: bytes) -> None:
+        """Take the next bytes.
+
+        Raises:
+            InvalidDataset: the file is of another kind altogether.
+            Unavailable: the child cannot be started, or has died.
+        """
+        if self._child is None:
+            self._waiting.append(block)
+            self._waiting_bytes += len(block)
+            if self._waiting_bytes <= SMALL_BYTES:
+                return
+            try:
+                self._child = Filter(
+                    f"from modelyard.datasets.validator import validate; validate({self._max_line_bytes})"
+                )
+            except OSError as error:
+                raise _unavailable(f"no process for it can be started ({error.strerror})") from error
+        waiting, self._waiting = self._waiting or [block], []
+        try:
+            for piece in waiting:
+                await self._child.feed(piece)
+        except BrokenPipeError:
+            _checked(await self._answer())
+            raise _unavailable("its process stopped reading") from None
+        except FilterFailed as failed:
+            raise _unavailable(f"its process does not go on: {failed}") from failed
+
+    async def finish(self) -> Found:
+        """Return what was found, once all bytes were fed.
+
+        Raises:
+            InvalidDataset: the file is of another kind altogether, or there is nothing in it.
+            Unavailable: the child has died.
+        """
+        if self._child is not None:
+            return _checked(await self._answer())
+        work = asyncio.ensure_future(asyncio.to_thread(_validate, self._waiting, self._max_line_bytes))
+        try:
+            return _checked(await asyncio.shield(work))
+        finally:
+            await to_the_end(work)
+
+    async def close(self) -> None:
+        """End the child, if there is one. Safe to repeat."""
+        if self._child is not None:
+            await self._child.close()
+
+    async def _answer(self) -> Found:
+        assert self._child is not None
+        try:
+            return msgspec.json.decode(await self._child.finish(), type=Found)
+        except FilterFailed as failed:
+            raise _unavailable(f"its process ended early: {failed}") from failed
+
+
+def _validate(blocks: list[bytes], max_line_bytes: int) -> Found:
+    validation = Validation(max_line_bytes)
+    try:
+        for block in blocks:
+            for start in range(0, len(block), STEP_BYTES):
+                validation.feed(block[start : start + STEP_BYTES])
+    except InvalidDataset as error:
+        validation.close()
+        return Found(refusal=(error.code, error.message))
+    return found_by(validation)
+
+
+def _checked(found: Found) -> Found:
+    if found.refusal is not None:
+        code, message = found.refusal
+        raise InvalidDataset(message, code=code)
+    return found
+
+
+def _unavailable(why: str) -> ModelyardError:
+    log.warning("a dataset could not be validated: %s", why)
+    return Unavailable(
+        f"The file could not be validated: {why}. Nothing of it was kept; upload it again, and if that fails too, see "
+        "the server's log and its memory.",
+        code="validation_failed",
+    )

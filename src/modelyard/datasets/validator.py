@@ -1,0 +1,50 @@
+"""The child that validates a large file: bytes on its standard input, what was found as JSON on its standard output.
+
+`inspection` starts it, as a filter. It imports what reads rows, and nothing of the server.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from modelyard.datasets.validation import Validation
+from modelyard.errors import InvalidDataset
+
+#: Small enough to stay in a processor's cache with all that is made of it.
+READ_BYTES = 128 * 1024
+
+
+class Found(Struct):
+    """What a validation ended with: a report and an index, or the code and the words of a refusal."""
+
+    report: dict[str, Any] | None = None
+    index: list[tuple[int, int, int]] = []
+    refusal: tuple[str, str] | None = None
+
+
+def found_by(validation: Validation) -> Found:
+    """Return what a validation has found that was fed everything, and close it."""
+    try:
+        return Found(validation.finish(), validation.index)
+    except InvalidDataset as error:
+        return Found(refusal=(error.code, error.message))
+    finally:
+        validation.close()
+
+
+def validate(max_line_bytes: int) -> None:
+    """Read a dataset from standard input to its end, or until it is no dataset, and say what was found."""
+    validation = Validation(max_line_bytes)
+    try:
+        while block := os.read(0, READ_BYTES):
+            validation.feed(block)
+        found = found_by(validation)
+    except InvalidDataset as error:
+        found = Found(refusal=(error.code, error.message))
+    answer = memoryview(msgspec.json.encode(found))
+    while answer:
+        answer = answer[os.write(1, answer) :]
