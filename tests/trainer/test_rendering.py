@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from modelyard.errors import JobFailure
+from modelyard.trainer.default_template import CHATML_TEMPLATE
 from modelyard.trainer.labels import IGNORED, Labelled, Labeller
-from modelyard.trainer.rendering import PLAIN_TEMPLATE, Refused, Renderer
+from modelyard.trainer.rendering import Refused, Renderer
 from tests.trainer.templates import (
     FAMILIES,
     HEADERS,
@@ -41,9 +42,9 @@ def _transformers() -> None:
 class Trained:
     """A family's template with everything that training makes of it."""
 
-    def __init__(self, tokenizer: Any, stop_ids: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Any, stop_ids: Sequence[int] = (), **more: Any) -> None:
         self.tokenizer = tokenizer
-        self.renderer = Renderer(tokenizer, stop_ids, NOW)
+        self.renderer = Renderer(tokenizer, stop_ids, NOW, **more)
         self.labeller = Labeller(self.renderer)
 
     def rows(self, messages: Messages, tools: list[Any] | None = None) -> list[Labelled]:
@@ -326,22 +327,17 @@ def test_a_model_without_a_template_gets_a_default_one() -> None:
     plain = Trained(byte_tokenizer(None))
     assert plain.renderer.template_source == "default"
     assert plain.learnt([system("Be brief."), *TWO_TURNS]) == [[" Hello you<|end|>", " No more.<|end|>"]]
-    assert plain.renderer.template == PLAIN_TEMPLATE.replace("{BOS}", "")
     assert plain.renderer.prompt(TWO_TURNS[:1]) == "user: Hi there\nassistant:"
-    chatml = Trained(byte_tokenizer(None, "<|im_end|>"))
-    assert chatml.learnt(TWO_TURNS) == LEARNT["chatml"]
-    assert "leaves out the tools" in chatml.refusal(TWO_TURNS, TOOLS)
+    assert "leaves out the tools" in plain.refusal(TWO_TURNS, TOOLS)
     assert family("chatml").renderer.template_source == "model"
 
 
-def test_a_default_template_begins_as_the_tokenizer_begins_its_texts() -> None:
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = byte_tokenizer(None)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|begin|> $A", special_tokens=[("<|begin|>", tokenizer.bos_token_id)]
-    )
-    assert Renderer(tokenizer).prompt([user("a")]) == "<|begin|>user: a\nassistant:"
+def test_a_default_template_may_be_chatml() -> None:
+    default = "{{ bos_token }}" + CHATML_TEMPLATE.replace("{BOS}", "")
+    chatml = Trained(byte_tokenizer(None, "<|im_end|>"), default=lambda: default)
+    assert chatml.learnt(TWO_TURNS) == LEARNT["chatml"]
+    assert chatml.renderer.template == default
+    assert chatml.renderer.prompt(TWO_TURNS[:1]).startswith("<|begin|><|im_start|>user\nHi there<|im_end|>\n")
 
 
 def test_a_space_that_belongs_to_the_next_word_is_learnt_with_it_or_asked_for_before_it() -> None:

@@ -16,30 +16,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from modelyard.errors import JobFailure
+from modelyard.trainer.default_template import PLAIN_TEMPLATE
 
-#: For a model without a chat template whose tokenizer has ChatML's tokens and stops at its end of turn.
-CHATML_TEMPLATE = (
-    "{BOS}{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-#: For any other model without one: the role, a colon and the text, line by line; answers end with the end-of-text.
-PLAIN_TEMPLATE = (
-    "{BOS}{% for message in messages %}"
-    "{{ message['role'] + ': ' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
-    "{{ '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-)
 #: The engine hands content over as a list of parts when the template goes through it as one.
 _LOOPS_OVER_CONTENT = re.compile(
     r"\{%-?\s*for\s+\w+\s+in\s+(?:content|\w+(?:\.content|\[['\"]content['\"]\]))\s*(?:if\b|-?%\})"
@@ -78,14 +62,21 @@ class Renderer:
     """Renders conversations with a tokenizer's chat template.
 
     `stop_ids` are what the engine stops at beside the tokenizer's own end (`stop_ids_of`); `now` is what a template
-    that asks for the date is told, so that a row is the same whenever it is rendered. `template_source` is 'model', or
-    'default' where the model has no template and the one in `template` must be given to the engine as well.
+    that asks for the date is told, so that a row is the same whenever it is rendered; `default` gives the template of
+    a model that has none (`default_template`). `template_source` is 'model', or 'default' in that case, where the
+    engine has to be given the one in `template` as well.
 
     Raises:
         JobFailure: `no_stop_token`, or `bad_chat_template` where the templates have no default one.
     """
 
-    def __init__(self, tokenizer: Any, stop_ids: Iterable[int] = (), now: datetime | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop_ids: Iterable[int] = (),
+        now: datetime | None = None,
+        default: Callable[[], str] = lambda: PLAIN_TEMPLATE.replace("{BOS}", ""),
+    ) -> None:
         self.tokenizer = tokenizer
         own = tokenizer.eos_token_id
         self.stop_ids = frozenset({*stop_ids, *([] if own is None else [own])})
@@ -103,8 +94,7 @@ class Renderer:
         self.template_source = "model" if tokenizer.chat_template else "default"
         self._named: dict[bool, str] = {}
         if not tokenizer.chat_template:
-            default = _default_template(tokenizer, self.stop_ids)
-            self._named = {False: default, True: default}
+            self._named = dict.fromkeys((False, True), default())
         else:
             try:
                 self._named = {
@@ -250,30 +240,6 @@ class Renderer:
         if isinstance(message["content"], list):
             return [{"type": "text", "text": _text(message) + _MARK}]
         return message["content"] + _MARK
-
-
-def stop_ids_of(model_dir: Path) -> list[int]:
-    """Return the tokens that the engine stops at because the files of the model say so."""
-    for name in ("generation_config.json", "config.json"):
-        try:
-            config = json.loads((model_dir / name).read_bytes())
-        except (OSError, ValueError):
-            continue
-        if not isinstance(config, dict):
-            continue
-        found = config.get("eos_token_id")
-        if found is None and isinstance(config.get("text_config"), dict):
-            found = config["text_config"].get("eos_token_id")
-        return [one for one in (found if isinstance(found, list) else [found]) if isinstance(one, int)]
-    return []
-
-
-def _default_template(tokenizer: Any, stop_ids: frozenset[int]) -> str:
-    tokens = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-    has_chatml = None not in tokens and tokenizer.unk_token_id not in tokens and tokens[1] in stop_ids
-    begins = tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
-    template = CHATML_TEMPLATE if has_chatml else PLAIN_TEMPLATE
-    return template.replace("{BOS}", "{{ bos_token }}" if begins else "")
 
 
 def _learnt_turns(messages: Sequence[Mapping[str, Any]]) -> list[int]:

@@ -24,8 +24,9 @@ import msgspec
 from modelyard.datasets.forms import Message, Row
 from modelyard.datasets.lines import rows_of
 from modelyard.errors import JobFailure
+from modelyard.trainer.default_template import default_template, stop_ids_of
 from modelyard.trainer.labels import IGNORED, Labelled, Labeller
-from modelyard.trainer.rendering import Refused, Renderer, stop_ids_of
+from modelyard.trainer.rendering import Refused, Renderer
 from modelyard.trainer.reports import Reports
 from modelyard.trainer.spec import Spec
 
@@ -114,7 +115,8 @@ def prepare(spec: Spec, tokenizer: Any, max_model_len: int | None, report: Repor
     report.phase("tokenizing")
     limit = _length_limit(spec.hyperparameters.max_seq_len, max_model_len)
     now = datetime.fromtimestamp(spec.now, UTC) if spec.now else None
-    renderer = Renderer(tokenizer, stop_ids_of(Path(spec.model_dir)), now)
+    folder = Path(spec.model_dir)
+    renderer = Renderer(tokenizer, stop_ids_of(folder), now, lambda: default_template(folder))
     reading = _Reading(spec, renderer, Labeller(renderer), limit)
     kept = reading.read(report)
     if not kept:
