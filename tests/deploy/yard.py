@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from modelyard.deploy.supervisor import Supervisor
 from modelyard.deploy.tables import Deployment, Wanted
 from modelyard.foundation import Foundation
 from modelyard.jobs import actions as jobs
-from modelyard.jobs.runner import JobRunner
+from modelyard.jobs.runner import JobContext, JobFunction, JobInterrupted, JobRunner
 from modelyard.jobs.schemas import EventOut, JobOut
 from modelyard.jobs.tables import ACTIVE
 from modelyard.models.tables import Model
@@ -206,8 +206,13 @@ class DeployYard:
 
 
 @asynccontextmanager
-async def deploy_yard(data_dir: Path, **values: Any) -> AsyncIterator[DeployYard]:
-    """Run the parts, started as the server starts them, for as long as the block lasts; end them in good order."""
+async def deploy_yard(
+    data_dir: Path, functions: Mapping[str, JobFunction] | None = None, **values: Any
+) -> AsyncIterator[DeployYard]:
+    """Run the parts, started as the server starts them, for as long as the block lasts; end them in good order.
+
+    `functions` are those of further kinds of job.
+    """
     settings = make_settings(data_dir, **values)
     foundation = Foundation(settings)
     foundation.lay()
@@ -215,7 +220,7 @@ async def deploy_yard(data_dir: Path, **values: Any) -> AsyncIterator[DeployYard
     routing = Routing(sessions, settings.engine_wake_timeout_s)
     children = Children(foundation.owner_lock, settings.grace_s)
     supervisor = Supervisor(settings, sessions, children, routing)
-    runner = JobRunner(sessions, {actions.KIND: supervisor.serve}, {}, settings.jobs_dir)
+    runner = JobRunner(sessions, {actions.KIND: supervisor.serve, **(functions or {})}, {}, settings.jobs_dir)
     async with sessions.begin() as session:
         await actions.end_forgotten(session)
     await children.end_strays(await runner.folders_in_use())
@@ -227,6 +232,12 @@ async def deploy_yard(data_dir: Path, **values: Any) -> AsyncIterator[DeployYard
         await tasks.end(running)
         await sessions.close()
         foundation.close()
+
+
+async def until_interrupted(context: JobContext) -> None:
+    """Be the function of a job whose work the test does itself."""
+    await context.interrupted.wait()
+    raise JobInterrupted
 
 
 def traces_of(settings: Settings) -> list[str]:

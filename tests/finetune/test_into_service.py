@@ -22,7 +22,7 @@ from modelyard.jobs.runner import JobContext, JobInterrupted
 from modelyard.jobs.tables import Job, JobStatus
 from tests.deploy.conftest import on_each_database as on_each_database
 from tests.deploy.test_adapter_probes import TRAINED, write_probes
-from tests.deploy.yard import DeployYard, deploy_yard
+from tests.deploy.yard import DeployYard, deploy_yard, until_interrupted
 from tests.eventually import eventually
 
 pytestmark = [pytest.mark.timeout(120)]
@@ -67,7 +67,7 @@ async def _context(yard: DeployYard, job_id: UUID) -> JobContext:
 
 @asynccontextmanager
 async def training(data_dir: Path, misbehave: dict[str, Any] | None = None, **settings: Any) -> AsyncIterator[Training]:
-    async with deploy_yard(data_dir, **settings) as yard:
+    async with deploy_yard(data_dir, {"FT": until_interrupted}, **settings) as yard:
         await yard.add_model(ORG_A, misbehave=misbehave)
         write_probes(await yard.add_adapter(TRAINED, ORG_A, path="ft@support"))
         async with yard.sessions.begin() as session:

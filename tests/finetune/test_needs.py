@@ -1,0 +1,97 @@
+"""The estimate of a training's memory, part by part."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modelyard.deploy.machine import GIB
+from modelyard.finetune.needs import CPU_PROCESS_BYTES, GPU_PROCESS_BYTES, estimate, has_amx
+from modelyard.finetune.schemas import HyperparametersIn
+
+#: Like Qwen3-0.6B: 28 layers of 1,024, heads of 128, a vocabulary of 151,936.
+CONFIG: dict[str, Any] = {
+    "hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
+    "head_dim": 128, "intermediate_size": 3072, "vocab_size": 151_936, "max_position_embeddings": 40_960,
+    "dtype": "bfloat16", "tie_word_embeddings": True,
+}  # fmt: skip
+SIZE = 1_192_000_000
+SETTINGS = HyperparametersIn(rank=16).filled()
+
+
+def test_the_parts_of_a_known_model_are_as_worked_out_by_hand() -> None:
+    need = estimate(CONFIG, SIZE, SETTINGS, has_gpu=True, longest_tokens=100)
+    assert need.processes_bytes == GPU_PROCESS_BYTES
+    assert need.weights_bytes == SIZE
+    # q 1024+2048, k and v 1024+1024, o 2048+1024, gate, up and down 1024+3072 each; 16 bytes a number
+    assert need.adapter_bytes == 16 * 16 * 28 * (3072 + 2048 + 2048 + 3072 + 3 * 4096)
+    # inputs 5*1024+2048+3072 in float32; 4*1024+2*2048+2*1024+3*3072 in 16 bits; norms 2*1024 in float32
+    layer = 4 * 10_240 + 2 * 19_456 + 8 * 1024
+    assert need.row_bytes == 100 * (28 * layer + 151_936 * 10)
+    fixed = need.processes_bytes + need.weights_bytes + need.adapter_bytes
+    assert (need.needed_bytes, need.useful_bytes) == (fixed + need.row_bytes, fixed + 16 * need.row_bytes)
+
+
+def test_a_batch_that_is_asked_for_is_counted_whole() -> None:
+    settings = replace(SETTINGS, batch_size=4)
+    need = estimate(CONFIG, SIZE, settings, has_gpu=True, longest_tokens=100)
+    fixed = need.processes_bytes + need.weights_bytes + need.adapter_bytes
+    assert need.needed_bytes == need.useful_bytes == fixed + 4 * need.row_bytes
+
+
+@pytest.mark.parametrize(
+    ("change", "smaller"),
+    [
+        ({"max_seq_len": 512}, True), ({"rank": 8}, True), ({"target_modules": ["q_proj"]}, True),
+        ({"quantization": "4bit"}, True), ({"dropout": 0.1}, False), ({"rank": 64}, False), ({"batch_size": 2}, False),
+    ],
+)  # fmt: skip
+def test_each_setting_moves_the_estimate_the_right_way(change: dict[str, Any], smaller: bool) -> None:
+    before = estimate(CONFIG, SIZE, SETTINGS, has_gpu=True).needed_bytes
+    after = estimate(CONFIG, SIZE, replace(SETTINGS, **change), has_gpu=True).needed_bytes
+    assert (after < before) is smaller
+    assert after != before
+
+
+def test_rows_are_never_longer_than_the_settings_the_model_and_the_data() -> None:
+    def tokens(longest: int | None = None, **config: Any) -> int:
+        settings = replace(SETTINGS, max_seq_len=config.pop("max_seq_len", None))
+        return estimate(CONFIG | config, SIZE, settings, has_gpu=True, longest_tokens=longest).row_tokens
+
+    assert tokens() == 4096
+    assert tokens(max_position_embeddings=2048) == 2048
+    assert tokens(max_seq_len=512) == 512
+    assert tokens(300) == 300
+    assert tokens(9000) == 4096
+    assert tokens(0) == 1
+
+
+def test_on_a_cpu_weights_are_of_the_format_that_it_computes_in() -> None:
+    need = estimate(CONFIG, SIZE, SETTINGS, has_gpu=False, longest_tokens=100)
+    assert need.processes_bytes == CPU_PROCESS_BYTES
+    assert need.weights_bytes == SIZE * (1 if has_amx() else 2)
+
+
+def test_a_configuration_that_does_not_tell_is_counted_from_above() -> None:
+    need = estimate({"model_type": "new"}, SIZE, SETTINGS, has_gpu=True)
+    assert need.row_bytes == need.weights_bytes == SIZE
+    assert need.adapter_bytes > 0
+    assert need.needed_bytes < 2 * SIZE + 2 * GIB
+
+
+def test_it_says_its_parts() -> None:
+    said = estimate(CONFIG, SIZE, SETTINGS, has_gpu=True, longest_tokens=100).in_words()
+    assert said.startswith("about 3.")
+    assert "1.5 GiB for the trainer" in said
+    assert "a row of 100 tokens" in said
+
+
+def test_a_processor_says_whether_it_has_amx(tmp_path: Path) -> None:
+    (tmp_path / "yes").write_text("flags\t\t: fpu avx512f amx_bf16 amx_tile amx_int8\n", "ascii")
+    (tmp_path / "no").write_text("flags\t\t: fpu avx512f\n", "ascii")
+    assert has_amx(tmp_path / "yes")
+    assert not has_amx(tmp_path / "no")
+    assert not has_amx(tmp_path / "missing")
