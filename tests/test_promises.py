@@ -97,7 +97,7 @@ def test_every_curl_command_of_the_readme_asks_for_a_route_that_is_there() -> No
             continue
         method = re.search(r"-X (\w+)", line)
         default = "POST" if re.search(r"\s(-d|--data|--json)\b", line) else "GET"
-        path = found[1].replace("JOB_ID", "00000000-0000-4000-8000-000000000000")
+        path = re.sub("(JOB|FINETUNE)_ID", "00000000-0000-4000-8000-000000000000", found[1])
         scope: dict[str, Any] = {
             "type": "http",
             "method": method[1] if method else default,
