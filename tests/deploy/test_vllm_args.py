@@ -51,6 +51,15 @@ def test_remote_code_is_never_trusted_and_plugins_are_ours_alone() -> None:
     assert "VLLM_SERVER_DEV_MODE" not in command.env
 
 
+def test_a_model_without_a_chat_template_is_given_one() -> None:
+    def arguments(model: ModelFiles, template: str | None) -> tuple[str, ...]:
+        return engine_command(Path("/python"), model, [], EngineOptions(), CPU, SCRATCH, CACHE, template).argv
+
+    assert value(list(arguments(MODEL, "{{ messages }}")), "--chat-template") == "{{ messages }}"
+    assert "--chat-template" not in arguments(MODEL, None)
+    assert "--chat-template" not in arguments(replace(MODEL, task="embed"), "{{ messages }}")
+
+
 def test_vllm_does_not_give_up_a_start_before_the_supervisor_does() -> None:
     command = engine_command(Path("/python"), MODEL, [], EngineOptions(), CPU, SCRATCH, CACHE)
     assert int(command.env["VLLM_ENGINE_READY_TIMEOUT_S"]) >= 86400

@@ -27,6 +27,7 @@ from modelyard.errors import JobFailure, Unprocessable
 from modelyard.models.tables import Model
 from modelyard.processes import Command
 from modelyard.settings import Settings
+from modelyard.trainer.default_template import default_template, has_chat_template
 
 #: States in which an engine has taken its memory, so that it will give it back.
 HOLDING = (DeploymentState.READY, DeploymentState.DRAINING, DeploymentState.STOPPING)
@@ -91,10 +92,12 @@ class Fitting:
             machine = left(this_machine(), row, live, self._settings, promised)
             files, adapter_files = model_files(self._settings, model), self._adapter_files(model, adapters)
             options = EngineOptions(**row.options).over(self._settings)
+            cache = self._settings.data_dir / "cache"
+            # Adapters are trained with the same one.
+            lacks = files.task == "generate" and not has_chat_template(files.path)
+            template = default_template(files.path) if lacks else None
             try:
-                command = engine_command(
-                    python, files, adapter_files, options, machine, scratch, self._settings.data_dir / "cache"
-                )
+                command = engine_command(python, files, adapter_files, options, machine, scratch, cache, template)
             except JobFailure as failure:
                 if failure.code == "not_enough_memory" and promised.memory_bytes:
                     failure.message = f"{failure.message} {in_words(promised)}"

@@ -33,8 +33,11 @@ def engine_command(
     machine: Machine,
     scratch: Path,
     cache: Path,
+    chat_template: str | None = None,
 ) -> Command:
     """Return the command of an engine that serves the model on `scratch/engine.sock`, with room for the adapters.
+
+    `chat_template` is for a model that has none, on one line: vLLM would refuse every chat.
 
     Raises:
         JobFailure: `not_enough_memory` or `model_too_long`, with the numbers.
@@ -65,6 +68,7 @@ def engine_command(
             "The options say max_loras 0, but the deployment names adapters.",
             "Leave max_loras out, or give at least as many as there are adapters.",
         )
+    argv += ["--chat-template", chat_template] if chat_template and model.task == "generate" else []
     env = {
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
