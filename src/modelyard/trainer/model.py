@@ -101,7 +101,6 @@ def with_adapter(model: Any, spec: Spec) -> Any:
         lora_dropout=settings.dropout,
         target_modules=target_modules(model, settings.target_modules, spec.model_id),
         task_type="CAUSAL_LM",
-        base_model_name_or_path=spec.model_id,
     )
     adapted = get_peft_model(model, config)
     # PEFT writes the folder that the base was loaded from, which means nothing on another machine.
