@@ -12,7 +12,7 @@ from uuid import UUID
 import pytest
 
 from modelyard.deploy import adapter_probes
-from modelyard.deploy.adapter_probes import change
+from modelyard.deploy.adapter_probes import are_same, change
 from modelyard.deploy.engine_client import Answer
 from modelyard.errors import ModelNotFound
 from tests.deploy.test_changes import ask, served
@@ -103,6 +103,34 @@ async def test_prompts_that_are_tokenised_otherwise_are_told_with_where_and_what
         assert failure["code"] == "tokens_differ"
         assert "prompt 1 ('Question 0?') differs at position 4" in failure["message"]
         assert f"the training had token {should} and the engine has token {should + 1}" in failure["message"]
+
+
+async def test_a_template_with_the_date_in_it_may_have_another_day(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        job_id = await trained(yard, tokenizer_differs=4)
+        file = next(yard.settings.models_dir.rglob(adapter_probes.FILE))
+        file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), "template_is_dated": True}), "utf-8")
+        await yard.deploy("org/a", [TRAINED])
+        await served(yard, job_id, TRAINED)
+
+
+@pytest.mark.parametrize(
+    ("ids", "most", "same"),
+    [
+        ([1, 2, 3], 0, True),
+        ([1, 9, 3], 0, False),
+        ([1, 9, 3], 1, True),
+        ([1, 9, 9, 3], 1, False),
+        ([1, 9, 9, 3], 2, True),
+        ([1, 3], 1, True),
+        ([9, 2, 9], 2, False),
+        ([1, 2, 3, 4], 1, True),
+        ([], 3, True),
+        ([], 2, False),
+    ],
+)
+def test_prompts_are_the_same_but_for_one_place(ids: list[int], most: int, same: bool) -> None:
+    assert are_same(ids, [1, 2, 3], most) is same
 
 
 async def test_an_engine_without_a_chat_template_says_so(tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
 """What is checked of an adapter that was trained here, before clients may name it: same tokens, and does it act?
 
 Such an adapter's folder has `probes.json`: prompts with the token ids that the training made of them, `{"probes":
-[{"messages", "tools", "token_ids"}], "template_source"}`. The engine must make the same ids of them, else it would ask
-for something else than was learnt. And it must answer otherwise with the adapter than without: an engine may take an
-adapter and not use it. An adapter without such a file is not checked. A busy engine is waited for. Nothing is written.
+[{"messages", "tools", "token_ids"}], "template_source", "template_is_dated"}`. The engine must make the same ids of
+them (but for the date, where the template has it), else it would ask for something else than was learnt. And it must
+answer otherwise with the adapter than without: an engine may take an adapter and not use it. An adapter without such a
+file is not checked. A busy engine is waited for. Nothing is written.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ MOST_PROBES = 16
 #: Asked besides the prompts of the training, in the engine's own rendering.
 QUESTIONS = ("Name three rivers.", "What is your name?", "Write one short sentence about the sea.")
 ANSWER_TOKENS = 16
+#: A date and a time of day in tokens, at most.
+DATE_TOKENS = 24
 #: So many of the training's prompts are answered; of a longer one the end: whether an adapter acts shows there, too.
 MOST_ANSWERED = 5
 LONGEST_PROMPT = 256
@@ -48,10 +51,14 @@ class Probe:
 
 @dataclass(frozen=True)
 class Probes:
-    """What an adapter's folder says of how it was trained. `template_source`: model or default, if it is said."""
+    """What an adapter's folder says of how it was trained. `template_source`: model or default, if it is said.
+
+    `is_dated`: the chat template puts today's date into prompts, so that some tokens are others on another day.
+    """
 
     probes: tuple[Probe, ...]
     template_source: str
+    is_dated: bool = False
 
 
 def read(folder: Path) -> Probes | None:
@@ -60,7 +67,8 @@ def read(folder: Path) -> Probes | None:
         with open(folder / FILE, "rb") as file:
             said = json.loads(file.read(MOST_BYTES + 1))
         probes = tuple(_probe(one) for one in said["probes"][:MOST_PROBES])
-        return Probes(probes, str(said.get("template_source", ""))) if probes else None
+        dated = said.get("template_is_dated") is True
+        return Probes(probes, str(said.get("template_source", "")), dated) if probes else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
@@ -95,7 +103,7 @@ async def check(client: EngineClient, adapter_id: str, name: str, base: str, pro
     prompts = []
     for number, probe in enumerate(probes.probes, 1):
         ids = (found := await asking.prompt(base, probe.messages, probe.tools)).token_ids
-        if ids != probe.token_ids:
+        if not are_same(ids, probe.token_ids, DATE_TOKENS if probes.is_dated else 0):
             raise _differ(adapter_id, number, probe, ids)
         prompts.append(found)
     del prompts[MOST_ANSWERED:]
@@ -126,6 +134,16 @@ async def check(client: EngineClient, adapter_id: str, name: str, base: str, pro
         "largest_logprob_change": round(largest, 6),
         "template_source": probes.template_source,
     }
+
+
+def are_same(ids: Sequence[int], wanted: Sequence[int], most: int) -> bool:
+    """Whether two prompts are the same but for `most` tokens in one place, which a date may have taken."""
+    if ids == wanted:
+        return True
+    shorter = min(len(ids), len(wanted))
+    begin = next((at for at in range(shorter) if ids[at] != wanted[at]), shorter)
+    end = next((at for at in range(shorter - begin) if ids[-1 - at] != wanted[-1 - at]), shorter - begin)
+    return max(len(ids), len(wanted)) - begin - end <= most
 
 
 def change(one: Answer, other: Answer) -> float:

@@ -218,6 +218,7 @@ def _save(work_dir: Path, model: Any, prepared: Any, figures: dict[str, Any], fi
             for each in prepared.probes
         ],
         "template_source": prepared.facts.get("template_source"),
+        "template_is_dated": prepared.facts.get("template_is_dated"),
     }
     texts = {CONFIG: adapter_config(model), PROBES: json.dumps(probes), TEMPLATE: prepared.template}
     write_folder(partial, {WEIGHTS: adapter_weights(model)}, texts, {})
