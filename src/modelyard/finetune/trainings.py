@@ -89,9 +89,17 @@ class Trainings:
         except asyncio.CancelledError:
             raise  # a server that stops goes on with it when it is back
         except BaseException:
+            await self._end_trainer(job)
             # What made room for it comes back, also where it ended before it came to the trainer again.
             await self._accelerator.give_back(job, finetune_id)
             raise
+
+    async def _end_trainer(self, job: JobContext) -> None:
+        """End a trainer that an earlier run of the server has started, where nobody came to it again."""
+        number = attempts.newest(job.folder)
+        child = await self._children.adopt(job.folder / f"attempt-{number}") if number else None
+        if child is not None and child.is_alive:
+            await child.stop()
 
     async def _run(self, job: JobContext, finetune_id: UUID) -> None:
         _leave_if_interrupted(job)
