@@ -94,7 +94,7 @@ def test_a_training_killed_again_and_again_ends_with_the_weights_of_an_undisturb
     kills = 0
     for _ in range(12):
         reached = max(run.steps(), default=0)
-            aim = reached + chance.randint(1, 5)
+        aim = reached + chance.randint(1, 5)
         trainers.start(run)
         killed = trainers.signal_when(reaches(run, aim), signal.SIGKILL)
         trainers.wait()
