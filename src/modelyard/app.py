@@ -50,6 +50,7 @@ from modelyard.finetune import actions as finetunes
 from modelyard.finetune.accelerator import Accelerator
 from modelyard.finetune.errands import Errands
 from modelyard.finetune.export_routes import api as export_api
+from modelyard.finetune.plan_routes import api as finetune_plan_api
 from modelyard.finetune.routes import api as finetune_api
 from modelyard.finetune.stand_aside import bring_back_forgotten
 from modelyard.finetune.trainings import Trainings
@@ -179,7 +180,7 @@ def create_app(foundation: Foundation) -> FastAPI:
     # would be a model's.
     apis = (
         gateway_api, raw_api, export_api, models_api, datasets_api, deploy_api, plan_api, deployments_api, attempts_api,
-        aliases_api, finetune_api, jobs_api, health_api,
+        aliases_api, finetune_api, finetune_plan_api, jobs_api, health_api,
     )  # fmt: skip
     for api in apis:
         app.include_router(api)

@@ -12,8 +12,7 @@ import json
 import logging
 import os
 import shutil
-import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ from uuid import uuid4
 
 from modelyard import evidence
 from modelyard.errors import BadGateway, JobFailure, ModelyardError, Unavailable, Unprocessable
-from modelyard.processes import Child, Children, Command, Outcome, child_environment
+from modelyard.finetune import attempts
+from modelyard.processes import Child, Children, Outcome
 from modelyard.settings import Settings
 from modelyard.trainer.spec import Spec
 
@@ -67,15 +67,19 @@ class Errands:
         finally:
             await _surely(asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True))
 
-    async def run(self, folder: Path, spec: Callable[[Path], Spec]) -> dict[str, Any]:
+    async def run(
+        self, folder: Path, spec: Callable[[Path], Spec], env: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
         """Have the trainer do what the spec of the folder says, when it is its turn, and return its result.
+
+        `env` says which accelerator is its.
 
         Cancelling it ends the child and waits until nothing of it is left.
 
         Raises:
             ModelyardError: it failed, was killed or died; the cause and what to do.
         """
-        task = asyncio.create_task(self._run(folder, spec(folder)), name=f"errand {folder.name}")
+        task = asyncio.create_task(self._run(folder, spec(folder), env or {}), name=f"errand {folder.name}")
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         try:
@@ -87,15 +91,12 @@ class Errands:
             await _surely(asyncio.gather(task, return_exceptions=True))
             raise
 
-    async def _run(self, folder: Path, spec: Spec) -> dict[str, Any]:
+    async def _run(self, folder: Path, spec: Spec, env: Mapping[str, str]) -> dict[str, Any]:
         async with self._turn:
             await asyncio.to_thread(spec.write, folder / "training.json")
-            python = self._settings.trainer_python or Path(sys.executable)
-            argv = (str(python), "-P", "-m", "modelyard.trainer", str(folder / "training.json"))
+            command = attempts.command(self._settings, folder, env)
             try:
-                child = await self._children.start(
-                    folder, Command(argv, child_environment()), log=folder / LOG, stop_timeout_s=STOP_TIMEOUT_S
-                )
+                child = await self._children.start(folder, command, log=folder / LOG, stop_timeout_s=STOP_TIMEOUT_S)
             except RuntimeError as error:
                 log.error("an errand's child did not start: %s", error)
                 raise JobFailure(

@@ -37,6 +37,8 @@ LENGTH_MARGIN = 16
 BATCH_ROWS = 32
 BATCH_TOKENS = 8192
 BATCH_LOGIT_BYTES = 512 * 1024 * 1024
+#: Tokens of an answer by which the time of all is estimated.
+TRIED_TOKENS = 8
 
 IGNORED = -100
 
@@ -107,6 +109,24 @@ def evaluate(
     }
 
 
+def expected_seconds(model: Any, tokenizer: Any, held_out: Sequence[HeldOut], report: Reports) -> float:
+    """Return about how long `evaluate` would take at most, by beginning the answers of one typical batch."""
+    if not held_out:
+        return 0.0
+    import torch
+
+    rows = sample(held_out)
+    examiner = _Examiner(model, tokenizer, report, lambda: False, BATCH_ROWS, 2 * len(rows))
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            once = examiner.seconds(rows)
+    finally:
+        model.train(was_training)
+    return 2 * once
+
+
 def sample(held_out: Sequence[HeldOut], most: int = MOST_ROWS) -> list[HeldOut]:
     """Return the rows to score, in their order: all, or so many of them, the same ones each time."""
     if len(held_out) <= most:
@@ -152,6 +172,17 @@ class _Examiner:
     def examine(self, rows: Sequence[HeldOut]) -> tuple[float | None, list[str]]:
         """Return the loss per learnt token and an answer to each row, in the rows' order."""
         return self._loss([row.example for row in rows]), self._answers(rows)
+
+    def seconds(self, rows: Sequence[HeldOut]) -> float:
+        """Return about how long `examine` takes at most."""
+        limits = {id(row): self._limit(row) for row in rows}
+        found = list(batches(rows, lambda row: len(row.prompt_ids) + limits[id(row)], self._batch_rows, BATCH_TOKENS))
+        typical = found[len(found) // 2]
+        began = time.monotonic()
+        self._generate([row.prompt_ids for row in typical], [min(TRIED_TOKENS, limits[id(row)]) for row in typical])
+        spent = time.monotonic() - began
+        per_token = spent / min(TRIED_TOKENS, max(limits[id(row)] for row in typical))
+        return sum(max(per_token * max(limits[id(row)] for row in batch), spent) for batch in found)
 
     def _loss(self, examples: Sequence[Example]) -> float | None:
         config = self._model.config.get_text_config()

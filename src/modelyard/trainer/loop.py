@@ -30,6 +30,7 @@ from modelyard.trainer.batches import Course, Micro, Rows, Step, Steps, collate,
 from modelyard.trainer.checkpoints import Checkpoint, Checkpoints, sync
 from modelyard.trainer.curve import Curve
 from modelyard.trainer.failures import is_out_of_memory, size
+from modelyard.trainer.forecast import Forecast, growth_bytes, tokens_of
 from modelyard.trainer.model import CONFIG, WEIGHTS, adapter_config, adapter_weights, set_adapter_weights
 from modelyard.trainer.reports import Reports
 from modelyard.trainer.spec import Spec
@@ -110,6 +111,8 @@ class Training:
         self._saved_step = 0
         self._saved_at = time.monotonic()
         self._curve: Curve
+        #: An attempt that goes on knows already what was expected.
+        self._forecast: Forecast | None = None
 
     def run(self) -> Outcome:
         """Train to the end, or to where it is asked to stop. Raises JobFailure."""
@@ -122,6 +125,8 @@ class Training:
         self._curve = Curve(
             self._report, self.course, self.rows, found.state if found else {}, self._spec.tensorboard_dir
         )
+        if found is None:
+            self._forecast = Forecast(self._report, tokens_of(self.rows, self.course), self.expected_peak_bytes)
         self._report.phase("training")
         stopped = False
         if not self._is_over():
@@ -179,6 +184,8 @@ class Training:
     def after_step(self, stepper: Stepper, step: Step) -> bool:
         """Take in a step that is done; return whether that was the last one for now."""
         self._curve.add(step, stepper.loss, stepper.norm, stepper.rate)
+        if self._forecast is not None:
+            self._forecast.after_step(self._curve.tokens, self._curve.seconds)
         done = self.progress.step = step.number + 1
         self.progress.padded_tokens += padded_tokens(self.rows, step.rows, self.size_at(step.number))
         self._report.progress(done, self.total_steps, "steps")
@@ -205,6 +212,13 @@ class Training:
         if len(micro.chosen) < len(flat):
             flat = flat.index_select(0, micro.chosen)
         return functional.cross_entropy(flat.float(), micro.targets, reduction="sum")
+
+    def expected_peak_bytes(self) -> int:
+        """Return the most memory that it will have held in the end, as far as its first steps tell."""
+        on_gpu = torch.cuda.is_available()
+        size = self.size_at(self.progress.step)
+        growth = 0 if on_gpu else growth_bytes(self.rows, self.course, self.settings.seed, size)
+        return memory.peak_bytes() + growth
 
     # Validation.
 

@@ -103,6 +103,10 @@ class Spec:
     memory_bytes: int | None = None
     #: Disk space that must stay free.
     disk_reserve_bytes: int = 0
+    #: Mode plan: what the last training of the same model and settings took (`finetune.planning`); None: there is none.
+    history: dict[str, Any] | None = None
+    #: Mode plan: whether steps may be measured where the history does not tell.
+    measure: bool = True
     #: Mode merge: the adapter, and where the merged model goes.
     adapter_dir: str = ""
     merged_dir: str = ""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Protocol
 
@@ -55,7 +55,9 @@ class Owner(Protocol):
 class Stepper(Trainer):  # type: ignore[misc]
     """Takes the steps of a training from `start` on, with the optimizer's `moments` where it goes on."""
 
-    def __init__(self, owner: Owner, steps: Steps, start: int, moments: Mapping[str, Any] | None, folder: str) -> None:
+    def __init__(
+        self, owner: Owner, steps: Steps | Sequence[Step], start: int, moments: Mapping[str, Any] | None, folder: str
+    ) -> None:
         self.owner = owner
         self._steps = steps
         self._start = start

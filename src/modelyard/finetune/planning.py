@@ -1,0 +1,144 @@
+"""What a training would take, before it is asked for: rows, steps, minutes, memory, and whether there is room.
+
+Asked with the same body as the training. A trainer child prepares every row; where no training of this model and
+these settings tells what its steps take, and nobody holds the memory, it measures a few of them. Nothing is kept and
+nobody has to leave: while the accelerator is taken, the plan says by whom, and estimates memory by arithmetic alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from modelyard.datasets import actions as datasets
+from modelyard.datasets import reading
+from modelyard.db import Sessions
+from modelyard.deploy.fitting import model_files
+from modelyard.deploy.machine import GIB, this_machine
+from modelyard.errors import StorageUnavailable
+from modelyard.finetune import accelerator, actions, checkpoints
+from modelyard.finetune.errands import Errands
+from modelyard.finetune.needs import estimate as need_of
+from modelyard.finetune.schemas import FinetuneIn
+from modelyard.finetune.tables import Finetune
+from modelyard.finetune.trainings import TEMPLATE_TOKENS
+from modelyard.settings import Settings
+from modelyard.storage import Storage
+from modelyard.trainer.spec import Hyperparameters, Mode, Spec
+
+MIB = 1024**2
+#: Trainings of a model that are looked at for one of the same settings.
+LOOKED_AT = 50
+#: Settings on which speed and memory of a training depend, beside its rows.
+TELLING = (
+    "rank", "target_modules", "dropout", "batch_size", "gradient_accumulation", "quantization", "packing",
+)  # fmt: skip
+
+
+async def plan(
+    sessions: Sessions, settings: Settings, storage: Storage, errands: Errands, wanted: FinetuneIn
+) -> dict[str, Any]:
+    """Return what the training of a request would take (`plan_schemas.FinetunePlanOut`). Cancelling ends its child.
+
+    Raises:
+        ModelNotFound, DatasetNotFound: there is no such thing.
+        ModelyardError: what the training would be refused for, by the server or by the trainer.
+    """
+    hyperparameters = wanted.hyperparameters.filled()
+    async with sessions.read() as session:
+        model = await actions.trainable(session, wanted.model_id)
+        dataset = await datasets.get(session, wanted.dataset_id)
+        past = await history(session, model.model_id, hyperparameters)
+    report = (await reading.about(storage, dataset)).report
+    longest = int(report["characters"]["longest"]) + TEMPLATE_TOKENS
+
+    def needed(longest_tokens: int) -> Any:
+        files = model_files(settings, model)
+        has_gpu = this_machine().has_gpu
+        return need_of(files.config, files.size_bytes, hyperparameters, has_gpu=has_gpu, longest_tokens=longest_tokens)
+
+    need = await asyncio.to_thread(needed, longest)
+    now = await accelerator.sight(sessions, settings)
+    share = now.share(need)
+    async with errands.folder() as folder:
+        data = folder / "data.jsonl"
+        try:
+            await checkpoints.fetch_file(storage, dataset.data_key, data, dataset.sha256)
+        except checkpoints.DamagedCheckpoint:
+            raise StorageUnavailable(
+                f"The file of the dataset {dataset.id} in the storage is not the one that came: upload it again."
+            ) from None
+
+        def spec(folder: Path) -> Spec:
+            return Spec(
+                mode=Mode.PLAN,
+                name=wanted.name,
+                model_id=model.model_id,
+                model_dir=str(settings.models_dir / model.path),
+                adapter_id="",
+                data=str(data),
+                max_line_bytes=settings.dataset_line_mib * MIB,
+                hyperparameters=hyperparameters,
+                work_dir=str(folder / "work"),
+                progress=str(folder / "progress.jsonl"),
+                result=str(folder / "result.json"),
+                # Only what is measured is held to the share: on a machine that is full, rows are prepared all the same.
+                memory_bytes=share.memory_bytes if now.fits(need.needed_bytes) else None,
+                disk_reserve_bytes=int(settings.disk_reserve_gib * GIB),
+                history=past,
+                measure=now.fits(need.needed_bytes),
+            )
+
+        found: dict[str, Any] = (await errands.run(folder, spec, share.env))["plan"]
+    # With the rows prepared, the longest is known in tokens.
+    need = await asyncio.to_thread(needed, int(found["prepared"]["longest"]))
+    if found["estimate"] is not None:
+        need = replace(need, needed_bytes=int(found["estimate"]["memory_bytes"]))
+    seconds = found["seconds"]
+    return {
+        **found,
+        "model_id": model.model_id,
+        "dataset_id": dataset.id,
+        "minutes": round(seconds["total"] / 60, 2) if seconds is not None else None,
+        "memory_bytes": need.needed_bytes,
+        "accelerator": await accelerator.look(sessions, settings, need),
+        "on_busy": wanted.on_busy,
+    }
+
+
+async def history(session: AsyncSession, model_id: str, settings: Hyperparameters) -> dict[str, Any] | None:
+    """Return what the last training of a model with such settings took, as `Spec.history` has it; None without one."""
+    query = (
+        select(Finetune)
+        .where(Finetune.model_id == model_id, Finetune.figures.is_not(None))
+        .order_by(Finetune.number.desc())
+        .limit(LOOKED_AT)
+    )
+    wanted = {name: asdict(settings)[name] for name in TELLING}
+    for row in (await session.scalars(query)).all():
+        if {name: row.hyperparameters.get(name) for name in TELLING} == wanted:
+            found = _taken(row.figures or {}, row.prepared or {})
+            if found is not None:
+                return found
+    return None
+
+
+def _taken(figures: Mapping[str, Any], prepared: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what a training's figures tell, if they tell it all."""
+    try:
+        return {
+            **{name: figures[name] for name in ("device", "dtype", "rows_per_step", "batch_size", "tokens_per_s")},
+            "memory_bytes": int(figures["peak_memory_bytes"]),
+            "validation_share": figures["validation_seconds"] / max(figures["training_seconds"], 1e-9),
+            "seconds": dict(figures["seconds"]),
+            "longest": int(prepared["longest"]),
+            "held_out_rows": int(prepared["held_out_rows"]),
+        }
+    except (KeyError, TypeError, ValueError):
+        return None
