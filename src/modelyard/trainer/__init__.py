@@ -1,10 +1,11 @@
 """The trainer: a child that fine-tunes a LoRA adapter and says how it goes; `python -m modelyard.trainer SPEC`.
 
-Only `spec`, the file between server and child, is imported by the server. Everything else runs in the child, on torch,
+Only `spec`, the file between server and child, and `default_template` are imported by the server. Everything else runs in the child, on torch,
 transformers and PEFT, with the hub offline and without a secret: it reads a dataset's file and a model's folder, and
 writes into folders that the server gave it.
 
-- what is learnt: `rendering` (a conversation as tokens and labels), `rows` (which rows, and which are held back)
+- what is learnt: `rendering` (a conversation as text, and what of it is learnt), `labels` (the same as tokens),
+  `rows` (which rows, and which are held back), `default_template` (for models without one; read by the server, too)
 - how: `model` (the base and its adapter), `loop` (the training), `checkpoints` (whole or not there), `plan` (what it
   would take)
 - what came of it: `evaluation` (base and adapter on held-out rows), `merge` (the adapter inside its base)

@@ -19,13 +19,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from modelyard.datasets.forms import Message, Row
+from modelyard.datasets.forms import Row
 from modelyard.datasets.lines import rows_of
 from modelyard.errors import JobFailure
 from modelyard.trainer.default_template import default_template, stop_ids_of
 from modelyard.trainer.labels import IGNORED, Labelled, Labeller
+from modelyard.trainer.messages import as_sent, messages_of
 from modelyard.trainer.rendering import Refused, Renderer
 from modelyard.trainer.reports import Reports
 from modelyard.trainer.spec import Spec
@@ -185,7 +184,7 @@ class _Reading:
         last = max({*held, *probed})
         for line, row in self._rows():
             if line in held or line in probed:
-                messages, tools = _messages(row), row.tools
+                messages, tools = messages_of(row), row.tools
                 pieces = self._renderer.pieces(messages, tools)
                 if line in held:
                     (labelled,) = self._labeller.label([pieces])
@@ -193,7 +192,7 @@ class _Reading:
                     held_out.append(self._question(held[line], messages, tools, pieces[-1].turn, labelled[-1]))
                 asked = messages[: pieces[-1].turn]
                 if line in probed and all(call.get("id") for one in asked for call in one.get("tool_calls", ())):
-                    probes.append(self._probe(_on_the_wire(asked), tools))
+                    probes.append(self._probe(as_sent(asked), tools))
             if line >= last:
                 break
         for messages in FIXED_PROBES:
@@ -217,7 +216,7 @@ class _Reading:
             ids[labelled.answer_at : stop].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         prompt = ids[: labelled.answer_at]
-        return HeldOut(kept.line, _on_the_wire(messages[:turn]), tools, prompt, answer, kept.examples[-1])
+        return HeldOut(kept.line, as_sent(messages[:turn]), tools, prompt, answer, kept.examples[-1])
 
     def _probe(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> Probe:
         return Probe(messages, tools, self._labeller.ids(self._renderer.prompt(messages, tools)).tolist())
@@ -243,7 +242,7 @@ class _Reading:
         lines, rendered, kept = [], [], []
         for line, row in batch:
             try:
-                rendered.append(self._renderer.pieces(_messages(row), row.tools))
+                rendered.append(self._renderer.pieces(messages_of(row), row.tools))
                 lines.append(line)
             except Refused as refused:
                 self._leave_out(line, str(refused))
@@ -326,41 +325,3 @@ def _add(digest: Any, ids: array[int], labels: array[int]) -> None:
     digest.update(len(ids).to_bytes(8, "little"))
     digest.update(ids.tobytes())
     digest.update(labels.tobytes())
-
-
-def _messages(row: Row) -> list[dict[str, Any]]:
-    return [_message(message) for message in row.messages]
-
-
-def _message(message: Message) -> dict[str, Any]:
-    said: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.tool_calls:
-        said["tool_calls"] = msgspec.to_builtins(message.tool_calls)
-    if message.tool_call_id is not None:
-        said["tool_call_id"] = message.tool_call_id
-    if message.name is not None:
-        said["name"] = message.name
-    if message.weight is not None:
-        said["weight"] = message.weight
-    return said
-
-
-def _on_the_wire(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return messages as a client sends them: no weights, and the arguments of calls as text."""
-    sent = []
-    for message in messages:
-        said = {key: value for key, value in message.items() if key != "weight"}
-        if "tool_calls" in said:
-            said["tool_calls"] = [
-                {
-                    "id": call.get("id") or "",
-                    "type": "function",
-                    "function": {
-                        "name": call["function"]["name"],
-                        "arguments": msgspec.json.encode(call["function"]["arguments"]).decode(),
-                    },
-                }
-                for call in said["tool_calls"]
-            ]
-        sent.append(said)
-    return sent

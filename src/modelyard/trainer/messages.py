@@ -1,0 +1,53 @@
+"""The messages of a row in the two forms that training needs: for rendering, and as a client would send them.
+
+For rendering they are the canonical form as plain objects, with weights, and arguments of calls as objects. A client
+sends no weights, and arguments as text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from modelyard.datasets.forms import Message, Row
+
+
+def messages_of(row: Row) -> list[dict[str, Any]]:
+    """Return the messages of a canonical row, weights included."""
+    return [_message(message) for message in row.messages]
+
+
+def _message(message: Message) -> dict[str, Any]:
+    said: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        said["tool_calls"] = msgspec.to_builtins(message.tool_calls)
+    if message.tool_call_id is not None:
+        said["tool_call_id"] = message.tool_call_id
+    if message.name is not None:
+        said["name"] = message.name
+    if message.weight is not None:
+        said["weight"] = message.weight
+    return said
+
+
+def as_sent(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages as a client sends them: no weights, and the arguments of calls as text."""
+    sent = []
+    for message in messages:
+        said = {key: value for key, value in message.items() if key != "weight"}
+        if "tool_calls" in said:
+            said["tool_calls"] = [
+                {
+                    "id": call.get("id") or "",
+                    "type": "function",
+                    "function": {
+                        "name": call["function"]["name"],
+                        "arguments": msgspec.json.encode(call["function"]["arguments"]).decode(),
+                    },
+                }
+                for call in said["tool_calls"]
+            ]
+        sent.append(said)
+    return sent
