@@ -1,8 +1,9 @@
 """Adapters that PEFT really makes, and its own answers with them: `python -m tests.peft_adapters BASE FOLDER KIND ...`.
 
 Each kind of `KINDS`, or of those that are named, becomes a folder in FOLDER. Its weights are random and large enough
-to change every greedy answer, as a training would. FOLDER/greedy.json has, for the base (named '') and each kind, the
-tokens that transformers continues PROMPT with. A process of its own, since torch is slow to load and warns.
+to change every greedy answer, as a training would; those of "weak" are not, and "idle" changes nothing.
+FOLDER/greedy.json has, for the base (named '') and each kind, the tokens that transformers continues PROMPT with. A
+process of its own, since torch is slow to load and warns.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "another": {"seed": 2},
+    "idle": {"scale_b": 0.0},
+    "weak": {"scale_b": 0.0003},
     "rslora": {"use_rslora": True},
     "patterns": {"rank_pattern": {"q_proj": 4, "down_proj": 16}, "alpha_pattern": {"v_proj": 64}},
     "one_layer": {"layers_to_transform": [1]},
@@ -65,13 +68,14 @@ def main(base: str, folder: Path, kinds: list[str]) -> None:
         options = {"r": 8, "lora_alpha": 16, "target_modules": LINEAR, **KINDS[kind]}
         torch.manual_seed(options.pop("seed", 1))
         headless, vocabulary = options.pop("headless", False), options.pop("vocabulary", None)
+        scale_b = options.pop("scale_b", 1.0)
         model = load(AutoModel if headless else AutoModelForCausalLM)
         if vocabulary:
             model.resize_token_embeddings(vocabulary, mean_resizing=False)
         tuned = get_peft_model(model, LoraConfig(task_type=None if headless else "CAUSAL_LM", **options))
-        for parameter in tuned.parameters():
+        for name, parameter in tuned.named_parameters():
             if parameter.requires_grad:
-                parameter.data.normal_(0, 0.3)
+                parameter.data.normal_(0, 0.3).mul_(scale_b if "lora_B" in name else 1.0)
         tuned.save_pretrained(str(folder / kind))
         if not headless and not vocabulary:
             answers[kind] = greedy(PeftModel.from_pretrained(load(), str(folder / kind)))

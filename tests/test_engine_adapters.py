@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
+from modelyard.demo import tiny_llama
 from modelyard.deploy.engine_client import EngineClient
 from tests.deploy.test_adapters import pair, write_tensors
 from tests.fixtures import missing
@@ -33,7 +35,11 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
 START_S = 600.0
 MODEL = "local:tiny-llama"
-KINDS = ("plain", "another", "patterns", "dora")
+KINDS = ("plain", "another", "patterns", "dora", "idle", "weak")
+#: Those that say how they were trained, so that they are checked.
+TRAINED = ("trained", "foreign", "idle", "weak")
+#: What the trained ones were asked, as their folders say.
+QUESTIONS = ("Who are you?", "Name a river.", "What is 7 times 6?")
 #: Of float32, so that greedy answers are the same in two libraries.
 OPTIONS = {"dtype": "float32"}
 
@@ -54,7 +60,23 @@ def imports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # What has 'experts' in its name is left to the engine, and this model has none.
     shutil.copytree(folder / "plain", folder / "odd")
     write_tensors(folder / "odd" / "adapter_model.safetensors", pair("model.layers.0.mlp.experts", 8))
+    for kind in ("trained", "foreign"):
+        shutil.copytree(folder / "plain", folder / kind)
+    for kind in TRAINED:
+        probes = {"probes": [probe(folder / "tiny-llama", text) for text in QUESTIONS], "template_source": "model"}
+        (folder / kind / "probes.json").write_text(json.dumps(probes))
+    foreign = json.loads((folder / "foreign" / "probes.json").read_text("utf-8"))
+    foreign["probes"][1]["token_ids"][3] += 1
+    (folder / "foreign" / "probes.json").write_text(json.dumps(foreign))
     return folder
+
+
+def probe(base: Path, question: str) -> dict[str, Any]:
+    """Return a probe as a training writes it; the prompt is what the tiny Llama's chat template makes of a question."""
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    prompt = f"{tiny_llama.BEGIN}<|user|>{question}{tiny_llama.END}<|assistant|>"
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    return {"messages": [{"role": "user", "content": question}], "tools": None, "token_ids": ids}
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +91,10 @@ def greedy(imports: Path) -> dict[str, list[int]]:
 def server(tmp_path_factory: pytest.TempPathFactory, imports: Path) -> Iterator[Server]:
     settings = {"MODELYARD_IMPORT_DIR": str(imports), "MODELYARD_ENGINE_MAX_RESTARTS": "2"}
     with serving(tmp_path_factory.mktemp("yard") / "data", **settings) as found:
-        for name in ("tiny-llama", *KINDS, "odd"):
+        names = dict.fromkeys(["tiny-llama", *KINDS, *TRAINED, "odd"])
+        for name in names:
             assert found.post(f"/api/v1/models/add/?model_id=local:{name}").status == 200
-        until(lambda: len(found.get("/api/v1/models/").json()) == 6, "all are in the store", found)
+        until(lambda: len(found.get("/api/v1/models/").json()) == len(names), "all are in the store", found)
         yield found
 
 
@@ -250,6 +273,46 @@ def test_an_adapter_that_the_engine_does_not_load_is_taken_back_with_the_engines
     assert deployment(server)["served_adapter_ids"] == before["served_adapter_ids"]
     assert engine_names(server) == names
     assert tokens_of(server, "local:another") == greedy["another"]
+
+
+def test_a_trained_adapter_is_checked_before_it_is_named_and_a_weak_one_acts_too(
+    server: Server, job_id: str, greedy: dict[str, list[int]]
+) -> None:
+    before = deployment(server)["adapter_ids"]
+    assert greedy["idle"] == greedy[""]
+    with streams(server, [MODEL, *before] * 2, 300):  # a busy engine is no reason to refuse either of them
+        assert deploy(server, *before, "local:trained", "local:weak") == job_id
+        serves(server, *before, "local:trained", "local:weak")
+    checks = deployment(server)["adapter_checks"]
+    assert set(checks) == {"local:trained", "local:weak"}, "of the others nothing tells how"
+    trained, weak = checks["local:trained"], checks["local:weak"]
+    assert (trained["tokens_equal"], trained["acts"], trained["prompts"]) == (True, True, len(QUESTIONS) + 3)
+    assert trained["changed_answers"] == trained["prompts"]
+    assert weak["acts"] is True
+    assert weak["changed_answers"] < weak["prompts"]
+    assert 1e-4 < weak["largest_logprob_change"] < 1
+    assert tokens_of(server, "local:trained") == greedy["plain"]
+    deploy(server, *before)
+    serves(server, *before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "said"),
+    [
+        ("idle", "adapter_does_not_act", "answers 6 prompts just as without it"),
+        ("foreign", "tokens_differ", "prompt 2 ('Name a river.') differs at position 3"),
+    ],
+)
+def test_one_that_does_not_pass_its_checks_is_taken_back(
+    server: Server, job_id: str, kind: str, code: str, said: str
+) -> None:
+    before = deployment(server)["adapter_ids"]
+    assert deploy(server, *before, f"local:{kind}") == job_id
+    failure = until(lambda: deployment(server)["adapter_failure"], "the failure is told", server)
+    assert (failure["adapter_id"], failure["code"]) == (f"local:{kind}", code)
+    assert said in failure["message"]
+    assert deployment(server)["served_adapter_ids"] == before
+    assert f"local:{kind}@1" not in engine_names(server)
 
 
 def test_an_alias_leads_to_an_adapter_and_moves_to_another(
