@@ -10,7 +10,8 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 
 from modelyard.datasets.conversations import canonical_json, examine
-from modelyard.datasets.forms import Fault, Faults, Form, Kind, Row, read_row
+from modelyard.datasets.faults import Fault, Faults, Kind
+from modelyard.datasets.forms import Form, Row, read_row
 
 LIKELY = list(Form)
 
@@ -172,6 +173,25 @@ def test_every_wrong_message_of_a_line_is_said() -> None:
         "messages": [{"role": "x", "content": "a"}, {"role": "user", "content": "b"}, {"role": "user", "content": 1}]
     }
     assert [path for _, path, _ in faults(row)] == ["$.messages[0].role", "$.messages[2].content"]
+
+
+@pytest.mark.parametrize(
+    ("row", "paths"),
+    [
+        (
+            {"messages": [{"role": "human", "content": 5}, {"role": "assistant"}, "text"], "tools": 3},
+            ["$.messages[0].role", "$.messages[0].content", "$.messages[1].content", "$.messages[2]", "$.tools"],
+        ),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": 1}}]}]},
+         ["$.messages[0].tool_calls[0].function.name"]),
+        ({"conversations": [{"from": 1}, {"value": "a"}], "system": 2},
+         ["$.conversations[0].from", "$.conversations[0].value", "$.conversations[1].from", "$.system"]),
+        ({"prompt": 1, "completion": []}, ["$.prompt", "$.completion"]),
+        ({"instruction": 1, "output": 2, "input": 3}, ["$.instruction", "$.input", "$.output"]),
+    ],
+)  # fmt: skip
+def test_every_wrong_field_of_a_line_is_said(row: object, paths: list[str]) -> None:
+    assert sorted(path for _, path, _ in faults(row)) == sorted(paths)
 
 
 def test_a_message_of_weight_0_is_not_learnt_from() -> None:

@@ -13,8 +13,6 @@ from tests.datasets.forms import FORM_HEADERS, chat, jsonl, upload
 from tests.datasets.test_routes import UPLOAD, objects, until
 from tests.server import Server, serving
 
-pytest.importorskip("tokenizers")
-
 
 def add(server: Server, name: str) -> None:
     job = server.post(f"/api/v1/models/add/?model_id=local:{name}").json()["id"]
@@ -48,6 +46,7 @@ def test_tokens_are_those_of_the_models_own_tokenizer_and_are_kept(tmp_path: Pat
         found = server.get(f"{path}?model_id=local:tiny").json()["tokens"]
         assert (found["total"], found["longest"], found["counted_rows"]) == (sum(lengths), max(lengths), len(rows))
         assert (found["max_length"], found["truncated_rows"], found["is_exact"]) == (limit, 1, True)
+        assert found["truncated_lines"] == [40]
         assert sum(bucket["rows"] for bucket in found["histogram"]) == len(rows)
         (kept,) = (name for name in objects(server) if "tokens-" in name)
         file = server.data_dir / "objects" / kept

@@ -222,7 +222,7 @@ def test_duplicates_are_exact_among_many() -> None:
     seen = Duplicates()
     rows = [b"row %d" % (number % 150_000) for number in range(200_000)]
     for first in range(0, 200_000, 1000):
-        seen.see(rows[first : first + 1000], first)
+        seen.see(rows[first : first + 1000], range(first, first + 1000))
     assert (seen.rows, seen.lines[0]) == (50_000, 150_000)
     seen.close()
 

@@ -19,7 +19,8 @@ from typing import Any
 import msgspec
 from msgspec import UNSET
 
-from modelyard.datasets.forms import Fault, Faults, Form, Kind, Message, PlainRow, Role, Row, SystemBeside, ToolCall
+from modelyard.datasets.faults import Fault, Faults, Kind
+from modelyard.datasets.forms import Form, Message, PlainRow, Role, Row, SystemBeside, ToolCall
 
 WARNINGS = {
     "empty_content": "a message has no text",

@@ -12,7 +12,6 @@ is for `conversations` to say.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
@@ -20,6 +19,8 @@ from typing import Any, Literal
 
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
+
+from modelyard.datasets.faults import Fault, Faults, Kind, diagnose, too_deep
 
 ROLES = ("system", "user", "assistant", "tool")
 Role = Literal["system", "user", "assistant", "tool"]
@@ -36,51 +37,6 @@ class Form(StrEnum):
     PROMPT_COMPLETION = "prompt_completion"
     #: Alpaca's instruction, input and output.
     INSTRUCTION = "instruction"
-
-
-class Kind(StrEnum):
-    """What can be wrong with a line; the report counts by it."""
-
-    #: Bytes that are no UTF-8.
-    NOT_UTF8 = "not_utf8"
-    #: No JSON.
-    NOT_JSON = "not_json"
-    #: NaN or Infinity, which JSON does not have.
-    NOT_A_NUMBER = "not_a_number"
-    #: Half of a surrogate pair, which is no character.
-    LONE_SURROGATE = "lone_surrogate"
-    #: Nested too deeply to be read.
-    TOO_DEEP = "too_deep"
-    #: Longer than a line may be.
-    LINE_TOO_LONG = "line_too_long"
-    #: JSON, but none of the forms.
-    UNKNOWN_FORM = "unknown_form"
-    #: A field that is missing.
-    MISSING_FIELD = "missing_field"
-    #: A field of the wrong type or with a value that it cannot have.
-    WRONG_VALUE = "wrong_value"
-    #: A role in a place where no chat template takes it.
-    WRONG_ORDER = "wrong_order"
-    #: No assistant's message with anything to learn.
-    NOTHING_TO_LEARN = "nothing_to_learn"
-
-
-class Fault(Exception):
-    """Something is wrong with a line: where in it (a JSON path, '$' for the line itself) and what."""
-
-    def __init__(self, kind: Kind, path: str, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
-        self.kind = kind
-        self.path = path
-        self.reason = reason
-
-
-class Faults(Exception):
-    """All that is wrong with a line, one at least."""
-
-    def __init__(self, *faults: Fault) -> None:
-        super().__init__("; ".join(map(str, faults)))
-        self.faults = faults
 
 
 class Part(Struct, gc=False):
@@ -176,6 +132,12 @@ class _Instruction(Struct, gc=False):
     completion: Raw | UnsetType = UNSET
 
 
+#: The fields that would make a row one of an earlier form.
+_EARLIER: dict[type, tuple[str, ...]] = {
+    _ShareGpt: ("messages",),
+    _PromptCompletion: ("messages", "conversations"),
+    _Instruction: ("messages", "conversations", "prompt", "completion"),
+}
 SPEAKERS: dict[str, Role] = {
     "human": "user",
     "user": "user",
@@ -189,18 +151,28 @@ SPEAKERS: dict[str, Role] = {
     "observation": "tool",
     "function_response": "tool",
 }
-_DECODERS: dict[Form, msgspec.json.Decoder[Any]] = {
-    Form.MESSAGES: msgspec.json.Decoder(Row),
-    Form.SHAREGPT: msgspec.json.Decoder(_ShareGpt),
-    Form.PROMPT_COMPLETION: msgspec.json.Decoder(_PromptCompletion),
-    Form.INSTRUCTION: msgspec.json.Decoder(_Instruction),
+_STRUCTS: dict[Form, type[Struct]] = {
+    Form.MESSAGES: Row,
+    Form.SHAREGPT: _ShareGpt,
+    Form.PROMPT_COMPLETION: _PromptCompletion,
+    Form.INSTRUCTION: _Instruction,
+}
+_DECODERS: dict[Form, msgspec.json.Decoder[Any]] = {form: msgspec.json.Decoder(kind) for form, kind in _STRUCTS.items()}
+#: The fields whose items are looked at one by one.
+_ITEMS: dict[str, type[Struct]] = {"messages": Message, "conversations": Turn}
+#: Name, whether it must be there, and what reads it.
+_FIELDS: dict[type[Struct], list[tuple[str, bool, msgspec.json.Decoder[Any]]]] = {
+    kind: [
+        (field.encode_name, field.required, msgspec.json.Decoder(field.type))
+        for field in msgspec.structs.fields(kind)
+        if field.type != Raw | UnsetType
+    ]
+    for kind in (*_STRUCTS.values(), *_ITEMS.values())
 }
 _decode_messages = _DECODERS[Form.MESSAGES].decode
 _decode_plain = msgspec.json.Decoder(PlainRow).decode
 _fields: msgspec.json.Decoder[dict[str, Raw]] = msgspec.json.Decoder(dict[str, Raw])
 _items: msgspec.json.Decoder[list[Raw]] = msgspec.json.Decoder(list[Raw])
-_message: msgspec.json.Decoder[Message] = msgspec.json.Decoder(Message)
-_turn: msgspec.json.Decoder[Turn] = msgspec.json.Decoder(Turn)
 #: The keys that make a form, in the order in which they are looked for.
 _KEYS = (
     (Form.MESSAGES, ("messages",)),
@@ -237,7 +209,7 @@ def read_row(line: bytes, likely: Form = Form.MESSAGES) -> tuple[Form, Row]:
     except msgspec.ValidationError as error:
         raise Faults(*_all_faults(line, form, error)) from None
     except RecursionError:
-        raise Faults(_too_deep()) from None
+        raise Faults(too_deep()) from None
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise Faults(diagnose(line)) from None
     return form, found if form is Form.MESSAGES else _canonical(found)
@@ -254,9 +226,11 @@ def plain_rows(lines: Iterable[bytes]) -> Iterator[PlainRow]:
 
 def _is_really(found: Any) -> bool:
     """Whether no form that goes before this one is there as well."""
-    names = [name for form, keys in _KEYS for name in keys if hasattr(found, name)]
-    values = [getattr(found, name) for name in names]
-    return all(not isinstance(value, Raw) or bytes(value) == b"null" for value in values)
+    for name in _EARLIER[type(found)]:
+        value = getattr(found, name)
+        if value is not UNSET and bytes(value) != b"null":
+            return False
+    return True
 
 
 def _form_of(line: bytes) -> Form:
@@ -265,7 +239,7 @@ def _form_of(line: bytes) -> Form:
     except msgspec.ValidationError:
         raise Faults(Fault(Kind.UNKNOWN_FORM, "$", f"is not an object; {FORMS_HINT}")) from None
     except RecursionError:
-        raise Faults(_too_deep()) from None
+        raise Faults(too_deep()) from None
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise Faults(diagnose(line)) from None
     there = {name for name, value in fields.items() if bytes(value) != b"null"}
@@ -309,30 +283,38 @@ def _unknown_speaker(path: str, speaker: str) -> Fault:
     return Fault(Kind.WRONG_VALUE, path, reason)
 
 
-def _too_deep() -> Fault:
-    return Fault(Kind.TOO_DEEP, "$", "is nested too deeply")
-
-
 def _all_faults(line: bytes, form: Form, first: msgspec.ValidationError) -> Iterator[Fault]:
-    """Yield what is wrong with each message; msgspec stops at the first one."""
-    name = {Form.MESSAGES: "messages", Form.SHAREGPT: "conversations"}.get(form)
-    found = 0
-    if name is not None:
-        decoder: msgspec.json.Decoder[Any] = _message if form is Form.MESSAGES else _turn
-        try:
-            items = _items.decode(_fields.decode(line)[name])
-        except UNREADABLE:
-            items = []
-        for number, item in enumerate(items):
-            try:
-                decoder.decode(item)
-            except msgspec.ValidationError as error:
-                found += 1
-                yield _fault(error, f"$.{name}[{number}]")
-            except UNREADABLE:
-                continue  # the first fault stands for it
+    """Yield what is wrong with each field; msgspec stops at the first one."""
+    found = False
+    for fault in _faults_in(line, _STRUCTS[form], "$"):
+        found = True
+        yield fault
     if not found:
         yield _fault(first, "$")
+
+
+def _faults_in(text: bytes | Raw, kind: type[Struct], base: str) -> Iterator[Fault]:
+    try:
+        there = _fields.decode(text)
+    except msgspec.ValidationError as error:
+        yield _fault(error, base)
+        return
+    for name, required, decoder in _FIELDS[kind]:
+        path = f"{base}.{name}"
+        if name not in there:
+            if required or (name == "content" and bytes(there.get("tool_calls", b"null")) in (b"null", b"[]")):
+                yield Fault(Kind.MISSING_FIELD, path, "is missing")
+            continue
+        try:
+            if name in _ITEMS:
+                for number, item in enumerate(_items.decode(there[name])):
+                    yield from _faults_in(item, _ITEMS[name], f"{path}[{number}]")
+            else:
+                decoder.decode(there[name])
+        except msgspec.ValidationError as error:
+            yield _fault(error, path)
+        except UNREADABLE:
+            continue  # the first fault stands for it
 
 
 _AT = re.compile(r"^(.*?)(?: - at `(?:key in )?\$(.*)`)?$", re.DOTALL)
@@ -354,58 +336,3 @@ def _fault(error: msgspec.ValidationError, base: str) -> Fault:
     if value := re.match(r"Invalid enum value (.*)", said, re.DOTALL):
         return Fault(Kind.WRONG_VALUE, path, f"is {value[1][:60]}, but must be one of {', '.join(ROLES)}")
     return Fault(Kind.WRONG_VALUE, path, f"{said[:1].lower()}{said[1:]}")
-
-
-class _NoNumber(Exception):
-    pass
-
-
-def _refuse_constant(name: str) -> None:
-    raise _NoNumber(name)
-
-
-def diagnose(line: bytes) -> Fault:
-    """Return why a line cannot be read as JSON."""
-    try:
-        text = line.decode()
-    except UnicodeDecodeError as error:
-        byte = line[error.start]
-        return Fault(Kind.NOT_UTF8, "$", f"is not UTF-8: byte 0x{byte:02x} at position {error.start + 1} of the line")
-    try:
-        value = json.loads(text, parse_constant=_refuse_constant)
-    except _NoNumber as error:
-        return Fault(Kind.NOT_A_NUMBER, "$", f"has {error}, which JSON does not know: write null, or leave it out")
-    except json.JSONDecodeError as error:
-        reason = error.msg[:1].lower() + error.msg[1:]
-        return Fault(Kind.NOT_JSON, "$", f"is not JSON: {reason} at character {error.pos + 1}")
-    except RecursionError:
-        return _too_deep()
-    except ValueError as error:  # a number of thousands of digits
-        return Fault(Kind.NOT_JSON, "$", f"is not JSON that can be read: {error}"[:200])
-    path = _surrogate_in(value)
-    if path is not None:
-        reason = r"has half of a surrogate pair (such as \ud800), which is no character"
-        return Fault(Kind.LONE_SURROGATE, path, reason)
-    return Fault(Kind.NOT_JSON, "$", "is not JSON")
-
-
-def _surrogate_in(value: Any, path: str = "$") -> str | None:
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return path
-        return None
-    pairs: Iterator[tuple[str, Any]]
-    if isinstance(value, dict):
-        if any(_surrogate_in(key) for key in value):
-            return path
-        pairs = ((f"{path}.{key}", item) for key, item in value.items())
-    elif isinstance(value, list):
-        pairs = ((f"{path}[{number}]", item) for number, item in enumerate(value))
-    else:
-        return None
-    try:
-        return next((found for where, item in pairs if (found := _surrogate_in(item, where))), None)
-    except RecursionError:
-        return None

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from uuid import UUID, uuid4
 
 import msgspec
+from sqlalchemy.exc import SQLAlchemyError
 
 from modelyard.datasets import actions
 from modelyard.datasets.inspection import Inspection
@@ -109,7 +110,7 @@ async def clear(sessions: Sessions, storage: Storage, dataset_id: UUID) -> None:
         await delete_prefix(storage, prefix(dataset_id))
         async with sessions.begin() as session:
             await actions.strike(session, dataset_id)
-    except ModelyardError as error:
+    except (ModelyardError, SQLAlchemyError) as error:  # a full disk is full for the database, too
         log.warning("what is left of dataset %s stays until the next start: %s", dataset_id, error)
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from modelyard.datasets.conversations import examine
-from modelyard.datasets.forms import Faults, Form, Row, read_row
+from modelyard.datasets.faults import Faults
+from modelyard.datasets.forms import Form, Row, read_row
 from modelyard.datasets.recognition import BYTE_ORDER_MARK
 
 

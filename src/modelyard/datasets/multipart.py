@@ -149,8 +149,8 @@ def file_name(sent: bytes) -> str:
 def _boundary(content_type: str) -> bytes:
     kind, options = parse_options_header(content_type)
     if kind != b"multipart/form-data":
-        shown = content_type[:100] or "nothing"
-        raise BadRequest(f"The content type says {shown!r}, not multipart/form-data. {HINT}", code="not_a_form")
+        shown = f"The content type says {content_type[:100]!r}," if content_type else "There is no content type,"
+        raise BadRequest(f"{shown} not multipart/form-data. {HINT}", code="not_a_form")
     boundary = options.get(b"boundary", b"")
     if not 1 <= len(boundary) <= 200:
         raise BadRequest(

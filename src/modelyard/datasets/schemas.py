@@ -8,7 +8,8 @@ from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_serializer
 
-from modelyard.datasets.forms import Form, Kind
+from modelyard.datasets.faults import Kind
+from modelyard.datasets.forms import Form
 
 EXAMPLE: dict[str, JsonValue] = {
     "id": "01be6d68-f790-434b-aa6d-5bd492aef202",
@@ -133,6 +134,8 @@ class Tokens(BaseModel):
     longest: int
     truncated_rows: int
     """Rows that are longer than the model takes."""
+    truncated_lines: list[int]
+    """The first lines of these."""
     histogram: list[Bucket]
 
 

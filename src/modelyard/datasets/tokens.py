@@ -23,8 +23,9 @@ from modelyard.datasets import actions
 from modelyard.datasets.forms import Form, Row
 from modelyard.datasets.lines import Rows
 from modelyard.datasets.tables import Dataset, prefix
+from modelyard.datasets.validation import LISTED_LINES
 from modelyard.db import Sessions
-from modelyard.errors import DatasetNotFound, ObjectNotFound, Unavailable, Unprocessable
+from modelyard.errors import DatasetNotFound, ObjectNotFound, Unprocessable
 from modelyard.storage import Storage
 
 COUNTED_BYTES = 32 * 1024 * 1024
@@ -47,7 +48,6 @@ async def tokens_of(
 
     Raises:
         Unprocessable: the model has no tokenizer that can be read.
-        Unavailable: the package that reads it is not installed.
     """
     name = hashlib.sha256(f"{model_id}@{commit}".encode()).hexdigest()[:32]
     key = f"{prefix(dataset.id)}tokens-{name}.json"
@@ -79,13 +79,8 @@ async def tokens_of(
 
 class _Counter:
     def __init__(self, folder: Path, model_id: str) -> None:
-        try:
-            from tokenizers import Tokenizer
-        except ImportError:
-            raise Unavailable(
-                "Tokens cannot be counted: the package 'tokenizers' is not installed beside the server.",
-                code="tokenizers_missing",
-            ) from None
+        from tokenizers import Tokenizer  # here, since the server starts without it
+
         try:
             self._tokenizer: Any = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # noqa: BLE001  # the package raises nothing narrower
@@ -99,28 +94,33 @@ class _Counter:
         self._tokenizer.no_padding()
         self._max_length = max_length(folder)
         self._rows = self._total = self._longest = self._truncated = 0
+        self._truncated_lines: list[int] = []
         self._sizes: Counter[int] = Counter()
 
     def take(self, rows: Iterator[tuple[int, Form, Row]]) -> None:
         """Count the tokens of some rows; the tokenizer lets other threads work."""
-        contents: list[list[str]] = []
-        for _, _, row in rows:
-            contents.append([message.content for message in row.messages if isinstance(message.content, str)])
+        contents: list[tuple[int, list[str]]] = []
+        for line, _, row in rows:
+            contents.append((line, [message.content for message in row.messages if isinstance(message.content, str)]))
             if len(contents) == BATCH:
                 self._count(contents)
                 contents = []
         if contents:
             self._count(contents)
 
-    def _count(self, contents: list[list[str]]) -> None:
-        encoded = iter(self._tokenizer.encode_batch_fast(list(chain.from_iterable(contents)), add_special_tokens=False))
-        for texts in contents:
+    def _count(self, contents: list[tuple[int, list[str]]]) -> None:
+        everything = list(chain.from_iterable(texts for _, texts in contents))
+        encoded = iter(self._tokenizer.encode_batch_fast(everything, add_special_tokens=False))
+        for line, texts in contents:
             length = sum(len(next(encoded).ids) for _ in texts)
             self._rows += 1
             self._total += length
             self._sizes[length.bit_length()] += 1
             self._longest = max(self._longest, length)
-            self._truncated += self._max_length is not None and length > self._max_length
+            if self._max_length is not None and length > self._max_length:
+                self._truncated += 1
+                if len(self._truncated_lines) < LISTED_LINES:
+                    self._truncated_lines.append(line)
 
     def figures(self, rows: int) -> dict[str, Any]:
         """Return what was counted; `rows` is how many there are."""
@@ -131,6 +131,7 @@ class _Counter:
             "total": self._total,
             "longest": self._longest,
             "truncated_rows": self._truncated,
+            "truncated_lines": self._truncated_lines,
             "histogram": [{"below": 1 << bits, "rows": self._sizes[bits]} for bits in sorted(self._sizes)],
         }
 

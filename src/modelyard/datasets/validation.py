@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import mmap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from modelyard.datasets.conversations import examine, lengths_if_plain
-from modelyard.datasets.forms import UNREADABLE, Fault, Faults, Form, Kind, diagnose, plain_rows, read_row
+from modelyard.datasets.faults import Fault, Faults, Kind, diagnose
+from modelyard.datasets.forms import UNREADABLE, Form, plain_rows, read_row
 from modelyard.datasets.lines import Lines, is_utf8
 from modelyard.datasets.recognition import BYTE_ORDER_MARK, HEAD_BYTES, recognise
 from modelyard.errors import InvalidDataset
@@ -46,10 +47,10 @@ class Duplicates:
         """Whether rows came that nothing could be compared with later."""
         return self._kept >= _MOST_KEPT
 
-    def see(self, lines: Sequence[bytes], first: int) -> None:
-        """Count the rows whose bytes were seen before; the number of the first one is given."""
+    def see(self, lines: Iterable[bytes], numbers: Iterable[int]) -> None:
+        """Count the rows whose bytes were seen before; each has its number in the file."""
         slots, kept = self._slots, self._kept
-        for number, value in enumerate(map(hash, lines), first):
+        for number, value in zip(numbers, map(hash, lines), strict=True):
             at = value & _LAST_SLOT
             while (found := slots[at]) != 0:
                 if found == value:
@@ -177,7 +178,7 @@ class Validation:
             return False
         self._doubt = 0
         lengths, orders = found
-        self._duplicates.see(lines, self._lines + 1)
+        self._duplicates.see(lines, range(self._lines + 1, self._lines + 1 + len(lines)))
         self._lines += len(lines)
         self._rows += len(lines)
         self._forms[Form.MESSAGES] += len(lines)
@@ -200,7 +201,7 @@ class Validation:
         self._lines += len(lines)
         forms, shapes = self._forms, self._shapes
         likely = self._likely
-        lengths = []
+        rows, numbers, lengths = [], [], []
         for line in lines:
             number += 1
             if line.endswith(b"\r"):
@@ -220,8 +221,8 @@ class Validation:
             except Faults as wrong:
                 self._refuse(number, wrong.faults)
                 continue
-            self._duplicates.see((line,), number)
-            self._rows += 1
+            rows.append(line)
+            numbers.append(number)
             forms[likely] += 1
             shapes[shape.roles] += 1
             lengths.append(characters)
@@ -230,6 +231,8 @@ class Validation:
                 if len(self._warnings.setdefault(warning, [])) < LISTED_LINES:
                     self._warnings[warning].append(number)
         self._likely = likely
+        self._rows += len(rows)
+        self._duplicates.see(rows, numbers)
         if lengths:
             self._measure(lengths)
 

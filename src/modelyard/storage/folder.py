@@ -39,6 +39,8 @@ from modelyard.storage.streams import BLOCK_BYTES, P, T, Threads, blocks
 UPLOADS_PATH = "/api/v1/uploads/"
 #: A leftover of a put that is younger than this may not be locked by its writer yet.
 LEFTOVER_AGE_S = 60
+#: How much of an object is handed to the disk at once while it arrives; a multiple of the blocks.
+WRITE_BACK_BYTES = 16 * BLOCK_BYTES
 
 
 @dataclass(frozen=True)
@@ -254,6 +256,10 @@ def _append(descriptor: int, block: bytearray, digest: Any) -> None:
     view = memoryview(block)
     while view:
         view = view[os.write(descriptor, view) :]
+    end = os.lseek(descriptor, 0, os.SEEK_CUR)
+    if end % WRITE_BACK_BYTES == 0:
+        # Linux begins to write these to the disk and does not wait, so that little is left to flush at the end.
+        os.posix_fadvise(descriptor, end - WRITE_BACK_BYTES, WRITE_BACK_BYTES, os.POSIX_FADV_DONTNEED)
 
 
 def _discard(descriptor: int, temporary: Path) -> None:
