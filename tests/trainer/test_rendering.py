@@ -218,6 +218,14 @@ def test_a_template_that_forgets_the_system_message_is_found_out() -> None:
     assert "leaves out message 1, whose role is system" in family("forgetful").refusal([system("Hush."), *TWO_TURNS])
 
 
+def test_a_forgotten_message_is_found_out_although_its_words_are_elsewhere() -> None:
+    messages = [system("Hi"), *TWO_TURNS]
+    assert "leaves out message 1, whose role is system" in family("forgetful").refusal(messages)
+    assert family("chatml").learnt(messages) == LEARNT["chatml"]
+    beside = [user("?"), calls("weather", {"city": "Köln"}, "Köln")]
+    assert "leaves out the content of message 2" in family("headers").refusal(beside)
+
+
 def test_a_template_that_wants_alternation_refuses_two_questions_in_a_row() -> None:
     assert "must alternate" in family("inst").refusal([user("One"), user("Two"), says("Three")])
 
@@ -293,6 +301,8 @@ def test_arguments_may_come_as_text() -> None:
         ([*WITH_TOOLS[:1], calls("weather", {}, "Let me see."), user("?"), says("Blue.")], None, "the tool calls of"),
         ([user("?"), says("Yes."), user("Sure?"), answered("sunny"), says("Blue.")], None, "whose role is tool"),
         (TWO_TURNS, TOOLS, "leaves out the tools"),
+        ([user("weather?"), says("Blue.")], TOOLS, "leaves out the tools"),
+        ([user("weather?"), calls("weather", {}, "weather {}")], None, "leaves out the tool calls of message 2"),
         (TWO_TURNS, [{"name": "weather"}], "tool 1 is not"),
     ],
 )

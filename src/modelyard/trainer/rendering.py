@@ -28,6 +28,8 @@ from modelyard.trainer.default_template import PLAIN_TEMPLATE
 _LOOPS_OVER_CONTENT = re.compile(
     r"\{%-?\s*for\s+\w+\s+in\s+(?:content|\w+(?:\.content|\[['\"]content['\"]\]))\s*(?:if\b|-?%\})"
 )
+#: Characters of a text that are not found in another's by accident.
+TELLING = 24
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>(\s*)", re.DOTALL)
 #: Appended to a text to see whether a rendering depends on it.
 _MARK = " qzvjx"
@@ -164,7 +166,8 @@ class Renderer:
         def depends_on(change: Message) -> bool:
             return self._differs([*said[:at], {**said[at], **change}], tools, answered)
 
-        if answer not in completion and not depends_on({"content": self._marked(said[at])}):
+        is_there = answer in completion and not (answer and calls and len(answer) < TELLING)
+        if not is_there and not depends_on({"content": self._marked(said[at])}):
             raise Refused(f"the chat template leaves out the content of message {at + 1}, which is to be learnt")
         if calls and not _has_calls(calls, completion, depends_on):
             raise Refused(f"the chat template leaves out the tool calls of message {at + 1}, which are to be learnt")
@@ -200,17 +203,15 @@ class Renderer:
             text = _text(message)
             if thought := _THOUGHT.match(text):
                 text = text[thought.end() :]
-            text = text.strip()
-            if text not in turn.prompt and not depends_on({"content": self._marked(message)}):
-                role = message["role"]
+            text, role = text.strip(), message["role"]
+            # A short one may be there by accident, in another's text.
+            is_telling = not text or len(text) >= TELLING or role not in ("system", "tool")
+            if not (is_telling and text in turn.prompt) and not depends_on({"content": self._marked(message)}):
                 raise Refused(f"the chat template leaves out message {number + 1}, whose role is {role}")
             calls = message.get("tool_calls")
             if calls and not _has_calls(calls, turn.prompt, depends_on):
                 raise Refused(f"the chat template leaves out the tool calls of message {number + 1}")
-        names = [str(tool["function"].get("name")) for tool in tools or ()]
-        if any(name not in turn.prompt for name in names) and not self._differs(
-            said[: turn.at], None, turn.prompt, asks=True
-        ):
+        if tools and not self._differs(said[: turn.at], None, turn.prompt, asks=True):
             raise Refused("the chat template leaves out the tools")
 
     def _differs(self, said: Sequence[Message], tools: list[Any] | None, text: str, *, asks: bool = False) -> bool:
@@ -308,7 +309,11 @@ def _has_calls(calls: Sequence[Mapping[str, Any]], text: str, depends_on: Any) -
     for number, call in enumerate(calls):
         function = call["function"]
         name, arguments = function["name"], function["arguments"]
-        if name in text and any(json.dumps(arguments, ensure_ascii=ascii_only) in text for ascii_only in (False, True)):
+        if (
+            arguments
+            and name in text
+            and any(json.dumps(arguments, ensure_ascii=ascii_only) in text for ascii_only in (False, True))
+        ):
             continue
         for change in ({"name": name + _MARK.strip()}, {"arguments": {**arguments, _MARK.strip(): _MARK}}):
             changed = {**call, "function": {**function, **change}}
