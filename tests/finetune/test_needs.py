@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +13,9 @@ from typing import Any
 import pytest
 
 from modelyard.deploy.machine import GIB
-from modelyard.finetune.needs import CPU_PROCESS_BYTES, GPU_PROCESS_BYTES, estimate, has_amx
+from modelyard.finetune.needs import CPU_PROCESS_BYTES, GPU_PROCESS_BYTES, ROW_MARGIN, estimate, has_amx
 from modelyard.finetune.schemas import HyperparametersIn
+from modelyard.trainer.spec import Mode, Spec
 
 #: Like Qwen3-0.6B: 28 layers of 1,024, heads of 128, a vocabulary of 151,936.
 CONFIG: dict[str, Any] = {
@@ -30,7 +35,7 @@ def test_the_parts_of_a_known_model_are_as_worked_out_by_hand() -> None:
     assert need.adapter_bytes == 16 * 16 * 28 * (3072 + 2048 + 2048 + 3072 + 3 * 4096)
     # inputs 5*1024+2048+3072 in float32; 4*1024+2*2048+2*1024+3*3072 in 16 bits; norms 2*1024 in float32
     layer = 4 * 10_240 + 2 * 19_456 + 8 * 1024
-    assert need.row_bytes == 100 * (28 * layer + 151_936 * 10)
+    assert need.row_bytes == int(100 * (28 * layer + 151_936 * 10) * ROW_MARGIN)
     fixed = need.processes_bytes + need.weights_bytes + need.adapter_bytes
     assert (need.needed_bytes, need.useful_bytes) == (fixed + need.row_bytes, fixed + 16 * need.row_bytes)
 
@@ -95,3 +100,35 @@ def test_a_processor_says_whether_it_has_amx(tmp_path: Path) -> None:
     assert has_amx(tmp_path / "yes")
     assert not has_amx(tmp_path / "no")
     assert not has_amx(tmp_path / "missing")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rows", "words"), [(2, 10), (8, 150)])
+def test_it_is_above_what_a_real_training_takes_and_not_by_far(
+    tmp_path: Path, imports: Path, rows: int, words: int
+) -> None:
+    settings = replace(SETTINGS, max_steps=2, epochs=None, batch_size=rows, validation_split=0.0, checkpoint_steps=10)
+    said = "the river runs to the sea and " * words
+    row = {"messages": [{"role": "user", "content": said}, {"role": "assistant", "content": said}]}
+    (tmp_path / "data.jsonl").write_text((json.dumps(row) + "\n") * 16, "utf-8")
+    base = imports / "tiny-llama"
+    spec = Spec(
+        mode=Mode.TRAIN, name="it", model_id="local:tiny-llama", model_dir=str(base), adapter_id="ft:it",
+        data=str(tmp_path / "data.jsonl"), max_line_bytes=2**20, hyperparameters=settings,
+        work_dir=str(tmp_path / "work"), progress=str(tmp_path / "progress.jsonl"),
+        result=str(tmp_path / "result.json"),
+    )  # fmt: skip
+    spec.write(tmp_path / "training.json")
+    (tmp_path / "work").mkdir()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "modelyard.trainer", str(tmp_path / "training.json")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    result = json.loads((tmp_path / "result.json").read_text("utf-8"))
+    assert "figures" in result, (result, done.stderr[-2000:])
+    reports = [json.loads(line) for line in (tmp_path / "progress.jsonl").read_text("utf-8").splitlines()]
+    [prepared] = [one for one in reports if one["kind"] == "prepared"]
+    config = json.loads((base / "config.json").read_text("utf-8"))
+    size = (base / "model.safetensors").stat().st_size
+    need = estimate(config, size, settings, has_gpu=False, longest_tokens=prepared["longest"])
+    taken = result["figures"]["peak_memory_bytes"]
+    assert 0.9 * taken < need.needed_bytes < 2.5 * taken, (need, taken)
