@@ -185,6 +185,7 @@ def test_an_interrupt_in_each_phase_of_the_trainer_ends_it_and_it_goes_on(
     stop(quick, shown(quick, finetune))
 
 
+@pytest.mark.slow
 def test_a_trainer_that_does_not_hear_is_killed_in_the_end(llama: Path, tmp_path: Path) -> None:
     settings = {"MODELYARD_TRAINER_PYTHON": str(TRAINER_PYTHON), "MODELYARD_TRAINER_STOP_TIMEOUT_S": "0.5"}
     with training_server(tmp_path / "data", llama, **settings) as server:
@@ -280,6 +281,7 @@ def test_a_dataset_that_was_changed_in_the_storage_is_refused(quick: Server) -> 
 # The server ends
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["kill", "stop"])
 @pytest.mark.parametrize("hold", ["loading", "training", "evaluating"])
 def test_a_server_that_ends_in_any_phase_of_the_trainer_comes_back_to_it(
@@ -304,6 +306,7 @@ def test_a_server_that_ends_in_any_phase_of_the_trainer_comes_back_to_it(
         stop(server, finetune)
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_again_and_again_counts_each_point_once(llama: Path, tmp_path: Path) -> None:
     with training_server(tmp_path / "data", llama, MODELYARD_TRAINER_PYTHON=str(TRAINER_PYTHON)) as server:
         dataset_id = add_dataset(server)
@@ -327,6 +330,7 @@ def test_a_server_that_is_killed_again_and_again_counts_each_point_once(llama: P
         assert adapter_files(server, found["adapter_id"]) == adapter_files(server, undisturbed["adapter_id"])
 
 
+@pytest.mark.slow
 def test_a_trainer_that_did_its_work_while_no_server_was_there_is_not_run_again(llama: Path, tmp_path: Path) -> None:
     with training_server(tmp_path / "data", llama, MODELYARD_TRAINER_PYTHON=str(TRAINER_PYTHON)) as server:
         settings = QUICK | {"max_steps": 40}
@@ -340,6 +344,7 @@ def test_a_trainer_that_did_its_work_while_no_server_was_there_is_not_run_again(
         assert [point["step"] for point in found["curve"]] == list(range(1, 41))
 
 
+@pytest.mark.slow
 def test_a_row_that_a_crash_left_out_is_written_for_the_folder_that_is_in_place(llama: Path, tmp_path: Path) -> None:
     """As the crash leaves it: the job RUNNING, the trainer's result and the folder there, and no row of the adapter."""
     with training_server(tmp_path / "data", llama, MODELYARD_TRAINER_PYTHON=str(TRAINER_PYTHON)) as server:
@@ -365,3 +370,39 @@ def test_a_row_that_a_crash_left_out_is_written_for_the_folder_that_is_in_place(
         until(lambda: server.get("/api/v1/models/ft:pace-0").status == 200, "the row is there")
         finished(server, done)
         assert not trainers(server)
+
+
+@pytest.mark.slow
+def test_a_storage_that_is_away_is_waited_for_and_an_interrupt_or_a_kill_meanwhile_loses_nothing(
+    llama: Path, tmp_path: Path
+) -> None:
+    away = {
+        "MODELYARD_STORAGE_URL": "s3://nobody/there", "MODELYARD_S3_ENDPOINT_URL": "http://127.0.0.1:9",
+        "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_MAX_ATTEMPTS": "1",
+    }  # fmt: skip
+    with training_server(tmp_path / "data", llama, MODELYARD_TRAINER_PYTHON=str(TRAINER_PYTHON)) as server:
+        there = dict(server.settings)
+        dataset_id = add_dataset(server)
+        killed = start(server, dataset_id, "hold=training killed")
+        at_step(server, killed, 1)
+        queued = start(server, dataset_id, "queued")
+        assert server.stop() == 0
+        shutil.rmtree(work(server, killed))
+        server.settings = there | away
+        server.start()
+        waits = "Trying again"
+        until(lambda: waits in " ".join(messages(server, killed)), "it waits for the storage", 60.0, server)
+        assert (shown(server, killed)["phase"], shown(server, queued)["place"]) == ("PREPARING", 1)
+        server.kill()
+        server.start()
+        stop(server, killed)
+        until(lambda: waits in " ".join(messages(server, queued)), "the next one waits for it", 60.0, server)
+        server.kill()
+        server.settings = there
+        server.start()
+        finished(server, queued)
+        assert server.post(f"{FINETUNE}{killed['id']}/resume/").status == 200
+        again = shown(server, killed)
+        until(lambda: "Going on from step 1." in messages(server, again), "it goes on", 60.0, server)
+        stop(server, again)

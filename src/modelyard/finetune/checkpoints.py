@@ -164,14 +164,15 @@ async def _remove(storage: Storage, below: str) -> None:
 class Keeper:
     """Copies the checkpoints of one training to the storage while it goes on.
 
-    `saved` is called with the step of each that is whole there; `failed` with the storage's error, after which the next
-    checkpoint is tried.
+    `stored` is the step of the newest that is there already. `saved` is called with the step of each that is whole
+    there; `failed` with the storage's error, after which the next checkpoint is tried.
     """
 
     def __init__(
         self,
         storage: Storage,
         finetune_id: UUID,
+        stored: int = -1,
         *,
         saved: Callable[[int], Awaitable[None]],
         failed: Callable[[int, ModelyardError], Awaitable[None]],
@@ -181,7 +182,7 @@ class Keeper:
         self._saved = saved
         self._failed = failed
         self._wanted: tuple[int, Path] | None = None
-        self._last = -1
+        self._last = stored
         self._task: asyncio.Task[None] | None = None
 
     def offer(self, step: int, folder: Path) -> None:

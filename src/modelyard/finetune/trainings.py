@@ -2,7 +2,8 @@
 
 Every phase may begin again after a restart of the server, with what is on disk: a trainer that still runs is adopted,
 one that is gone is replaced by another, which goes on from the newest checkpoint, and a result that is there is not
-computed again. Only here a training's row is told what is; what it reports itself is written by `following`.
+computed again. Only here a training's row is told what is; `trainer_runs` has the trainer, and `following` writes
+down what it reports.
 
     <data>/finetunes/<id>/data.jsonl          the dataset, while the job runs
     <data>/finetunes/<id>/checkpoints/        the trainer's, until the training is done
@@ -13,16 +14,17 @@ computed again. Only here a training's row is told what is; what it reports itse
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import UUID
 
 from sqlalchemy import update
+from sqlalchemy.exc import InterfaceError, OperationalError
 
 from modelyard.datasets import actions as datasets
 from modelyard.datasets import reading
@@ -30,27 +32,28 @@ from modelyard.datasets.tables import Dataset
 from modelyard.db import Sessions
 from modelyard.deploy.fitting import model_files
 from modelyard.deploy.machine import this_machine
-from modelyard.errors import JobFailure, ModelyardError
+from modelyard.errors import JobFailure, ModelyardError, ObjectNotFound, StorageUnavailable
 from modelyard.finetune import actions, attempts, checkpoints, publishing
-from modelyard.finetune.accelerator import Accelerator, Share
-from modelyard.finetune.following import Follower
+from modelyard.finetune.accelerator import Accelerator
 from modelyard.finetune.into_service import Told, promote, put_into_service
 from modelyard.finetune.needs import Need, estimate
 from modelyard.finetune.tables import Finetune, OnBusy, Phase
+from modelyard.finetune.trainer_runs import TrainerRuns
 from modelyard.jobs.runner import JobContext, JobInterrupted
 from modelyard.models import actions as models
 from modelyard.models.tables import Model
-from modelyard.processes import Child, Children
+from modelyard.processes import Children
 from modelyard.settings import Settings
 from modelyard.storage import Storage
 from modelyard.trainer.spec import Hyperparameters
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
-POLL_S = 0.1
-#: Attempts in a row that die without a new checkpoint, and attempts that die at all, before a training is given up.
-FRUITLESS_DEATHS, DEATHS = 2, 5
 PAUSE_S = 1.0
+#: Between attempts to reach a storage that is away.
+STORAGE_PAUSES_S = (1.0, 2.0, 5.0, 10.0)
 #: What a chat template adds to a row's characters, at most.
 TEMPLATE_TOKENS = 256
 #: A server that stops waits for the storage no longer than this: the checkpoint is on its disk all the same.
@@ -126,10 +129,9 @@ class _Training:
         self.accelerator = yard._accelerator
         self.work = checkpoints.folder_of(self.settings.finetunes_dir, row.id)
         self.data = self.work / "data.jsonl"
-        #: Step of the newest checkpoint in the storage.
         self.stored = row.checkpoint_step if row.checkpoint_step is not None else -1
         self.keeper = checkpoints.Keeper(
-            self.storage, row.id, saved=self._checkpoint_saved, failed=self._checkpoint_not_saved
+            self.storage, row.id, self.stored, saved=self._checkpoint_saved, failed=self._checkpoint_not_saved
         )
 
     async def run(self) -> None:
@@ -139,6 +141,9 @@ class _Training:
         if result is None:
             try:
                 result = await self._train()
+            except (JobFailure, JobInterrupted):
+                await self.keeper.finish()  # another machine may go on
+                raise
             finally:
                 await self.keeper.close()
         else:
@@ -152,39 +157,28 @@ class _Training:
     # Training
 
     async def _train(self) -> dict[str, Any]:
-        number = attempts.newest(self.job.folder)
-        if number and (result := await self._adopted(number)) is not None:
-            return result
-        await self._write(phase=Phase.PREPARING)
-        await self._or_interrupt(self._prepare())
-        need = await asyncio.to_thread(self._need, await self._longest_row())
-        holder = f"the training {self.row.name}"
-        async with self.accelerator.held(self.job, self.row.id, need, OnBusy(self.row.on_busy), holder=holder) as share:
-            return await self._attempts(number, share)
-
-    async def _adopted(self, number: int) -> dict[str, Any] | None:
-        """Go on with a trainer that an earlier run of the server has started, as long as it lasts.
-
-        It is not asked for room again: it has it. Returns its result; None if it ended without one.
-        """
-        child = await self.children.adopt(self._folder(number))
-        if child is None:
-            return None
-        kills = await asyncio.to_thread(attempts.Kills.so_far)
-        lives = child.is_alive
-        if lives:
-            await self.job.event("The trainer has gone on while the server was away.")
-        try:
-            result = self._done(await self._follow(child, number))
-        except (JobFailure, JobInterrupted):
-            await self.accelerator.give_back(self.job, self.row.id)
-            raise
+        runs = TrainerRuns(
+            self.settings, self.sessions, self.children, self.job, self.row, self.base,
+            work=self.work, data=self.data, keeper=self.keeper, note_taken=self._note_taken,
+        )  # fmt: skip
+        # It is not asked for room again: it has it.
+        result = await runs.adopted()
         if result is not None:
+            await asyncio.to_thread(_keep_result, self.work, result)
             await self.accelerator.give_back(self.job, self.row.id)
-        elif lives:
-            died = await asyncio.to_thread(attempts.death, child, self.job.log, kills, None)
-            await self.job.event(f"{died['message']} Going on from the last checkpoint.", level="warning")
+        else:
+            await self._write(phase=Phase.PREPARING)
+            await self._or_interrupt(self._patiently(self._prepare))
+            need = await asyncio.to_thread(self._need, await self._longest_row())
+            on_busy, holder = OnBusy(self.row.on_busy), f"the training {self.row.name}"
+            async with self.accelerator.held(self.job, self.row.id, need, on_busy, holder=holder) as share:
+                result = await runs.to_the_end(share)
+                # Before the accelerator is given back, which may take a while.
+                await asyncio.to_thread(_keep_result, self.work, result)
         return result
+
+    async def _note_taken(self, taken_bytes: int) -> None:
+        await self.accelerator.note_taken(self.job, taken_bytes)
 
     def _need(self, longest_tokens: int | None) -> Need:
         files = model_files(self.settings, self.base)
@@ -200,140 +194,45 @@ class _Training:
         except (ModelyardError, KeyError, TypeError):
             return None
 
+    async def _patiently(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Do what needs the storage, again and again for a while where that is away."""
+        for pause_s in (*STORAGE_PAUSES_S, None):
+            try:
+                return await work()
+            except ModelyardError as error:
+                if pause_s is None or not isinstance(error, StorageUnavailable):
+                    hint = "Resume the training when the storage is as it should be."
+                    raise JobFailure(error.code, error.message, hint) from error
+                await self.job.event(f"{error.message} Trying again in {pause_s:g} s.", level="warning")
+                await asyncio.sleep(pause_s)
+
     async def _prepare(self) -> None:
-        """Bring the dataset, and the newest checkpoint if this machine has none."""
+        """Bring the dataset, and the newest checkpoint if this machine has only older ones."""
         if not await asyncio.to_thread(self.data.exists):
             try:
                 await checkpoints.fetch_file(self.storage, self.dataset.data_key, self.data, self.dataset.sha256)
-            except checkpoints.DamagedCheckpoint:
+            except (checkpoints.DamagedCheckpoint, ObjectNotFound):
                 raise JobFailure(
                     "dataset_damaged",
                     f"The file of the dataset {self.dataset.id} in the storage is not the one that was uploaded.",
                     "Upload it again, and train on that dataset.",
                 ) from None
-            except ModelyardError as error:
-                raise JobFailure(error.code, error.message, "Resume the training when the storage is back.") from error
-        if await asyncio.to_thread(checkpoints.newest_here, self.work) is not None:
+        here = await asyncio.to_thread(checkpoints.newest_here, self.work)
+        if here is not None and here[0] >= self.stored:
             return
-        try:
-            for step in reversed(await checkpoints.steps(self.storage, self.row.id)):
-                key = f"{checkpoints.prefix(self.row.id)}checkpoints/step-{step}/"
-                try:
-                    await checkpoints.fetch(self.storage, key, self.work / "checkpoints" / f"step-{step}")
-                except checkpoints.DamagedCheckpoint as error:
-                    await self.job.event(f"The checkpoint of step {step} is not used: {error}.", level="warning")
-                    continue
-                await self.job.event(f"The checkpoint of step {step} is here: the training goes on from it.")
+        for step in reversed(await checkpoints.steps(self.storage, self.row.id)):
+            if here is not None and here[0] >= step:
                 return
-        except ModelyardError as error:
-            raise JobFailure(error.code, error.message, "Resume the training when the storage is back.") from error
-
-    async def _attempts(self, number: int, share: Share) -> dict[str, Any]:
-        """Run children until one has done the work, or nothing helps any more."""
-        fruitless = deaths = 0
-        while True:
-            number += 1
-            kills = await asyncio.to_thread(attempts.Kills.so_far)
-            before = await self._newest_step()
-            child = await self._start(self._folder(number), share)
-            result = self._done(await self._follow(child, number))
-            if result is not None:
-                return result
-            died = await asyncio.to_thread(attempts.death, child, self.job.log, kills, share.memory_bytes)
-            deaths += 1
-            fruitless = 0 if await self._newest_step() > before else fruitless + 1
-            if died["code"] == "trainer_died" or fruitless >= FRUITLESS_DEATHS or deaths >= DEATHS:
-                times = f" It did so {deaths} times." if deaths > 1 else ""
-                hint = died["hint"].replace("{id}", str(self.row.id))
-                raise JobFailure(died["code"], died["message"] + times, hint, died["evidence"])
-            await self.job.event(
-                f"{died['message']} Going on from the last checkpoint.", level="warning", data={"code": died["code"]}
-            )
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(PAUSE_S):
-                    await self.job.interrupted.wait()
-            _leave_if_interrupted(self.job)
-
-    def _done(self, result: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Return the result of a trainer that has done its work; None if it left none, or was stopped from outside.
-
-        Raises:
-            JobFailure: what it says of its failure.
-        """
-        failure = (result or {}).get("failure")
-        if failure is not None:
-            raise JobFailure(failure["code"], failure["message"], failure["hint"], failure.get("evidence", ()))
-        if result is None or "adapter_dir" not in result:
-            return None
-        _keep_result(self.work, result)
-        return result
-
-    async def _start(self, folder: Path, share: Share) -> Child:
-        spec = attempts.spec_of(
-            self.row, self.base, self.settings,
-            data=self.data, work=self.work, folder=folder, memory_bytes=share.memory_bytes,
-        )  # fmt: skip
-        await asyncio.to_thread(spec.write, folder / "training.json")
-        command = attempts.command(self.settings, folder, share.env)
-        try:
-            return await self.children.start(
-                folder, command, log=self.job.log, stop_timeout_s=self.settings.trainer_stop_timeout_s
-            )
-        except RuntimeError as error:
-            raise JobFailure(
-                "no_process", f"The trainer could not be started: {error}.", "Free memory, then resume the training."
-            ) from error
-
-    async def _follow(self, child: Child, number: int) -> dict[str, Any] | None:
-        """Watch a child to its end and return its result; None if it left none, or was stopped from outside."""
-        followed = self.row.followed or {}
-        follower = Follower(
-            self.sessions,
-            self.job,
-            self.row.id,
-            attempt=number,
-            path=child.folder / "progress.jsonl",
-            offset=followed["offset"] if followed.get("attempt") == number else 0,
-            on_checkpoint=self.keeper.offer,
-        )
-        ended = asyncio.ensure_future(child.wait())
-        stopping: asyncio.Task[Any] | None = None
-        taken = 0
-        if (here := await asyncio.to_thread(checkpoints.newest_here, self.work)) is not None and here[0] > self.stored:
-            self.keeper.offer(*here)  # what an earlier run of the server had no time to copy
-        try:
-            while not ended.done():
-                await asyncio.wait({ended}, timeout=POLL_S)
-                await follower.look()
-                if follower.memory_bytes > taken:
-                    taken = follower.memory_bytes
-                    await self.accelerator.note_taken(self.job, taken)
-                if self.job.interrupted.is_set() and stopping is None:
-                    stopping = asyncio.create_task(child.stop(), name=f"stop training {self.row.id}")
-            await follower.finish()
-        except asyncio.CancelledError:
-            await child.stop()
-            await follower.finish()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LAST_COPY_S):
-                    await self.keeper.finish()
-            raise
-        result = await asyncio.to_thread(attempts.read_result, child.folder)
-        if self.job.interrupted.is_set():
-            self._done(result)
-            await self.keeper.finish()
-            raise JobInterrupted
-        return result
-
-    async def _newest_step(self) -> int:
-        found = await asyncio.to_thread(checkpoints.newest_here, self.work)
-        return found[0] if found is not None else -1
-
-    def _folder(self, number: int) -> Path:
-        return self.job.folder / f"attempt-{number}"
+            try:
+                key = f"{checkpoints.prefix(self.row.id)}checkpoints/step-{step}/"
+                await checkpoints.fetch(self.storage, key, self.work / "checkpoints" / f"step-{step}")
+            except checkpoints.DamagedCheckpoint as error:
+                await self.job.event(f"The checkpoint of step {step} is not used: {error}.", level="warning")
+                continue
+            await self.job.event(f"The checkpoint of step {step} is here: the training goes on from it.")
+            return
 
     async def _checkpoint_saved(self, step: int) -> None:
-        self.stored = step
         await self._write(checkpoint_step=step)
 
     async def _checkpoint_not_saved(self, step: int, error: ModelyardError) -> None:
@@ -396,9 +295,17 @@ class _Training:
     # Both
 
     async def _write(self, **values: Any) -> None:
-        async with self.sessions.begin() as session:
-            await session.execute(update(Finetune).where(Finetune.id == self.row.id).values(**values))
-        self.job.tell()
+        """Write what is, as often as it takes: a database that is away for a while is no reason to fail."""
+        while True:
+            try:
+                async with self.sessions.begin() as session:
+                    await session.execute(update(Finetune).where(Finetune.id == self.row.id).values(**values))
+            except (OperationalError, InterfaceError):
+                log.exception("what training %s is at could not be written; trying again", self.row.id)
+                await asyncio.sleep(PAUSE_S)
+            else:
+                self.job.tell()
+                return
 
     async def _or_interrupt(self, work: Awaitable[T]) -> T:
         """Return what the work does, or end it when the job is interrupted."""
