@@ -355,6 +355,52 @@ async def test_two_trainings_share_and_the_second_waits_for_the_first(tmp_path: 
         await asyncio.gather(one, two)
 
 
+async def test_what_left_for_one_training_is_back_before_another_takes_its_memory(tmp_path: Path) -> None:
+    async with busy(tmp_path) as (first, _):
+        one = asyncio.ensure_future(first.trains(OnBusy.STOP_DEPLOYMENT, until := asyncio.Event()))
+        await eventually(lambda: is_promised(first), "the first trains")
+        second = await add_training(first.yard)
+        with pytest.raises(JobFailure, match="left for the training support come back first"):
+            await second.trains(OnBusy.FAIL)
+        two = asyncio.ensure_future(second.trains(OnBusy.WAIT))
+        await eventually(lambda: _is_waiting(second), "the second waits")
+        until.set()
+        await one
+        assert (await back(first)).state == "READY"
+        assert not two.done()
+        assert not await is_promised(second)
+        second.context.interrupted.set()
+        with pytest.raises(JobInterrupted):
+            await two
+
+
+async def test_what_comes_back_waits_for_memory_that_somebody_was_quicker_to_take(tmp_path: Path) -> None:
+    async with busy(tmp_path) as (ft, _):
+        one = asyncio.ensure_future(ft.trains(OnBusy.STOP_DEPLOYMENT, until := asyncio.Event()))
+        await eventually(lambda: is_promised(ft), "it trains")
+        other = await add_training(ft.yard)
+        async with ft.yard.sessions.begin() as session:
+            await promises.promise(session, other.context.id, "somebody", 2 * GIB)
+        until.set()
+
+        async def is_asked() -> bool:
+            return (await ft.row()).stopped[0]["back_deployment_id"] is not None
+
+        await eventually(is_asked, "it is wanted again")
+
+        async def waits() -> bool:
+            job_id = (await back(ft)).job_id
+            return "Waiting for memory" in "\n".join(one.message for one in await ft.yard.events(job_id))
+
+        await eventually(waits, "it waits")
+        assert not one.done()
+        async with ft.yard.sessions.begin() as session:
+            await promises.release(session, other.context.id)
+        ft.told(())
+        await one
+        assert (await back(ft)).state == "READY"
+
+
 async def test_more_than_there_ever_is_disturbs_nobody(tmp_path: Path) -> None:
     async with busy(tmp_path) as (ft, job_id):
         huge = Need(GIB, 900 * GIB, 0, 0, 1, 901 * GIB, 901 * GIB)

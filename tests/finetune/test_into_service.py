@@ -181,6 +181,17 @@ async def test_adapters_that_somebody_else_asks_for_meanwhile_fail_the_training(
         assert "(adapters_changed)" in (await deploying).message
 
 
+async def test_one_that_falls_with_another_adapter_is_asked_for_again(tmp_path: Path) -> None:
+    async with training(tmp_path, {"slow_load": 0.5, "fail_adapters": {"org/bad": "it does not fit"}}) as ft:
+        await ft.yard.add_adapter("org/bad", ORG_A)
+        job_id = await ft.yard.deploy(ORG_A)
+        await ft.yard.becomes(job_id, "READY")
+        await ft.yard.deploy(ORG_A, ["org/bad"])
+        await eventually(lambda: _wants(ft.yard, job_id, "org/bad"), "the bad one is wanted")
+        assert (await ft.deploys())["acts"]
+        assert (await ft.yard.deployment(job_id)).adapter_ids == [TRAINED]
+
+
 async def test_a_deployment_of_others_that_serves_it_too_is_as_good(tmp_path: Path) -> None:
     async with training(tmp_path, {"slow_load": 0.5}) as ft:
         job_id = await ft.yard.deploy(ORG_A)

@@ -210,7 +210,9 @@ class Accelerator:
         async with self._sessions.begin() as session:
             await promises.release(session, context.id)
         self._told(())
-        return await stand_aside.bring_back(context, self._sessions, self._told, finetune_id)
+        return await stand_aside.bring_back(
+            context, self._sessions, self._told, finetune_id, self._settings.engine_start_timeout_s
+        )
 
     async def note_taken(self, context: JobContext, taken_bytes: int) -> None:
         """Note how much memory the trainer has taken, so that it is not counted twice."""
@@ -228,17 +230,19 @@ class Accelerator:
                 now = await sight(self._sessions, self._settings, but=context.id)
                 async with self._sessions.read() as session:
                     gone = await stand_aside.are_gone(session, finetune_id)
-                if gone and (now.fits(need.needed_bytes) or not (now.holding or now.others)):
+                    before = await stand_aside.owed_before(session, finetune_id)
+                fits = now.fits(need.needed_bytes) or not (now.holding or now.others)
+                if gone and fits and not before:
                     return await self._take(context, now, need, holder)
                 going = now.must_go(need.needed_bytes)
-                if on_busy == OnBusy.FAIL and going != []:
-                    raise _busy(now, need)
+                if on_busy == OnBusy.FAIL and (going != [] or before):
+                    raise _busy(now, need, before)
                 if going is None and now.must_go(need.needed_bytes, alone=True) is None:
                     raise _hopeless(now, need)
                 if not said:
                     said = True
-                    await self._say(context, finetune_id, now, need)
-                if on_busy == OnBusy.STOP_DEPLOYMENT and going:
+                    await self._say(context, finetune_id, now, need, before)
+                if on_busy == OnBusy.STOP_DEPLOYMENT and going and not before:
                     await self._have_them_leave(context, finetune_id, going)
             await _pause(context)
 
@@ -251,11 +255,11 @@ class Accelerator:
             await context.event(f"It may be short of memory. {now.in_words(need)}", level="warning")
         return share
 
-    async def _say(self, context: JobContext, finetune_id: UUID, now: Sight, need: Need) -> None:
+    async def _say(self, context: JobContext, finetune_id: UUID, now: Sight, need: Need, before: Sequence[str]) -> None:
         async with self._sessions.begin() as session:
             await session.execute(update(Finetune).where(Finetune.id == finetune_id).values(phase=Phase.WAITING))
         data = {"needed_bytes": need.needed_bytes, "free_bytes": now.free(), "held_by": now.held_by()}
-        await context.event(f"Waiting for the accelerator. {now.in_words(need)}", data=data)
+        await context.event(f"Waiting for the accelerator. {now.in_words(need)}{_first(before)}", data=data)
 
     async def _have_them_leave(self, context: JobContext, finetune_id: UUID, going: Sequence[Deployment]) -> None:
         async with self._sessions.begin() as session:
@@ -270,10 +274,16 @@ class Accelerator:
         )  # fmt: skip
 
 
-def _busy(now: Sight, need: Need) -> JobFailure:
+def _first(before: Sequence[str]) -> str:
+    if not before:
+        return ""
+    return f" Deployments that left for the training {' and '.join(before)} come back first."
+
+
+def _busy(now: Sight, need: Need, before: Sequence[str]) -> JobFailure:
     return JobFailure(
         "accelerator_busy",
-        now.in_words(need),
+        now.in_words(need) + _first(before),
         "Take deployments out of service, or ask with on_busy wait or stop_deployment; a smaller max_seq_len or "
         "batch_size wants less.",
     )

@@ -31,6 +31,7 @@ from modelyard.settings import Settings
 Told = Callable[[Iterable[UUID]], None]
 
 LOOK_EVERY_S = 0.25
+MOST_ASKED_AGAIN = 5
 _ASKED = "Into service: "
 
 
@@ -51,6 +52,7 @@ async def put_into_service(
     """
     asked = await _asked_before(sessions, context)
     deployment_id, is_new = asked or await _ask(context, sessions, settings, told, model_id, adapter_id)
+    asked_again = 0
     while True:
         if context.interrupted.is_set():
             await _take_back(sessions, told, deployment_id, adapter_id, is_new=is_new)
@@ -61,10 +63,15 @@ async def put_into_service(
             if entry is not None and row.state == DeploymentState.READY:
                 return dict(entry.get("checks") or {})
             moved_to = await _served_elsewhere(session, row, adapter_id)
-            if moved_to is None:
+            fell_with_another = await _fell_with_another(session, row, adapter_id) and asked_again < MOST_ASKED_AGAIN
+            if moved_to is None and not fell_with_another:
                 await _refuse_what_never_comes(session, row, adapter_id)
         if moved_to is not None:
             deployment_id, is_new = moved_to, False
+            continue
+        if fell_with_another:
+            asked_again += 1
+            deployment_id, is_new = await _ask(context, sessions, settings, told, model_id, adapter_id)
             continue
         await _pause(context)
 
@@ -198,6 +205,17 @@ async def _served_elsewhere(session: AsyncSession, row: Deployment, adapter_id: 
         if one.id != row.id and adapter_id in one.adapter_ids and await deployments.is_wanted(session, one):
             return one.id
     return None
+
+
+async def _fell_with_another(session: AsyncSession, row: Deployment, adapter_id: str) -> bool:
+    """Whether the adapter was taken back only because another one that was asked for beside it was refused."""
+    failure = row.adapter_failure
+    return (
+        failure is not None
+        and failure["adapter_id"] != adapter_id
+        and adapter_id not in row.adapter_ids
+        and await deployments.is_wanted(session, row)
+    )
 
 
 async def _refuse_what_never_comes(session: AsyncSession, row: Deployment, adapter_id: str) -> None:

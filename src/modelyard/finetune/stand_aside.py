@@ -9,6 +9,7 @@ entry is `{"deployment_id", "job_id", "model_id", "adapter_ids", "options", "str
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
@@ -75,8 +76,10 @@ async def are_gone(session: AsyncSession, finetune_id: UUID) -> bool:
     return not ids or (await session.scalar(query)) is None
 
 
-async def bring_back(context: JobContext, sessions: Sessions, told: Told, finetune_id: UUID) -> float | None:
-    """Want back what left for a training, and wait until it is in service again or has failed.
+async def bring_back(
+    context: JobContext, sessions: Sessions, told: Told, finetune_id: UUID, timeout_s: float
+) -> float | None:
+    """Want back what left for a training, and wait until it is in service again or has failed, but not for ever.
 
     What somebody else has brought back or replaced meanwhile is not doubled. Safe to repeat at any point. An interrupt
     of the training does not end the wait: what was in service must be so again.
@@ -90,12 +93,36 @@ async def bring_back(context: JobContext, sessions: Sessions, told: Told, finetu
             await jobs.append_event(session, context.id, message)
     if touched or messages:
         told((*touched, context.id))
-    while await _note_those_back(context, sessions, finetune_id):  # noqa: ASYNC110  (the facts are in the database)
+    until = time.monotonic() + timeout_s
+    while missing := await _note_those_back(context, sessions, finetune_id):
+        if time.monotonic() > until:
+            message = f"{missing} of the deployments that left for this training are still on their way back."
+            await context.event(message, level="warning")
+            break
         await asyncio.sleep(LOOK_EVERY_S)
     async with sessions.begin() as session:
         row = await _row(session, finetune_id)
         row.unavailable_s = unavailable_s(row.stopped)
         return row.unavailable_s
+
+
+async def owed_before(session: AsyncSession, finetune_id: UUID) -> list[str]:
+    """Return the names of other trainings for which deployments have left, and for this one not, or later.
+
+    Those come back first: whoever took their memory now would keep them out of service.
+    """
+    query = select(Finetune).join(Job, Job.id == Finetune.job_id).where(Job.status.in_(ACTIVE))
+    open_since = {
+        row.id: (min(one["left_at"] for one in row.stopped if _is_open(one)), row.name)
+        for row in (await session.scalars(query)).all()
+        if any(_is_open(one) for one in row.stopped)
+    }
+    ours = open_since.pop(finetune_id, None)
+    return [name for left_at, name in sorted(open_since.values()) if ours is None or left_at < ours[0]]
+
+
+def _is_open(entry: dict[str, Any]) -> bool:
+    return entry["back_at"] is None and entry["note"] is None
 
 
 async def bring_back_forgotten(session: AsyncSession) -> list[UUID]:
@@ -174,6 +201,9 @@ async def _deploy(session: AsyncSession, entry: dict[str, Any], name: str) -> De
     )
     job, _ = await deployments.deploy(session, wish)
     row = await deployments.of_job(session, job.id)
+    # What has served waits for memory that somebody was quicker to take, and does without an adapter that fails.
+    was = await roster.get(session, UUID(entry["deployment_id"]))
+    row.restores = was.id if was.has_served else None
     # What others were asked to be meanwhile, they stay.
     row.current_at = datetime.fromisoformat(entry["current_at"])
     message = f"Wanted again: it had left for the training {name}."
@@ -185,7 +215,7 @@ async def _note_those_back(context: JobContext, sessions: Sessions, finetune_id:
     """Write down what is in service again or will not be; return of how many neither is known yet."""
     async with sessions.read() as session:
         row = await _row(session, finetune_id)
-        open_entries = [one for one in row.stopped if one["back_at"] is None and one["note"] is None]
+        open_entries = [one for one in row.stopped if _is_open(one)]
         facts = {
             one["deployment_id"]: await _fate(session, UUID(one["back_deployment_id"]))
             for one in open_entries
@@ -198,7 +228,7 @@ async def _note_those_back(context: JobContext, sessions: Sessions, finetune_id:
             entries = [dict(one) for one in row.stopped]
             for entry in entries:
                 fact = news.get(entry["deployment_id"])
-                if fact is None or entry["back_at"] is not None or entry["note"] is not None:
+                if fact is None or not _is_open(entry):
                     continue
                 if isinstance(fact, datetime):
                     entry["back_at"] = fact.isoformat()
