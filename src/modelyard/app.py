@@ -127,11 +127,16 @@ def create_app(foundation: Foundation) -> FastAPI:
             {finetunes.KIND: finetunes.ended},
         )
         errands = Errands(settings, children)
+
+        def hang_up() -> None:
+            runner.news.end()
+            errands.end()
+
         app.state.errands = errands
         app.state.sessions = sessions
         app.state.storage = storage
         app.state.runner = runner
-        app.state.hang_up = runner.news.end
+        app.state.hang_up = hang_up
         app.state.routing = routing
         app.state.gateway = Gateway(routing, engines, Metrics(app.state.registry), settings.max_body_mib * MIB)
         app.state.raw_lane = RawLane(app.state.gateway, sessions, settings)

@@ -46,15 +46,21 @@ class Errands:
         self._folder = settings.jobs_dir / "errands"
         self._turn = asyncio.Lock()
         self._running: set[asyncio.Task[Any]] = set()
+        self._is_ending = False
 
     async def sweep(self) -> None:
         """Remove what a server that was killed has left. For the start of a server, when strays have been ended."""
         await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
 
-    async def close(self) -> None:
-        """End what runs, as its callers' cancellation would. Safe to repeat."""
+    def end(self) -> None:
+        """Have what runs and what waits end, and begin nothing more. Safe to repeat."""
+        self._is_ending = True
         for task in self._running:
             task.cancel()
+
+    async def close(self) -> None:
+        """End it all, and wait until nothing of it is left. Safe to repeat."""
+        self.end()
         await asyncio.gather(*self._running, return_exceptions=True)
 
     @asynccontextmanager
@@ -79,6 +85,8 @@ class Errands:
         Raises:
             ModelyardError: it failed, was killed or died; the cause and what to do.
         """
+        if self._is_ending:
+            raise _stopping()
         task = asyncio.create_task(self._run(folder, spec(folder), env or {}), name=f"errand {folder.name}")
         self._running.add(task)
         task.add_done_callback(self._running.discard)
@@ -87,6 +95,9 @@ class Errands:
         except JobFailure as failure:
             raise refusal(failure) from failure
         except asyncio.CancelledError:
+            own = asyncio.current_task()
+            if self._is_ending and own is not None and not own.cancelling():
+                raise _stopping() from None
             task.cancel()
             await _surely(asyncio.gather(task, return_exceptions=True))
             raise
@@ -116,6 +127,10 @@ def refusal(failure: JobFailure) -> ModelyardError:
     if failure.code in PASSING:
         return Unavailable(message, retry_after_s=RETRY_AFTER_S, code=failure.code)
     return (BadGateway if failure.code == "trainer_failed" else Unprocessable)(message, code=failure.code)
+
+
+def _stopping() -> ModelyardError:
+    return refusal(JobFailure("stopped", "The server is being stopped.", "Try again when it is back."))
 
 
 async def _surely(work: Any) -> None:
