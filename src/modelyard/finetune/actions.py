@@ -48,11 +48,7 @@ async def start(session: AsyncSession, wanted: FinetuneIn) -> Job:
         AliasTaken: the alias that is to lead to the adapter is the name of a model.
     """
     await exclusively(session, "FINETUNE")
-    model = await trainable(session, wanted.model_id)
-    dataset = await datasets.get(session, wanted.dataset_id)
-    _check_measuring(wanted, dataset)
-    if wanted.promote is not None:
-        await _check_alias(session, wanted.promote.alias)
+    model, dataset = await check(session, wanted)
     finetune_id = uuid4()
     job = await _new_job(session, finetune_id, wanted.model_id, wanted.dataset_id)
     row = Finetune(
@@ -71,6 +67,22 @@ async def start(session: AsyncSession, wanted: FinetuneIn) -> Job:
     await session.flush()
     await _hold(session, row)
     return job
+
+
+async def check(session: AsyncSession, wanted: FinetuneIn) -> tuple[Model, Dataset]:
+    """Return the model and the dataset of a wish that could be fulfilled, as far as their rows tell.
+
+    Raises:
+        ModelNotFound, DatasetNotFound: there is no such thing.
+        Unprocessable: the model is none that can be trained, or the request contradicts itself.
+        AliasTaken: the alias that is to lead to the adapter is the name of a model.
+    """
+    model = await trainable(session, wanted.model_id)
+    dataset = await datasets.get(session, wanted.dataset_id)
+    _check_measuring(wanted, dataset)
+    if wanted.promote is not None:
+        await _check_alias(session, wanted.promote.alias)
+    return model, dataset
 
 
 async def resume(session: AsyncSession, finetune_id: UUID) -> Job:

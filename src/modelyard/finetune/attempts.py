@@ -112,8 +112,16 @@ def _counter(path: Path) -> int:
     return 0
 
 
-def death(child: Child, log: Path, before: Kills, memory_bytes: int | None) -> dict[str, Any]:
-    """Return the failure of a child that ended without a result."""
+def death(child: Child, log: Path, before: Kills, memory_bytes: int | None, taken_bytes: int) -> dict[str, Any]:
+    """Return the failure of a child that ended without a result.
+
+    Args:
+        child: The child.
+        log: What it wrote.
+        before: The kernel's counters from before it started, or was adopted.
+        memory_bytes: What it had been given; None where that is not known.
+        taken_bytes: What it had taken when it last said so; 0 if it never did.
+    """
     outcome = child.outcome or Outcome(None, None)
     shown = evidence.clipped(_last_words(log))
     if outcome.signal is None and outcome.exit_code is not None:
@@ -127,7 +135,9 @@ def death(child: Child, log: Path, before: Kills, memory_bytes: int | None) -> d
     now = Kills.so_far()
     for_memory = now.container > before.container or now.machine > before.machine
     known = ", for want of memory, as the kernel's counter says" if for_memory else ""
-    given = f" It had been given {memory_bytes / GIB:.1f} GiB." if memory_bytes is not None else ""
+    figures = [f"had been given {memory_bytes / GIB:.1f} GiB of memory"] if memory_bytes is not None else []
+    figures += [f"had taken {taken_bytes / GIB:.1f} GiB when it last said so"] if taken_bytes else []
+    given = f" It {' and '.join(figures)}." if figures else ""
     return {
         "code": "trainer_killed",
         "message": f"The trainer was ended from outside ({outcome.describe()}{known}).{given}",

@@ -16,7 +16,6 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from modelyard.datasets import actions as datasets
 from modelyard.datasets import reading
 from modelyard.db import Sessions
 from modelyard.deploy.fitting import model_files
@@ -52,8 +51,7 @@ async def plan(
     """
     hyperparameters = wanted.hyperparameters.filled()
     async with sessions.read() as session:
-        model = await actions.trainable(session, wanted.model_id)
-        dataset = await datasets.get(session, wanted.dataset_id)
+        model, dataset = await actions.check(session, wanted)
         past = await history(session, model.model_id, hyperparameters)
     report = (await reading.about(storage, dataset)).report
     longest = int(report["characters"]["longest"]) + TEMPLATE_TOKENS

@@ -66,6 +66,8 @@ class TrainerRuns:
         self._keeper = keeper
         self._note_taken = note_taken
         self._number = attempts.newest(job.folder)
+        #: Most memory that the trainer has said to have taken.
+        self._taken = 0
 
     async def adopted(self) -> dict[str, Any] | None:
         """Go on with a trainer that an earlier run of the server has started, as long as it lasts.
@@ -85,7 +87,7 @@ class TrainerRuns:
             await self._job.event("The trainer has gone on while the server was away.")
         result = _done(await self._follow(child))
         if result is None and lives:
-            died = await asyncio.to_thread(attempts.death, child, self._job.log, kills, None)
+            died = await asyncio.to_thread(attempts.death, child, self._job.log, kills, None, self._taken)
             await self._job.event(f"{died['message']} Going on from the last checkpoint.", level="warning")
         return result
 
@@ -104,7 +106,7 @@ class TrainerRuns:
             result = _done(await self._follow(child))
             if result is not None:
                 return result
-            died = await asyncio.to_thread(attempts.death, child, self._job.log, kills, share.memory_bytes)
+            died = await asyncio.to_thread(attempts.death, child, self._job.log, kills, share.memory_bytes, self._taken)
             deaths += 1
             fruitless = 0 if await self._newest_step() > before else fruitless + 1
             if died["code"] == "trainer_died" or fruitless >= FRUITLESS_DEATHS or deaths >= DEATHS:
@@ -171,14 +173,14 @@ class TrainerRuns:
         """Follow a child until it has ended, which it is asked to when the job is interrupted."""
         ended = asyncio.ensure_future(child.wait())
         stopping: asyncio.Task[Any] | None = None
-        taken = 0
+        self._taken = 0
         while not ended.done():
             await asyncio.wait({ended}, timeout=POLL_S)
             await follower.look()
-            if follower.memory_bytes > taken:
-                taken = follower.memory_bytes
+            if follower.memory_bytes > self._taken:
+                self._taken = follower.memory_bytes
                 try:
-                    await self._note_taken(taken)
+                    await self._note_taken(self._taken)
                 except SQLAlchemyError as error:  # a figure that got lost is no reason to fail: the next one tells more
                     log.warning("the memory of training %s could not be written: %s", self._row.id, error)
             if self._job.interrupted.is_set() and stopping is None:

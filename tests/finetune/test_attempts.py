@@ -1,0 +1,70 @@
+"""How a trainer is started, and what its end is taken for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from modelyard.finetune import attempts
+from modelyard.finetune.attempts import Kills
+from modelyard.processes import Child, Outcome
+
+GIB = 1024**3
+NONE = Kills(0, 0)
+
+
+def ended(tmp_path: Path, outcome: Outcome) -> Child:
+    child = Child(tmp_path, "token", tmp_path / "entry", 0, None)
+    child.outcome = outcome
+    return child
+
+
+def test_threads_of_one_core_count_as_one(tmp_path: Path) -> None:
+    for cpu in range(256):
+        folder = tmp_path / f"cpu{cpu}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text("0-255")
+    assert attempts.physical_cores(tmp_path) == 1
+
+
+def test_where_the_system_does_not_tell_every_processor_counts(tmp_path: Path) -> None:
+    import os
+
+    assert attempts.physical_cores(tmp_path) == len(os.sched_getaffinity(0))
+
+
+def test_the_kernels_counters_are_read_where_they_are(tmp_path: Path) -> None:
+    (tmp_path / "vmstat").write_text("pgfault 12\noom_kill 3\n")
+    (tmp_path / "memory.events").write_text("low 0\noom 2\noom_kill 1\n")
+    assert Kills.so_far(tmp_path / "vmstat", tmp_path) == Kills(3, 1)
+    assert Kills.so_far(tmp_path / "none", tmp_path / "none") == NONE
+
+
+def test_a_trainer_that_was_killed_is_told_with_the_memory_that_it_had(tmp_path: Path) -> None:
+    died = attempts.death(ended(tmp_path, Outcome(None, 9)), tmp_path / "log", Kills.so_far(), 4 * GIB, 3 * GIB)
+    assert died["code"] == "trainer_killed"
+    assert "SIGKILL" in died["message"]
+    assert "given 4.0 GiB" in died["message"]
+    assert "taken 3.0 GiB" in died["message"]
+    assert "want of memory" not in died["message"]
+    before = Kills(-1, -1)  # the kernel has killed something since then
+    assert "for want of memory" in attempts.death(
+        ended(tmp_path, Outcome(None, 9)), tmp_path / "log", before, None, 0
+    )["message"]  # fmt: skip
+
+
+def test_a_trainer_that_left_by_itself_shows_its_last_lines(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("one\n" * 50 + "ModuleNotFoundError: No module named 'torch'\n")
+    died = attempts.death(ended(tmp_path, Outcome(1, None)), tmp_path / "log", NONE, None, 0)
+    assert died["code"] == "trainer_died"
+    assert "MODELYARD_TRAINER_PYTHON" in died["hint"]
+    assert died["evidence"][-1] == "ModuleNotFoundError: No module named 'torch'"
+    assert len(died["evidence"]) <= 20
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "null"])
+def test_what_is_no_whole_result_is_none(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "result.json").write_text(content)
+    assert attempts.read_result(tmp_path) is None
