@@ -14,6 +14,10 @@ import sys
 
 def main() -> None:
     """Import what every training does, then fork for each line."""
+    from modelyard.trainer.__main__ import ENVIRONMENT
+
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     import peft  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 

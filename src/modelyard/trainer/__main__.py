@@ -18,11 +18,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from modelyard.errors import JobFailure
+from modelyard.trainer import memory
 from modelyard.trainer.failures import as_failure
 from modelyard.trainer.reports import Reports, finite
 from modelyard.trainer.spec import Mode, Spec
 
 log = logging.getLogger("modelyard.trainer")
+
+#: What torch reads when it is imported.
+ENVIRONMENT = {
+    # Threads that wait in a circle take the cores from whoever else works here: an engine, another training.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # Kernels in bfloat16 are made for each shape, and kept: a thousand of them take as much memory as a small model.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
+    "LRU_CACHE_CAPACITY": "256",
+}
 
 #: Beside the adapter: what it came to, so that a restart after the last step trains nothing again.
 TRAINED = "trained.json"
@@ -34,12 +45,15 @@ def main(argv: list[str]) -> None:
     """Run, write the result file, and leave with 0, or 1 after a failure."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     spec = Spec.read(Path(argv[0]))
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     stop = _Stop(spec)
     signal.signal(signal.SIGTERM, stop)
     report = Reports(Path(spec.progress))
     try:
         result = _run(spec, report, stop)
     except Exception as error:
+        memory.let_go()
         # The edge of the child: whatever it was becomes the result.
         log.exception("failed")
         failure = as_failure(error)
@@ -90,10 +104,15 @@ def _run(spec: Spec, report: Reports, stop: _Stop) -> dict[str, Any]:
 def train(spec: Spec, report: Reports, stop: _Stop) -> dict[str, Any]:
     """Train an adapter, or go on where an attempt before was ended, and score it."""
     report.phase("loading")
-    from modelyard.trainer import memory
     from modelyard.trainer.model import device_name, load_base, load_tokenizer, max_length, read_config, with_adapter
     from modelyard.trainer.rows import prepare
 
+    if spec.hyperparameters.packing:
+        raise JobFailure(
+            "packing_unsupported",
+            "packing puts several rows into one, which this version does not do.",
+            "Leave packing out: rows of like length are trained together, so that there is little padding.",
+        )
     config = read_config(spec)
     memory.hold_to(spec.memory_bytes)
     tokenizer = load_tokenizer(spec)

@@ -28,7 +28,9 @@ AUTO_STEPS = 5
 GROUPED_STEPS = 50
 #: ... but an epoch has so many groups at least, or its batches would be the same each time.
 GROUPS = 4
-#: Lengths are rounded up to this: kernels are prepared for each shape that they see.
+#: Lengths are rounded up to so many steps between a power of two and the next, of 8 tokens at least: kernels are made
+#: for each shape that they see, which takes more time and memory than some padding.
+WIDTHS = 16
 ALIGNED = 8
 
 
@@ -164,7 +166,7 @@ def collate(rows: Rows, chosen: Sequence[int], pad: int) -> Micro:
     import torch
 
     longest = max(int(rows.lengths[row]) for row in chosen)
-    width = -(-longest // ALIGNED) * ALIGNED
+    width = padded(longest)
     ids = np.full((len(chosen), width), pad, np.int64)
     labels = np.full((len(chosen), width), IGNORED, np.int64)
     for index, row in enumerate(chosen):
@@ -187,4 +189,10 @@ def collate(rows: Rows, chosen: Sequence[int], pad: int) -> Micro:
 def padded_tokens(rows: Rows, chosen: Sequence[int], size: int) -> int:
     """Return how many tokens a step's forward passes take with their padding."""
     parts = (chosen[begin : begin + size] for begin in range(0, len(chosen), size))
-    return sum(len(part) * -(-max(int(rows.lengths[row]) for row in part) // ALIGNED) * ALIGNED for part in parts)
+    return sum(len(part) * padded(max(int(rows.lengths[row]) for row in part)) for part in parts)
+
+
+def padded(length: int) -> int:
+    """Return how long a row is made whose batch's longest has this length: at most a sixteenth more, or to 8 tokens."""
+    unit = max(ALIGNED, (1 << (length - 1).bit_length()) // 2 // WIDTHS)
+    return -(-length // unit) * unit

@@ -9,7 +9,6 @@ and went on: neither checkpoints nor validation touch what the steps depend on.
 
 from __future__ import annotations
 
-import gc
 import inspect
 import json
 import math
@@ -120,6 +119,8 @@ class Training:
         self._checkpoints.discard_unusable(found)
         moments = self._restore(found) if found is not None else None
         self._read_sizes()
+        if self._needed(self.settings.batch_size or self.course.rows_per_step) > SURELY_FITS * self._free():
+            memory.be_thrifty()
         if not self.progress.sizes:
             self._choose_size()
         self._curve = Curve(
@@ -180,6 +181,10 @@ class Training:
             "WARNING",
             batch_size=max(1, rows // 2),
         )
+
+    def make_room(self) -> None:
+        """Give back what a forward pass left."""
+        memory.collect(self._spec.memory_bytes)
 
     def after_step(self, stepper: Stepper, step: Step) -> bool:
         """Take in a step that is done; return whether that was the last one for now."""
@@ -306,27 +311,29 @@ class Training:
 
     # How many rows a forward pass has.
 
+    def _needed(self, rows: int) -> int:
+        """Estimate what a forward and backward pass of so many of the longest rows takes."""
+        dtype_bytes = next(self.model.get_base_model().parameters()).element_size()
+        return memory.step_bytes(self.model.config, dtype_bytes, rows, int(self.rows.lengths.max()))
+
+    def _free(self) -> int:
+        trained = sum(each.numel() for each in self.model.parameters() if each.requires_grad)
+        return memory.budget(self._spec.memory_bytes).free_bytes - memory.adapter_bytes(trained)
+
     def _choose_size(self) -> None:
         """Find how many rows of the longest fit. Raises JobFailure `out_of_memory` if not even what was asked for."""
         asked = self.settings.batch_size
-        most = asked or max(1, self.course.rows_per_step // self.settings.gradient_accumulation)
-        longest = int(self.rows.lengths.max())
-        dtype_bytes = next(self.model.get_base_model().parameters()).element_size()
-        trained = sum(each.numel() for each in self.model.parameters() if each.requires_grad)
-        free = memory.budget(self._spec.memory_bytes).free_bytes - memory.adapter_bytes(trained)
-        needed = {most: memory.step_bytes(self.model.config, dtype_bytes, most, longest)}
-        rows = most
-        while asked is None and rows > 1 and needed[rows] > free:
+        rows = asked or max(1, self.course.rows_per_step // self.settings.gradient_accumulation)
+        free = self._free()
+        while asked is None and rows > 1 and self._needed(rows) > free:
             rows = max(1, rows // 2)
-            needed[rows] = memory.step_bytes(self.model.config, dtype_bytes, rows, longest)
-        while needed[rows] > SURELY_FITS * free:
+        while self._needed(rows) > SURELY_FITS * free:
             error = self._try(rows)
             if error is None:
                 break
             if asked is not None or rows == 1:
                 raise self._too_large(rows, error)
             rows = max(1, rows // 2)
-            needed[rows] = memory.step_bytes(self.model.config, dtype_bytes, rows, longest)
         self._set_size(0, rows)
         if asked is None:
             self._report.note(
@@ -350,17 +357,17 @@ class Training:
             shortage = error.with_traceback(None)
         for each in self.model.parameters():
             each.grad = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        self.make_room()
         set_random_tensors(before)
         return shortage
 
     def _too_large(self, rows: int, error: BaseException) -> JobFailure:
+        # The error's frames hold what was too much, and would count as taken.
+        error = error.with_traceback(None)
+        self.make_room()
         longest = int(self.rows.lengths.max())
         allowed = memory.budget(self._spec.memory_bytes)
-        dtype_bytes = next(self.model.get_base_model().parameters()).element_size()
-        needed = memory.step_bytes(self.model.config, dtype_bytes, rows, longest)
+        needed = self._needed(rows)
         fitting = memory.suggestions(max(needed, allowed.free_bytes), allowed.free_bytes, rows, longest)
         words = " or ".join(f"{name} {value}" for name, value in fitting.items())
         return JobFailure(

@@ -7,6 +7,8 @@ The estimate is arithmetic over the model's shape, for a first guess; what was m
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import resource
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +17,10 @@ from typing import Any
 
 #: What the system and the other processes keep when the training may take what is free.
 MARGIN = 0.05
+#: What kernels take that are made for the shapes they see, in bfloat16 on a processor.
+KERNEL_BYTES = 128 * 1024**2
+#: Of C's mallopt.
+_M_MMAP_THRESHOLD = -3
 #: Bytes per trained weight: itself, its gradient and two moments, each in float32.
 TRAINED_BYTES = 16
 
@@ -46,7 +52,7 @@ def budget(limit_bytes: int | None) -> Budget:
 
 
 def hold_to(limit_bytes: int | None) -> None:
-    """Make what goes beyond the budget fail as an error of this process. May be called once."""
+    """Make what goes beyond the budget fail as an error of this process. May be repeated, as memory was given back."""
     import torch
 
     allowed = budget(limit_bytes)
@@ -54,11 +60,42 @@ def hold_to(limit_bytes: int | None) -> None:
         share = allowed.total_bytes / torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, share))
         return
+    # Threads that start later would need room for their stacks: those of matrix products start here.
+    let_go()
+    torch.ones(1 << 20).sum()
     # The kernel counts private memory that may be written, in use or not; we count what is in use.
     private = _status("VmData")
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     soft = private + allowed.free_bytes
     resource.setrlimit(resource.RLIMIT_DATA, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
+
+
+def be_thrifty() -> None:
+    """Give large blocks back to the system as soon as they are free, at the price of some speed.
+
+    Else the C library keeps them, in pieces that the next forward pass of another length cannot use.
+    """
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1024 * 1024)
+
+
+def let_go() -> None:
+    """Take the limit back, so that a failure for want of memory can be written down."""
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+
+
+def collect(limit_bytes: int | None) -> None:
+    """Give back what nobody uses any more, after something was tried that may have been too large."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    else:
+        # What the C library keeps for later would be missing elsewhere.
+        ctypes.CDLL(None).malloc_trim(0)
+        # It was given back, and yet the kernel counts it on.
+        hold_to(limit_bytes)
 
 
 def resident_bytes() -> int:
@@ -109,7 +146,7 @@ def step_bytes(config: Any, dtype_bytes: int, rows: int, length: int) -> int:
     per_layer = hidden * (14 * dtype_bytes + 8 + casts) + inner * (5 * dtype_bytes + (4 if casts else 0))
     # Logits as they are, in float32, their exponentials and their gradients.
     per_token = layers * per_layer + words * (2 * dtype_bytes + 8)
-    return rows * length * per_token
+    return rows * length * per_token + (KERNEL_BYTES if casts else 0)
 
 
 def adapter_bytes(trained_weights: int) -> int:

@@ -7,7 +7,6 @@ here reads, is left out: counting operations, walking through all modules, and w
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,6 +45,8 @@ class Owner(Protocol):
     def size_at(self, step: int) -> int: ...
 
     def shrink(self, step: int, error: BaseException) -> None: ...
+
+    def make_room(self) -> None: ...
 
     def is_to_end(self) -> bool: ...
 
@@ -180,9 +181,7 @@ class Stepper(Trainer):  # type: ignore[misc]
     def _undo(self) -> None:
         for _, each in self._trained:
             each.grad = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        self.owner.make_room()
         set_random_tensors(self._random)
 
     def _clip_grad_norm(self, model: Any) -> Any:
