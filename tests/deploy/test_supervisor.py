@@ -50,9 +50,14 @@ async def test_a_deployment_is_ready_once_its_engine_has_generated_a_token(tmp_p
         assert (await yard.job(job_id)).status == JobStatus.RUNNING
         target = await yard.routing.resolve("default", "generate")
         assert (target.model_id, target.url) == ("org/tiny", deployment.engine_url)
-        events = [event.message for event in await yard.events(job_id)]
-        assert events[0].startswith("Running")
-        assert events[-1].startswith("Ready: org/tiny")
+
+        assert (await yard.events(job_id))[0].message.startswith("Running")
+
+        async def says_so() -> bool:
+            return (await yard.events(job_id))[-1].message.startswith("Ready: org/tiny")
+
+        # What is so is written before what is said of it.
+        await eventually(says_so, "it says that it is ready")
 
 
 async def test_an_interrupt_ends_the_engine_and_leaves_nothing_behind(tmp_path: Path) -> None:
