@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -19,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from modelyard.db import Sessions, utcnow
+from modelyard.deploy.machine import GIB
 from modelyard.finetune import curves
 from modelyard.finetune.tables import Finetune, Phase
 from modelyard.jobs import actions as jobs
@@ -30,6 +31,8 @@ POINTS_EVERY_S = 1.0
 #: The most of the file that one look reads.
 READ_BYTES = 1024 * 1024
 UNIT_LENGTH = 16
+#: Looks at a database that is away, a second apart, before what the trainer said last is given up.
+FINISH_TRIES = 20
 LEVELS = {"info": "info", "warning": "warning", "error": "error"}
 
 _PHASES = {
@@ -38,6 +41,15 @@ _PHASES = {
     "training": (Phase.TRAINING, "Training."),
     "evaluating": (Phase.EVALUATING, "Scoring base and adapter on the rows that were held back."),
     "saving": (None, "Writing the adapter."),
+}
+_MUST_HAVE: Mapping[str, Mapping[str, type]] = {
+    "phase": {"phase": str},
+    "note": {"message": str},
+    "prepared": {},
+    "estimate": {},
+    "point": {"step": int},
+    "checkpoint": {"step": int, "folder": str},
+    "progress": {"done": int, "total": int, "unit": str},
 }
 
 
@@ -78,11 +90,15 @@ class Follower:
             await self._write()
 
     async def finish(self) -> None:
-        """Read to the end and write everything down. For when the trainer is gone."""
-        while await self._read():
-            await self._write()
-        if self._waiting:
-            await self._write()
+        """Read to the end and write everything down, within some seconds. For when the trainer is gone."""
+        for _ in range(FINISH_TRIES):
+            while await self._read():
+                await self._write()
+            if self._waiting:
+                await self._write()
+            if not self._waiting:
+                return
+            await asyncio.sleep(POINTS_EVERY_S)
 
     async def _read(self) -> bool:
         if len(self._waiting) > 10_000:  # a database that is away: the file keeps the rest
@@ -95,10 +111,10 @@ class Follower:
             except (ValueError, RecursionError):
                 log.warning("a report of training %s cannot be read: %r", self._finetune_id, line[:200])
                 continue
-            if isinstance(report, dict) and isinstance(report.get("kind"), str):
+            if _is_sound(report):
                 self._waiting.append(report)
                 if report["kind"] == "checkpoint":
-                    self._on_checkpoint(int(report["step"]), Path(report["folder"]))
+                    self._on_checkpoint(report["step"], Path(report["folder"]))
         return bool(lines)
 
     async def _write(self) -> None:
@@ -129,9 +145,10 @@ class Follower:
             elif kind in ("prepared", "estimate"):
                 facts = {key: value for key, value in report.items() if key != "kind"}
                 values[kind] = facts
-                await jobs.append_event(session, self._job.id, _SAID[kind], data={kind: facts})
+                message = _prepared(facts) if kind == "prepared" else _expected(facts)
+                await jobs.append_event(session, self._job.id, message, data={kind: facts})
             elif kind == "phase":
-                phase, message = _PHASES.get(report.get("phase", ""), (None, ""))
+                phase, message = _PHASES.get(report["phase"], (None, ""))
                 if phase is not None:
                     values["phase"] = phase
                 if message:
@@ -141,11 +158,11 @@ class Follower:
             elif kind == "note":
                 level = LEVELS.get(str(report.get("level")).lower(), "info")
                 data = report.get("data") if isinstance(report.get("data"), dict) else {}
-                await jobs.append_event(session, self._job.id, str(report.get("message")), level=level, data=data)
+                await jobs.append_event(session, self._job.id, report["message"], level=level, data=data)
         await self._say_points(session, points)
         if progress is not None:
-            done, total, unit = int(progress["done"]), int(progress["total"]), str(progress["unit"])[:UNIT_LENGTH]
-            await jobs.set_progress(session, self._job.id, done, total, unit)
+            unit = progress["unit"][:UNIT_LENGTH]
+            await jobs.set_progress(session, self._job.id, progress["done"], progress["total"], unit)
         await session.execute(update(Finetune).where(Finetune.id == self._finetune_id).values(**values))
 
     async def _say_points(self, session: AsyncSession, points: list[dict[str, Any]]) -> None:
@@ -165,7 +182,26 @@ class Follower:
             await session.execute(first.values(first_step_at=utcnow()))
 
 
-_SAID = {"prepared": "The rows are prepared.", "estimate": "What the training is expected to take is known."}
+def _is_sound(report: Any) -> bool:
+    """Whether a report has what its kind must have; a kind that is not known has not."""
+    kind = report.get("kind") if isinstance(report, dict) else None
+    wanted = _MUST_HAVE.get(kind) if isinstance(kind, str) else None
+    return wanted is not None and all(type(report.get(name)) is what for name, what in wanted.items())
+
+
+def _prepared(facts: Mapping[str, Any]) -> str:
+    counts = (("rows", "to learn from"), ("held_out_rows", "held back"), ("truncated_rows", "truncated"),
+              ("left_out_rows", "left out"))  # fmt: skip
+    words = [f"{facts[name]} {what}" for name, what in counts if facts.get(name)]
+    tokens = f", {facts['tokens']} tokens" if facts.get("tokens") else ""
+    return f"The rows are prepared: {', '.join(words) or 'none'}{tokens}."
+
+
+def _expected(facts: Mapping[str, Any]) -> str:
+    seconds, memory_bytes = facts.get("seconds"), facts.get("memory_bytes")
+    words = [f"{seconds:.0f} s of training"] if isinstance(seconds, int | float) else []
+    words += [f"{memory_bytes / GIB:.1f} GiB of memory"] if isinstance(memory_bytes, int | float) else []
+    return f"Expected: {', '.join(words) or 'nothing is known'}."
 
 
 def _whole_lines(path: Path, offset: int) -> bytes:
