@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Sequence
 from contextlib import aclosing
 from typing import Any, Literal
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 MIB = 1024 * 1024
 #: What is validated and stored at once, at least.
 BLOCK_BYTES = 128 * 1024
+#: So many blocks (of up to 256 KiB) may wait to be validated while others are stored already.
+MOST_WAITING = 32
 OnError = Literal["refuse", "skip"]
 
 
@@ -137,25 +140,32 @@ class _Reader:
 
     async def blocks(self, chunks: AsyncIterable[bytes]) -> AsyncGenerator[bytes]:
         """Yield the file in blocks; ends well only if the whole file is known to be good."""
-        working: asyncio.Task[None] | None = None
+        working: deque[asyncio.Task[None]] = deque()
         try:
             async with aclosing(_regrouped(chunks, self._max_bytes)) as regrouped:
                 async for block in regrouped:
-                    if working is not None:
-                        await working
-                    working = asyncio.create_task(self._inspection.feed(block), name="validate a dataset")
+                    while working and (working[0].done() or len(working) == MOST_WAITING):
+                        await working.popleft()
+                    work = self._validate(block, working[-1] if working else None)
+                    working.append(asyncio.create_task(work, name="validate a dataset"))
                     yield block
-            if working is not None:
-                await working
+            while working:
+                await working.popleft()
             found = await self._inspection.finish()
             assert found.report is not None
             self.report, self.index = found.report, found.index
             self._judge(found.report)
         finally:
-            if working is not None:
-                working.cancel()
-                await to_the_end(working)
+            for task in working:
+                task.cancel()
+            for task in working:
+                await to_the_end(task)
             await self._inspection.close()
+
+    async def _validate(self, block: bytes, after: asyncio.Task[None] | None) -> None:
+        if after is not None:
+            await after
+        await self._inspection.feed(block)
 
     def _judge(self, report: dict[str, Any]) -> None:
         bad = report["bad_lines"]

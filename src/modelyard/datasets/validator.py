@@ -14,8 +14,8 @@ from msgspec import Struct
 from modelyard.datasets.validation import Validation
 from modelyard.errors import InvalidDataset
 
-#: Small enough to stay in a processor's cache with all that is made of it.
-READ_BYTES = 128 * 1024
+#: All that a pipe may hold: whoever feeds it is woken once for each, not for every few pages that are free again.
+READ_BYTES = 1024 * 1024
 
 
 class Found(Struct):
