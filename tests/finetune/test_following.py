@@ -132,7 +132,7 @@ async def test_a_server_that_comes_back_reads_on_where_the_last_one_stopped(data
 async def test_what_cannot_be_read_is_passed_over_and_what_follows_is_not(tmp_path: Path) -> None:
     async with trainer(f"sqlite:///{tmp_path / 'test.db'}", tmp_path) as one:
         one.say(
-            b"\n", b"not json\n", b"[1]\n", b'{"kind": 3}\n', b'{"kind": []}\n', b"\xff\xfe\n", {"kind": "what is this?"},
+            b"\n", b"not json\n", b"[1]\n", b'{"kind": 3}\n', b'{"kind": []}\n', b"\xff\xfe\n", {"kind": "what?"},
             {"kind": "point", "step": "two"}, {"kind": "phase", "phase": "dancing"}, b"x" * (READ_BYTES + 5) + b"\n",
             {"kind": "checkpoint", "step": None}, {"kind": "progress", "done": "much"}, {"kind": "note"}, point(7),
         )  # fmt: skip

@@ -128,25 +128,41 @@ def test_the_curve_is_thinned_evenly_with_its_first_and_last_point(quick: Server
 # The queue, and what is held meanwhile
 
 
-def test_trainings_wait_in_a_queue_and_what_they_need_cannot_be_deleted(quick: Server, llama: Path) -> None:
+def test_trainings_wait_in_a_queue_and_what_they_need_cannot_be_deleted(quick: Server) -> None:
     dataset_id = add_dataset(quick)
     first = start(quick, dataset_id, f"{PACE} first", hyperparameters=ENDLESS)
     at_step(quick, first, 1)
-    second, third = start(quick, dataset_id, "second"), start(quick, dataset_id, "third")
+    waited_for = add_dataset(quick)
+    second, third = start(quick, waited_for, "second"), start(quick, dataset_id, "third")
     assert (shown(quick, first)["place"], second["place"], third["place"]) == (None, 1, 2)
     assert shown(quick, third)["phase"] == "QUEUED"
     assert quick.get(f"{FINETUNE}status").json()["id"] == first["id"]
-    for path, code in ((f"/api/v1/datasets/{dataset_id}/", "dataset_in_use"), (f"/api/v1/models/{MODEL}", None)):
-        answer = quick.delete(path)
-        assert answer.status == 409, answer.text
-        assert answer.error_code == code or answer.error_code == "model_in_use"
+    for held in (dataset_id, waited_for):
+        answer = quick.delete(f"/api/v1/datasets/{held}/")
+        assert (answer.status, answer.error_code) == (409, "dataset_in_use")
+    answer = quick.delete(f"/api/v1/models/{MODEL}")
+    assert (answer.status, answer.error_code) == (409, "model_in_use")
     # One that waits goes without a turn, and lets go of what it held.
     assert quick.post(f"/api/v1/jobs/{second['job']['id']}/interrupt/").status == 200
     assert ended(quick, second)["job"]["status"] == "KILLED"
+    assert quick.delete(f"/api/v1/datasets/{waited_for}/").status == 200
     until(lambda: shown(quick, third)["place"] == 1, "the third one is next")
     stop(quick, first)
     finished(quick, third)
     assert quick.delete(f"/api/v1/datasets/{dataset_id}/").status == 200
+
+
+def test_so_many_trainings_run_at_once_as_the_setting_says(llama: Path, tmp_path: Path) -> None:
+    settings = {"MODELYARD_TRAINER_PYTHON": str(TRAINER_PYTHON), "MODELYARD_MAX_FINETUNES": "2"}
+    with training_server(tmp_path / "data", llama, **settings) as server:
+        dataset_id = add_dataset(server)
+        three = [start(server, dataset_id, f"{PACE} {number}", hyperparameters=ENDLESS) for number in range(3)]
+        for one in three[:2]:
+            at_step(server, one, 1)
+        assert len(trainers(server)) == 2
+        assert shown(server, three[2])["place"] == 1
+        stop(server, three[0])
+        at_step(server, three[2], 1)
 
 
 def test_nothing_is_held_after_a_failure(quick: Server) -> None:
