@@ -6,12 +6,15 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import aiohttp
 import pytest
-from benchmarks import raw
+from benchmarks import raw, training
 from benchmarks.changes import Names, Yard, adapter_lines, measure_adapters, measure_switch, switch_lines
 from benchmarks.load import Address, Result, run
+from benchmarks.training_start import Lines
 from benchmarks.watching import Askers, Watched
 
 from tests.deploy.live import POEMS, PROSE, WIDE, A, B, LiveYard, live_yard
@@ -141,3 +144,52 @@ def test_a_ratio_is_of_the_same_round_and_above_one_where_the_server_is_faster()
 def test_prompts_are_the_same_in_every_run_and_no_two_alike() -> None:
     assert raw.prompts(64) == raw.prompts(64)
     assert len(set(raw.prompts(64))) == 64
+
+
+def a_training(tokens_per_s: float) -> training.Run:
+    """Return what a training of 20 steps of 10 tokens measures, of which the first ones take 100 times as long."""
+    at, points = 5.0, []
+    for step in range(1, 21):
+        at += (10 / tokens_per_s) * (100 if step <= training.SKIPPED else 1)
+        points.append((at, {"step": step, "tokens": 10 * step, "loss": 9.0 if step <= 10 else 3.0}))
+    return training.measured(points, 1.0, 700.0, {"figures": {"padding_share": 0.2}})
+
+
+def test_the_speed_of_a_training_is_that_after_its_first_steps_and_its_loss_that_of_the_last() -> None:
+    found = a_training(50.0)
+    assert found.tokens_per_s == pytest.approx(50.0)
+    assert found.began_s == pytest.approx(4.0 + 20.0)
+    assert (found.tokens, found.loss) == (200, 3.0)
+
+
+def test_trainings_are_compared_in_the_round_that_they_ran_in() -> None:
+    runs = {training.OURS: [50.0, 100.0, 30.0], training.LOOP: [25.0, 100.0, 10.0]}
+    found = {name: [a_training(speed) for speed in speeds] for name, speeds in runs.items()}
+    text = "\n".join(training.speed_lines(training.TASKS[0], found))
+    assert "| 25 (10 to 100) | 2.00 (1.00 to 3.00), goal 0.95 |" in text
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [({"tokens": 190}, "not the same tokens"), ({"kinds": ("torch.bfloat16",)}, "kinds of numbers"),
+     ({"learning": 7}, "weights that learn"), ({"loss": 4.0}, "a loss of 4.000")],
+    ids=["fewer tokens", "other numbers", "fewer weights", "another end"],
+)  # fmt: skip
+def test_a_training_that_was_another_work_is_not_compared(other: dict[str, object], said: str) -> None:
+    same = replace(a_training(50.0), learning=8, kinds=("torch.float32",))
+    training.expect_the_same({training.OURS: [a_training(50.0)], training.LOOP: [same], training.TRL: [same]})
+    with pytest.raises(SystemExit, match=said):
+        training.expect_the_same(
+            {training.OURS: [a_training(50.0)], training.LOOP: [same], training.TRL: [replace(same, **other)]}  # type: ignore[arg-type]
+        )
+
+
+def test_a_line_of_progress_counts_once_it_is_whole(tmp_path: Path) -> None:
+    file = tmp_path / "progress.jsonl"
+    lines = Lines(file)
+    assert lines.new() == []
+    file.write_text('{"step": 1}\n{"st')
+    assert lines.new() == [{"step": 1}]
+    with file.open("a") as more:
+        more.write('ep": 2}\n')
+    assert [lines.new(), lines.new()] == [[{"step": 2}], []]
