@@ -97,6 +97,8 @@ def test_a_plan_is_near_the_truth_and_so_is_what_the_training_says_after_a_few_s
         done = run(spec_for(model_dir, data, mode=Mode.TRAIN), tmp_path / f"train-{number}")
         assert "figures" in done, done.get("failure")
         truth = done["figures"]
+        assert done["evaluation"]["rows"] == plan["prepared"]["held_out_rows"] == 8
+        assert done["evaluation"]["adapter"]["loss"] < done["evaluation"]["base"]["loss"]
         (early,) = [one for one in done["reports"] if one["kind"] == "estimate"]
         assert set(plan["estimate"]) | {"kind"} == set(early)
         assert plan["estimate"]["basis"] == early["basis"] == "measured"
@@ -213,3 +215,5 @@ def test_what_could_not_be_trained_at_all_has_no_plan_but_the_reason(model_dir: 
     data = dataset(tmp_path / "more.jsonl", rows=20)
     result = run(spec_for(model_dir, data, hyperparameters=settings), tmp_path / "another")
     assert result["failure"]["code"] == "unknown_target_modules"
+    result = run(spec_for(model_dir, data, hyperparameters=replace(SETTINGS, packing=True)), tmp_path / "packed")
+    assert result["failure"]["code"] == "packing_unsupported"

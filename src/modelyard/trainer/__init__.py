@@ -6,8 +6,8 @@ a model's folder, and writes into folders that the server gave it.
 
 - what is learnt: `rendering` (a conversation as text, and what of it is learnt), `labels` (the same as tokens),
   `rows` (which rows, and which are held back), `default_template` (for models without one; read by the server, too)
-- how: `model` (the base and its adapter), `loop` (the training), `checkpoints` (whole or not there), `plan` (what it
-  would take)
-- what came of it: `evaluation` (base and adapter on held-out rows), `merge` (the adapter inside its base)
+- how: `model` (the base and its adapter), `loop` (the training), `checkpoints` (whole or not there)
+- what it would take: `plan` (a dry run), by `trial` (a few steps, measured), and by `forecast` early in the training
+- what came of it: `evaluation` (base and adapter on held-out rows) by its `scores`, `merge` (the adapter inside its base)
 - to the server: `reports` (progress, as lines), `failures` (why it did not work, and what to do)
 """

@@ -90,6 +90,12 @@ class _Stop:
 
 
 def _run(spec: Spec, report: Reports, stop: _Stop) -> dict[str, Any]:
+    if spec.hyperparameters.packing:
+        raise JobFailure(
+            "packing_unsupported",
+            "packing puts several rows into one, which this version does not do.",
+            "Leave packing out: rows of like length are trained together, so that there is little padding.",
+        )
     if spec.mode is Mode.PLAN:
         from modelyard.trainer.plan import plan
 
@@ -107,12 +113,6 @@ def train(spec: Spec, report: Reports, stop: _Stop) -> dict[str, Any]:
     from modelyard.trainer.model import device_name, load_base, load_tokenizer, max_length, read_config, with_adapter
     from modelyard.trainer.rows import prepare
 
-    if spec.hyperparameters.packing:
-        raise JobFailure(
-            "packing_unsupported",
-            "packing puts several rows into one, which this version does not do.",
-            "Leave packing out: rows of like length are trained together, so that there is little padding.",
-        )
     config = read_config(spec)
     memory.hold_to(spec.memory_bytes)
     tokenizer = load_tokenizer(spec)

@@ -10,7 +10,7 @@ from enum import StrEnum
 from itertools import islice
 from typing import Any
 
-from modelyard.trainer.batches import ALIGNED, Course, Rows, Steps
+from modelyard.trainer.batches import Course, Rows, Steps, padded
 from modelyard.trainer.reports import Reports
 
 #: Steps that are measured, after one that warms up: kernels are chosen, memory is taken.
@@ -44,7 +44,7 @@ def tokens_of(rows: Rows, course: Course) -> int:
 def growth_bytes(rows: Rows, course: Course, seed: int, size: int) -> int:
     """Return how much a training on a CPU will take beyond what its first `MEASURED_STEPS` steps took."""
     widths = {
-        -(-int(rows.lengths[step.rows[begin]]) // ALIGNED)
+        padded(int(rows.lengths[step.rows[begin]]))
         for step in islice(Steps(rows, course, seed), LOOKED_AT)
         for begin in range(0, len(step.rows), size)
     }
