@@ -59,8 +59,9 @@ def curl(server: Server, command: str) -> Any:
     return json.loads(done.stdout)
 
 
-def test_the_commands_of_the_source_document_run_as_printed(llama: Path, tmp_path: Path) -> None:
-    with training_server(tmp_path / "data", llama, MODELYARD_TRAINER_PYTHON=str(TRAINER_PYTHON)) as server:
+def test_the_commands_of_the_source_document_run_as_printed(database_url: str, llama: Path, tmp_path: Path) -> None:
+    settings = {"MODELYARD_TRAINER_PYTHON": str(TRAINER_PYTHON), "MODELYARD_DATABASE_URL": database_url}
+    with training_server(tmp_path / "data", llama, **settings) as server:
         listed = curl(
             server, "curl -X 'GET' 'http://localhost:8080/api/v1/finetune/models/' -H 'accept: application/json'"
         )
@@ -98,6 +99,10 @@ def test_the_commands_of_the_source_document_run_as_printed(llama: Path, tmp_pat
         assert (stopped["id"], stopped["name"]) == (job["id"], job["name"])
         until(lambda: curl(server, status)["job"]["status"] == "KILLED", "it is killed, and still the last one")
         assert refusal(server.post(f"{FINETUNE}interrupt/"), 409)["code"] == "job_finished"
+        done = finished(server, start(server, dataset_id, "To its end"))
+        assert [point["step"] for point in done["curve"]] == [1, 2, 3, 4, 5, 6]
+        assert server.get(f"/api/v1/models/{done['adapter_id']}").json()["training"]["name"] == "To its end"
+        assert server.delete(f"{FINETUNE}{done['id']}").status == 200
 
 
 def test_the_source_documents_body_alone_starts_a_training(quick: Server, dataset_id: str) -> None:
