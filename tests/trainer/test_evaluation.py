@@ -33,7 +33,7 @@ QUESTIONS = [
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("torch", "transformers", "peft"):
         if importlib.util.find_spec(name) is None:
-            missing("train", f"{name} is not installed")
+            missing("engine", f"{name} is not installed")
     folder = tmp_path_factory.mktemp("models") / "tiny"
     make_llama(folder)
     return folder

@@ -29,7 +29,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Llama in bfloat16 (`half`) and in float32 (`whole`), and adapters with PEFT's answers, in float32."""
     for name in ("torch", "transformers", "peft"):
         if importlib.util.find_spec(name) is None:
-            missing("train", f"{name} is not installed")
+            missing("engine", f"{name} is not installed")
     import torch
     from transformers import AutoModelForCausalLM
 

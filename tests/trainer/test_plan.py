@@ -34,7 +34,7 @@ TRIES = 3
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("torch", "transformers", "peft"):
         if importlib.util.find_spec(name) is None:
-            missing("train", f"{name} is not installed")
+            missing("engine", f"{name} is not installed")
     folder = tmp_path_factory.mktemp("models") / "tiny"
     make_llama(folder)
     return folder
@@ -183,7 +183,7 @@ def test_what_a_training_took_before_is_believed_where_it_was_the_same_and_nothi
 )  # fmt: skip
 def test_what_another_training_took_tells_nothing(changes: dict[str, Any]) -> None:
     if importlib.util.find_spec("numpy") is None:
-        missing("train", "numpy is not installed")
+        missing("engine", "numpy is not installed")
     from modelyard.trainer.forecast import holds
 
     here: dict[str, Any] = {"device": "this", "dtype": "float32", "rows_per_step": 8, "longest": 300}

@@ -33,7 +33,7 @@ def test_english_is_split_as_the_library_splits_it() -> None:
     try:
         from rouge_score.tokenize import tokenize
     except ImportError as error:
-        missing("train", str(error))
+        missing("engine", str(error))
     text = "The Volga (3,530 km) isn't Asia's longest river; it's Europe's: see chapter 4.2, e.g. 'Rivers'."
     assert words(text) == tokenize(text, None)
 
@@ -42,7 +42,7 @@ def scored(reference: str, answer: str) -> float:
     try:
         return rouge_l(reference, answer)
     except ImportError as error:
-        missing("train", str(error))
+        missing("engine", str(error))
 
 
 def test_rouge_l_is_the_longest_common_subsequence_of_words() -> None:

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -148,10 +149,10 @@ def _result(child: Child, outcome: Outcome, path: Path) -> dict[str, Any]:
         words = evidence.clipped(_last_words(child.folder / LOG))
         log.warning("the trainer ended without a result (%s): %s", outcome.describe(), " | ".join(words))
         raise JobFailure(
-            "out_of_memory" if outcome.signal == 9 else "trainer_failed",
+            "out_of_memory" if outcome.signal == signal.SIGKILL else "trainer_failed",
             f"The trainer ended before its work was done ({outcome.describe()}).",
             "The system ends processes when memory runs short: free some, and try again."
-            if outcome.signal is not None
+            if outcome.signal == signal.SIGKILL
             else "The server's log has its last words.",
             words,
         ) from None
