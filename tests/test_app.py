@@ -61,9 +61,10 @@ def test_a_wrong_method_is_told_with_all_those_that_the_path_has(server: Server)
     allowed: dict[str, set[str]] = {}
     for method, path in every_path(application()):
         allowed.setdefault(path.rstrip("/"), set()).add(method)
-    # A model may have the name of another path: what is not that path's own method goes to the model.
-    for path in [path for path in allowed if path.startswith("/api/v1/models/")]:
-        allowed[path] |= allowed["/api/v1/models/no/such"]
+    # A model or an alias may have the name of another path: what is not that path's own method goes to it.
+    for room in ("models", "aliases"):
+        for path in [path for path in allowed if path.startswith(f"/api/v1/{room}/")]:
+            allowed[path] |= allowed[f"/api/v1/{room}/no/such"]
     wrong = 0
     for path, methods in allowed.items():
         if path.startswith("/api/docs/files"):
