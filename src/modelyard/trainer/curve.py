@@ -70,8 +70,10 @@ class Curve:
         self._tell(LAG)
 
     def pause(self) -> None:
-        """Stop counting time, and read all that is still on its way."""
+        """Stop counting time, and bring all that is still on its way to where it goes: a checkpoint may follow."""
         self._tell(0)
+        if self._tensorboard:
+            self._tensorboard.flush()
         now = time.monotonic()
         self.seconds += now - self._began
         self._began = now
@@ -137,6 +139,9 @@ class _TensorBoard:
             if value is not None
         ]
         self._writer.file_writer.add_summary(self._summary(value=told), step)
+
+    def flush(self) -> None:
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()

@@ -88,6 +88,9 @@ class Stepper(Trainer):  # type: ignore[misc]
             average_tokens_across_devices=False,
             dataloader_pin_memory=False,
         )
+        if not arguments.parallel_mode.value.startswith("distributed"):
+            # Without `accelerate launch` Trainer would copy the model to every GPU for each step, which is slower.
+            arguments._n_gpu = min(1, arguments.n_gpu)
         super().__init__(model=owner.model, args=arguments, train_dataset=None, callbacks=[_AfterStep(self)])
         self.remove_callback(PrinterCallback)
 
