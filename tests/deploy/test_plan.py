@@ -22,7 +22,7 @@ from tests.eventually import eventually
 pytestmark = [pytest.mark.usefixtures("on_each_database"), pytest.mark.timeout(120)]
 
 #: Enough for one engine of the yard's models, and not for two.
-ONE_ENGINE = {"engine_memory_gib": 1.5 * CPU_PROCESSES_BYTES / GIB}
+ONE_ENGINE: dict[str, Any] = {"engine_memory_gib": 1.5 * CPU_PROCESSES_BYTES / GIB}
 
 
 async def planned(yard: DeployYard, model_id: str, *adapter_ids: str, **wish: Any) -> Plan:
