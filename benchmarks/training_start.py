@@ -158,7 +158,7 @@ def lines(starts: Sequence[Mapping[str, float]], imported: Mapping[str, float]) 
     """Return the section."""
     totals = [sum(one.values()) for one in starts]
     found = [
-        f"Tiny Llama, a whole server, {len(starts)} trainings one after the other.",
+        f"Tiny Llama, a whole server, trainings one after the other: {len(starts)}.",
         "",
         "|  | median | range |",
         "|---|---|---|",
