@@ -55,6 +55,24 @@ def test_rows_of_like_length_share_a_step_so_that_little_is_padded() -> None:
     assert 1 - sum(step.tokens for step in steps) / padded < 0.08
 
 
+def test_a_step_is_cut_into_forward_passes_where_that_costs_less_than_its_padding() -> None:
+    data = of_lengths([1000, 990, 60, 50, 40, 30, 20, 10])
+    from modelyard.trainer.batches import COMPARED, padded_tokens, passes
+
+    chosen = tuple(range(8))
+    assert passes(data, chosen, 8) == [(0, 1), (2, 3, 4, 5, 6, 7)]
+    assert padded_tokens(data, chosen, 8) < 2500
+    # As many rows as memory takes, and no more.
+    assert max(map(len, passes(data, chosen, 3))) == 3
+    assert [row for part in passes(data, chosen, 3) for row in part] == [*chosen]
+    alike = of_lengths([40] * 64)
+    assert passes(alike, tuple(range(64)), 64) == [tuple(range(64))]
+    # Too many to compare: all of one size.
+    many = of_lengths([20] * 1000)
+    assert COMPARED < 1000 * 100
+    assert {len(part) for part in passes(many, tuple(range(1000)), 100)} == {100}
+
+
 def test_a_batch_size_left_open_gives_few_rows_more_than_one_step() -> None:
     needs_training()
     from modelyard.trainer.batches import Course

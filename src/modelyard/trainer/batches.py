@@ -1,9 +1,9 @@
 """Which rows a step learns from, and how they become tensors: little padding, and the same for the same seed.
 
-A step is so many rows, however many of them memory takes at once: those of a forward pass (`Micro`) are a part of
-the step's, alike in length. The order depends on (seed, epoch) alone, so that a training that goes on from a
-checkpoint sees the rows that it would have seen. Rows are padded on the right and no mask is made: attention looks
-only back, so that no token that counts ever sees padding.
+A step is so many rows, in as many forward passes (`Micro`) as memory asks for and padding recommends: those of one
+are a part of the step's, alike in length. The order depends on (seed, epoch) alone, so that a training that goes on
+from a checkpoint sees the rows that it would have seen. Rows are padded on the right and no mask is made: attention
+looks only back, so that no token that counts ever sees padding.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ GROUPS = 4
 #: for each shape that they see, which takes more time and memory than some padding.
 WIDTHS = 16
 ALIGNED = 8
+#: What a forward pass costs beside its tokens, as so many of them: on a processor, and on a GPU (estimated).
+PASS_TOKENS, GPU_PASS_TOKENS = 128, 2048
+#: Of steps with more to compare than this, forward passes are all of one size but the last.
+COMPARED = 1 << 16
 
 
 class Rows:
@@ -156,9 +160,35 @@ class Micro:
 
 
 def micros(rows: Rows, chosen: Sequence[int], size: int, pad: int) -> Iterator[Micro]:
-    """Yield a step's rows in forward passes of at most `size` rows; rows that come longest first pad least."""
-    for begin in range(0, len(chosen), size):
-        yield collate(rows, chosen[begin : begin + size], pad)
+    """Yield a step's rows, which come longest first, in forward passes of at most `size` rows."""
+    for part in passes(rows, chosen, size):
+        yield collate(rows, part, pad)
+
+
+def passes(rows: Rows, chosen: Sequence[int], size: int) -> list[Sequence[int]]:
+    """Return a step's rows, which come longest first, cut into the forward passes that cost least together.
+
+    A pass of many rows costs their padding, many passes cost `PASS_TOKENS` each. The gradient is the same either way.
+    """
+    import torch
+
+    if len(chosen) * size > COMPARED:
+        return [chosen[begin : begin + size] for begin in range(0, len(chosen), size)]
+    each = GPU_PASS_TOKENS if torch.cuda.is_available() else PASS_TOKENS
+    widths = [padded(int(rows.lengths[row])) for row in chosen]
+    # The least cost of the first rows, by how many they are, and where the last pass of that begins.
+    costs, begins = [0], [0]
+    for end in range(1, len(chosen) + 1):
+        cost, begin = min(
+            (costs[begin] + (end - begin) * widths[begin] + each, begin) for begin in range(max(0, end - size), end)
+        )
+        costs.append(cost)
+        begins.append(begin)
+    parts, end = [], len(chosen)
+    while end:
+        parts.append(chosen[begins[end] : end])
+        end = begins[end]
+    return parts[::-1]
 
 
 def collate(rows: Rows, chosen: Sequence[int], pad: int) -> Micro:
@@ -188,8 +218,7 @@ def collate(rows: Rows, chosen: Sequence[int], pad: int) -> Micro:
 
 def padded_tokens(rows: Rows, chosen: Sequence[int], size: int) -> int:
     """Return how many tokens a step's forward passes take with their padding."""
-    parts = (chosen[begin : begin + size] for begin in range(0, len(chosen), size))
-    return sum(len(part) * padded(max(int(rows.lengths[row]) for row in part)) for part in parts)
+    return sum(len(part) * padded(int(rows.lengths[part[0]])) for part in passes(rows, chosen, size))
 
 
 def padded(length: int) -> int:
