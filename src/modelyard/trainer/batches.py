@@ -197,8 +197,8 @@ def collate(rows: Rows, chosen: Sequence[int], pad: int) -> Micro:
 
     longest = max(int(rows.lengths[row]) for row in chosen)
     width = padded(longest)
-    ids = np.full((len(chosen), width), pad, np.int64)
-    labels = np.full((len(chosen), width), IGNORED, np.int64)
+    ids: Any = np.full((len(chosen), width), pad, np.int64)
+    labels: Any = np.full((len(chosen), width), IGNORED, np.int64)
     for index, row in enumerate(chosen):
         length = rows.lengths[row]
         ids[index, :length] = rows.ids(row)
