@@ -119,6 +119,8 @@ class Settings(BaseSettings):
     """Trainings that run at the same time; more of them wait."""
     trainer_python: Path | None = None
     """Python that runs trainings; it has torch, transformers, peft and this package. Empty: the server's own."""
+    trainer_processes: int = Field(default=1, ge=1, le=64)
+    """Processes that share one training, each with a GPU of its own, if there are as many."""
     trainer_stop_timeout_s: float = Field(default=60.0, ge=0.1)
     """Seconds in which a training that is to stop writes a checkpoint before it is killed."""
     tensorboard_dir: Path | None = None

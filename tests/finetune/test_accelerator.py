@@ -470,6 +470,20 @@ def test_on_gpus_a_training_gets_the_freest_and_is_told_which(tmp_path: Path) ->
     assert [one.number for one in now.must_go(75 * GIB) or []] == [1]
 
 
+@pytest.mark.parametrize(("wanted", "got", "devices"), [(2, 2, "1,2"), (8, 3, "0,1,2")])
+def test_processes_that_share_a_training_get_a_gpu_each(tmp_path: Path, wanted: int, got: int, devices: str) -> None:
+    gpus = [Gpu(0, "a", 80 * GIB, 10 * GIB), Gpu(1, "a", 80 * GIB, 60 * GIB), Gpu(2, "a", 80 * GIB, 20 * GIB)]
+    settings = make_settings(tmp_path).model_copy(update={"trainer_processes": wanted})
+    now = Sight(Machine(True, (0, 1), 0, tuple(gpus)), settings, [], [])
+    # What the fullest of them has: each process has the whole model.
+    assert now.free() == (20 if got == 2 else 10) * GIB
+    share = now.share(NEED)
+    assert share.processes == got
+    assert share.env["CUDA_VISIBLE_DEVICES"] == devices
+    # Without GPUs they share the processor.
+    assert Sight(Machine(False, (0, 1), 4 * GIB, ()), settings, [], []).share(NEED).processes == wanted
+
+
 def test_where_nothing_tells_about_a_gpu_one_at_a_time_is_all(tmp_path: Path) -> None:
     blind = Machine(True, (0,), 0)
     now = Sight(blind, make_settings(tmp_path), [deployment(1, 70)], [])

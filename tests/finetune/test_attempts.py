@@ -9,6 +9,7 @@ import pytest
 from modelyard.finetune import attempts
 from modelyard.finetune.attempts import Kills
 from modelyard.processes import Child, Outcome
+from modelyard.settings import Settings
 
 GIB = 1024**3
 NONE = Kills(0, 0)
@@ -68,3 +69,27 @@ def test_what_is_no_whole_result_is_none(tmp_path: Path, content: str | None) ->
     if content is not None:
         (tmp_path / "result.json").write_text(content)
     assert attempts.read_result(tmp_path) is None
+
+
+def test_several_processes_are_started_by_accelerate_and_by_nobodys_configuration(tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path, trainer_python=Path("/somewhere/python"), trainer_stop_timeout_s=12.5)
+    one = attempts.command(settings, tmp_path / "attempt-1", {"CUDA_VISIBLE_DEVICES": "3"})
+    assert one.argv == ("/somewhere/python", "-P", "-m", "modelyard.trainer", f"{tmp_path}/attempt-1/training.json")
+    four = attempts.command(settings, tmp_path / "attempt-1", {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, 4)
+    assert four.argv[:3] == ("/somewhere/python", "-m", "accelerate.commands.launch")
+    assert four.argv[four.argv.index("--num_processes") + 1] == "4"
+    assert four.argv[-3:] == one.argv[-3:]
+    assert four.env["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
+    assert four.env["HF_HOME"].startswith(str(tmp_path))
+    # The launcher would kill a process that still writes a checkpoint sooner than the server does.
+    assert float(four.env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) >= settings.trainer_stop_timeout_s
+
+
+def test_a_process_that_its_launcher_saw_killed_was_killed(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("Root Cause:\n  rank      : 1\n  exitcode  : -9 (pid: 12)\n  error_file: <N/A>\n")
+    died = attempts.death(ended(tmp_path, Outcome(1, None)), tmp_path / "log", Kills.so_far(), None, 0)
+    assert died["code"] == "trainer_killed"
+    assert "SIGKILL" in died["message"]
+    (tmp_path / "log").write_text("Root Cause:\n  rank      : 1\n  exitcode  : 1 (pid: 12)\n  error_file: <N/A>\n")
+    died = attempts.death(ended(tmp_path, Outcome(1, None)), tmp_path / "log", Kills.so_far(), None, 0)
+    assert died["code"] == "trainer_died"

@@ -1,9 +1,10 @@
 """A training's turn at the accelerator: whether there is room beside the engines, and what to do if there is none.
 
-The accelerator is the freest GPU's memory or, on a machine without one, the machine's, within the budget that engines
-and trainings share (MODELYARD_ENGINE_MEMORY_GIB). What a training is given is promised to it in the database: engines
-that start meanwhile leave it free, and other trainings too, also after a restart of the server. Deployments that must
-leave are asked, not ended: their supervisors drain them (`stand_aside`). How much a training wants is `needs`'.
+The accelerator is the memory of the freest GPU (or of several, each with a process of the training) or, on a machine
+without one, the machine's, within the budget that engines and trainings share (MODELYARD_ENGINE_MEMORY_GIB). What a
+training is given is promised to it in the database: engines that start meanwhile leave it free, and other trainings
+too, also after a restart of the server. Deployments that must leave are asked, not ended: their supervisors drain them
+(`stand_aside`). How much a training wants is `needs`'.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from modelyard.db import Sessions
 from modelyard.deploy import promises, succession
 from modelyard.deploy.fit import gib
 from modelyard.deploy.fitting import left_when_gone
-from modelyard.deploy.machine import Machine, given_back, this_machine
+from modelyard.deploy.machine import Gpu, Machine, given_back, this_machine
 from modelyard.deploy.promises import Promised
 from modelyard.deploy.tables import Deployment, MemoryPromise, Wanted
 from modelyard.errors import JobFailure
@@ -43,8 +44,10 @@ class Share:
     """What a training was given. `memory_bytes` is None where nothing tells how much there is."""
 
     memory_bytes: int | None
-    #: For the trainer's environment: which GPU is its.
+    #: For the trainer's environment: which GPUs are its.
     env: dict[str, str] = field(default_factory=dict)
+    #: That share the training, each with a GPU of its own and so much memory of it.
+    processes: int = 1
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Sight:
         machine = self._left(gone, alone=alone)
         if not machine.has_gpu:
             return machine.memory_available_bytes
-        return max((gpu.free_bytes for gpu in machine.gpus), default=None)
+        return min((gpu.free_bytes for gpu in self._freest(machine)), default=None)
 
     def fits(self, needed_bytes: int, gone: Collection[UUID] = (), *, alone: bool = False) -> bool:
         """Whether so much is free then; where nothing tells, one at a time is all that is safe."""
@@ -125,10 +128,16 @@ class Sight:
         free = self.free()
         memory_bytes = min(need.useful_bytes, free) if free is not None else None
         if not machine.gpus:
-            return Share(memory_bytes)
-        best = max(machine.gpus, key=lambda gpu: (gpu.free_bytes, -gpu.index))
+            return Share(memory_bytes, processes=self.settings.trainer_processes)
+        taken = sorted(gpu.index for gpu in self._freest(machine))
         # NVML counts GPUs in the order of the bus.
-        return Share(memory_bytes, {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": str(best.index)})
+        env = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(map(str, taken))}
+        return Share(memory_bytes, env, len(taken))
+
+    def _freest(self, machine: Machine) -> list[Gpu]:
+        """Return as many GPUs as a training is to have, or all that there are."""
+        freest = sorted(machine.gpus, key=lambda gpu: (-gpu.free_bytes, gpu.index))
+        return freest[: self.settings.trainer_processes]
 
     def _left(self, gone: Collection[UUID], *, alone: bool = False) -> Machine:
         others = () if alone else self.others

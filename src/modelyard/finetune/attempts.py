@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,6 +33,8 @@ from modelyard.trainer.spec import Hyperparameters, Mode, Spec
 MIB = 1024**2
 #: How much of its log shows how a child died.
 LAST_LINES, LAST_BYTES = 8, 4096
+#: How the launcher of several processes says that a signal ended one of them; itself it leaves with an exit code.
+_KILLED = re.compile(r"^ *exitcode *: -(\d+) ", re.MULTILINE)
 
 
 def newest(folder: Path) -> int:
@@ -62,12 +66,34 @@ def spec_of(
     )
 
 
-def command(settings: Settings, folder: Path, env: Mapping[str, str]) -> Command:
-    """Return the command of the attempt in a folder; `env` says which accelerator is its."""
-    python = settings.trainer_python or Path(sys.executable)
-    extra = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(physical_cores())}
-    argv = (str(python), "-P", "-m", "modelyard.trainer", str(folder / "training.json"))
-    return Command(argv, child_environment(extra | dict(env)))
+def command(settings: Settings, folder: Path, env: Mapping[str, str], processes: int = 1) -> Command:
+    """Return the command of the attempt in a folder; `env` says which accelerator is its.
+
+    More than one process are started, and ended with one another, by `accelerate launch`.
+    """
+    python = str(settings.trainer_python or sys.executable)
+    threads = str(max(1, physical_cores() // processes))
+    extra = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": threads}
+    trainer = ("-m", "modelyard.trainer", str(folder / "training.json"))
+    if processes == 1:
+        return Command((python, "-P", *trainer), child_environment(extra | dict(env)))
+    launch = (
+        "-m", "accelerate.commands.launch",
+        # Its --cpu would start one process; the trainers themselves take the processor where there is no GPU.
+        "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--main_process_port", "0",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--log_dir", str(folder),
+    )  # fmt: skip
+    alone = {
+        # What -P says, for each process.
+        "PYTHONSAFEPATH": "1",
+        # The configuration of whoever's home this is must not steer it.
+        "HF_HOME": str(folder / "hf"),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
+        # The launcher passes SIGTERM on; it must not kill what still writes a checkpoint.
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(settings.trainer_stop_timeout_s)),
+    }
+    return Command((python, *launch, *trainer), child_environment(extra | alone | dict(env)))
 
 
 def physical_cores(sysfs: Path = Path("/sys/devices/system/cpu")) -> int:
@@ -123,7 +149,10 @@ def death(child: Child, log: Path, before: Kills, memory_bytes: int | None, take
         taken_bytes: What it had taken when it last said so; 0 if it never did.
     """
     outcome = child.outcome or Outcome(None, None)
-    shown = evidence.clipped(_last_words(log))
+    words = _last_words(log)
+    if (killed := _KILLED.search("\n".join(words))) is not None and outcome.exit_code:
+        outcome = Outcome(None, int(killed[1]))
+    shown = evidence.clipped(words[-LAST_LINES:])
     if outcome.signal is None and outcome.exit_code is not None:
         return {
             "code": "trainer_died",
@@ -151,5 +180,5 @@ def _last_words(log: Path) -> list[str]:
     """Return the last lines of a log that may not be there."""
     with contextlib.suppress(FileNotFoundError), log.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - LAST_BYTES))
-        return file.read().decode("utf-8", "replace").splitlines()[-LAST_LINES:]
+        return file.read().decode("utf-8", "replace").splitlines()
     return []

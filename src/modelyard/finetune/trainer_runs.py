@@ -130,7 +130,7 @@ class TrainerRuns:
             data=self._data, work=self._work, folder=folder, memory_bytes=share.memory_bytes,
         )  # fmt: skip
         await asyncio.to_thread(spec.write, folder / "training.json")
-        command = attempts.command(self._settings, folder, share.env)
+        command = attempts.command(self._settings, folder, share.env, share.processes)
         try:
             return await self._children.start(
                 folder, command, log=self._job.log, stop_timeout_s=self._settings.trainer_stop_timeout_s

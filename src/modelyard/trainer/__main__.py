@@ -3,7 +3,8 @@
 Trains, plans or merges; whatever happens ends in a result, unless the system kills this process. SIGTERM ends it in
 good order: at once where nothing needs to be finished, and in the midst of the training after the step that runs,
 with a checkpoint. Everything that it writes is beside its place until it is whole, so that SIGKILL at any moment
-costs the time since the last checkpoint, and nothing else.
+costs the time since the last checkpoint, and nothing else. Started by `accelerate launch`, several processes share one
+training (`ranks`).
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import os
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from modelyard.errors import JobFailure
-from modelyard.trainer import memory
+from modelyard.trainer import memory, ranks
 from modelyard.trainer.failures import as_failure
 from modelyard.trainer.reports import Reports, finite
 from modelyard.trainer.spec import Mode, Spec
@@ -47,6 +49,9 @@ def main(argv: list[str]) -> None:
     spec = Spec.read(Path(argv[0]))
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    ranks.end_with_the_launcher()
+    if not ranks.is_first():
+        spec = replace(spec, progress=os.devnull, tensorboard_dir=None)
     stop = _Stop(spec)
     signal.signal(signal.SIGTERM, stop)
     report = Reports(Path(spec.progress))
@@ -56,6 +61,8 @@ def main(argv: list[str]) -> None:
         memory.let_go()
         # The edge of the child: whatever it was becomes the result.
         log.exception("failed")
+        if ranks.has_lost_another(error):
+            os._exit(1)
         failure = as_failure(error)
         result = {
             "failure": {
@@ -66,7 +73,8 @@ def main(argv: list[str]) -> None:
             }
         }
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    write_result(spec, result)
+    if ranks.is_first() or "failure" in result:
+        write_result(spec, result)
     log.info("%s", {name: result[name] for name in result if name in ("failure", "stopped", "step", "figures")})
     sys.stderr.flush()
     os._exit(1 if "failure" in result else 0)
@@ -85,7 +93,8 @@ class _Stop:
     def __call__(self, number: int, frame: Any) -> None:
         self.asked = True
         if self.at_once:
-            write_result(self._spec, {"stopped": True, "step": self.step})
+            if ranks.is_first():
+                write_result(self._spec, {"stopped": True, "step": self.step})
             os._exit(0)
 
 
@@ -110,6 +119,7 @@ def _run(spec: Spec, report: Reports, stop: _Stop) -> dict[str, Any]:
 def train(spec: Spec, report: Reports, stop: _Stop) -> dict[str, Any]:
     """Train an adapter, or go on where an attempt before was ended, and score it."""
     report.phase("loading")
+    ranks.meet()
     from modelyard.trainer.model import device_name, load_base, load_tokenizer, max_length, read_config, with_adapter
     from modelyard.trainer.rows import prepare
 
@@ -146,12 +156,16 @@ def train(spec: Spec, report: Reports, stop: _Stop) -> dict[str, Any]:
         outcome = training.run()
         if outcome.stopped:
             return {"stopped": True, "step": outcome.step}
+        if not ranks.is_first():
+            return {}
         stop.step = outcome.step
         stop.at_once = True
         if stop.asked:
             stop(signal.SIGTERM, None)
         report.phase("saving")
         done = _save(work_dir, model, prepared, outcome.figures, print_)
+    elif not ranks.is_first():
+        return {}
     else:
         from safetensors.torch import load_file
 
@@ -215,7 +229,9 @@ def versions() -> dict[str, str]:
 
 
 def write_result(spec: Spec, result: dict[str, Any]) -> None:
-    """Put the result in its place when it is whole."""
+    """Put the result in its place when it is whole. Of several processes that failed the first one tells why."""
+    if ranks.count() > 1 and os.path.exists(spec.result):
+        return
     beside = f"{spec.result}.{os.getpid()}.new"
     with open(beside, "w", encoding="utf-8") as file:
         json.dump(finite(result), file)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from modelyard.trainer import ranks
 from modelyard.trainer.rows import Example
 from modelyard.trainer.spec import Hyperparameters
 
@@ -160,8 +161,8 @@ class Micro:
 
 
 def micros(rows: Rows, chosen: Sequence[int], size: int, pad: int) -> Iterator[Micro]:
-    """Yield a step's rows, which come longest first, in forward passes of at most `size` rows."""
-    for part in passes(rows, chosen, size):
+    """Yield this process's share of a step's rows, which come longest first, in forward passes of at most `size`."""
+    for part in ranks.share(passes(rows, chosen, size)):
         yield collate(rows, part, pad)
 
 

@@ -1,10 +1,10 @@
 """The training itself: from the newest checkpoint to the adapter's last step, or to where it is asked to end.
 
-Steps are taken by transformers' Trainer (`stepping`), which brings the optimizer's side and what `accelerate` knows of
-more GPUs. Logits are made only where something is learnt, and the loss is that of all of a step's learnt tokens, in
+Steps are taken by transformers' Trainer (`stepping`), which brings the optimizer's side; processes share them
+(`ranks`). Logits are made only where something is learnt, and the loss is that of all of a step's learnt tokens, in
 float32. A forward pass may have to be smaller than was asked for, where that is left to us; a step's rows stay the
-same. The same spec and rows give the same weights, bit by bit on one machine, however often the training was ended
-and went on: neither checkpoints nor validation touch what the steps depend on.
+same. The same spec and rows give the same weights, bit by bit on one machine with as many processes, however often the
+training was ended and went on: neither checkpoints nor validation touch what the steps depend on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from torch.nn import functional
 
 from modelyard.errors import JobFailure
-from modelyard.trainer import memory
+from modelyard.trainer import memory, ranks
 from modelyard.trainer.batches import Course, Micro, Rows, Step, Steps, collate, micros, padded_tokens
 from modelyard.trainer.checkpoints import Checkpoint, Checkpoints, sync
 from modelyard.trainer.curve import Curve
@@ -116,7 +116,8 @@ class Training:
     def run(self) -> Outcome:
         """Train to the end, or to where it is asked to stop. Raises JobFailure."""
         found = self._checkpoints.newest()
-        self._checkpoints.discard_unusable(found)
+        if ranks.is_first():
+            self._checkpoints.discard_unusable(found)
         moments = self._restore(found) if found is not None else None
         self._read_sizes()
         if self._needed(self.settings.batch_size or self.course.rows_per_step) > SURELY_FITS * self._free():
@@ -198,7 +199,7 @@ class Training:
             self._curve.pause()
             self._validate(done)
             self._curve.begin()
-        if self._is_over() or self._stop.asked:
+        if self._is_over() or stepper.is_to_end:
             return True
         if self._checkpoint_is_due(done):
             self._curve.pause()
@@ -265,15 +266,19 @@ class Training:
         self.model.eval()
         try:
             with torch.inference_mode():
-                total = sum(self.loss(self.model, micro) for micro in micros(rows, chosen, most, self.pad))
+                total = torch.zeros((), device=self.model.device)
+                for micro in micros(rows, chosen, most, self.pad):
+                    total = total + self.loss(self.model, micro)
         finally:
             self.model.train()
-        return float(total) / max(1, int(rows.learnt[chosen].sum()))
+        return float(ranks.summed(total.clone())) / max(1, int(rows.learnt[chosen].sum()))
 
     # Checkpoints.
 
     def _checkpoint_is_due(self, done: int) -> bool:
         every = self.settings.checkpoint_steps
+        if not ranks.is_first():
+            return False
         if every is not None:
             return done % every == 0
         waited = time.monotonic() - self._saved_at
@@ -283,6 +288,8 @@ class Training:
         return waited >= CHECKPOINT_S or done % max(1, math.ceil(self.total_steps / PARTS)) == 0
 
     def _save(self, stepper: Stepper) -> None:
+        if not ranks.is_first():
+            return
         progress = self.progress
         progress.peak_memory_bytes = max(progress.peak_memory_bytes, memory.peak_bytes())
         chance = {str(index): state for index, state in enumerate(stepper.random_state())}
@@ -334,6 +341,7 @@ class Training:
             if asked is not None or rows == 1:
                 raise self._too_large(rows, error)
             rows = max(1, rows // 2)
+        rows = ranks.least(rows, self.model.device)
         self._set_size(0, rows)
         if asked is None:
             self._report.note(
@@ -381,6 +389,8 @@ class Training:
 
     def _set_size(self, step: int, rows: int) -> None:
         self.progress.sizes.append([step, rows])
+        if not ranks.is_first():
+            return
         path = Path(self._spec.work_dir) / SIZES
         beside = path.with_name(f".{path.name}.partial")
         beside.write_text(json.dumps({"fingerprint": self._checkpoints.fingerprint, "sizes": self.progress.sizes}))
@@ -404,6 +414,7 @@ class Training:
             "steps": progress.step,
             "epochs": round(self.course.epoch(progress.step), 4),
             "rows_per_step": self.course.rows_per_step,
+            "processes": ranks.count(),
             "batch_size": self.size_at(progress.step),
             "tokens": curve.tokens,
             "learnt_tokens": curve.learnt_tokens,

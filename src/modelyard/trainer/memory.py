@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modelyard.trainer import ranks
+
 #: What the system and the other processes keep when the training may take what is free.
 MARGIN = 0.05
 #: What kernels take that are made for the shapes they see, in bfloat16 on a processor.
@@ -38,7 +40,10 @@ class Budget:
 
 
 def budget(limit_bytes: int | None) -> Budget:
-    """Return the memory for this training on its device: the limit, or what is free if that is less."""
+    """Return the memory for this process of the training on its device: the limit, or what is free if that is less.
+
+    Without a GPU the processes of one training have the same part of both.
+    """
     import torch
 
     if torch.cuda.is_available():
@@ -46,9 +51,9 @@ def budget(limit_bytes: int | None) -> Budget:
         used = torch.cuda.memory_reserved()
         most = used + int(free * (1 - MARGIN))
         return Budget(min(most, limit_bytes or most, total), torch.cuda.memory_allocated())
-    used = resident_bytes()
-    most = used + int(available_bytes() * (1 - MARGIN))
-    return Budget(min(most, limit_bytes or most), used)
+    used, sharing = resident_bytes(), ranks.count()
+    most = used + int(available_bytes() * (1 - MARGIN)) // sharing
+    return Budget(min(most, limit_bytes // sharing if limit_bytes else most), used)
 
 
 def hold_to(limit_bytes: int | None) -> None:
@@ -105,17 +110,17 @@ def resident_bytes() -> int:
 
 
 def in_use_bytes() -> int:
-    """Return what the training's device holds for it now: memory of the GPU, or of this process."""
+    """Return what the training's device holds for it now: memory of the GPU, or of its processes, which are alike."""
     import torch
 
-    return int(torch.cuda.memory_allocated()) if torch.cuda.is_available() else resident_bytes()
+    return int(torch.cuda.memory_allocated()) if torch.cuda.is_available() else ranks.count() * resident_bytes()
 
 
 def peak_bytes() -> int:
     """Return the most that it ever held."""
     import torch
 
-    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else _status("VmHWM")
+    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else ranks.count() * _status("VmHWM")
 
 
 def available_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:

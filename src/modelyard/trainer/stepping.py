@@ -1,8 +1,9 @@
 """One step of the optimizer at a time, inside transformers' Trainer.
 
 Trainer asks for batches and gets steps: the rows that one update learns from. `training_step` is ours, and takes them
-in as many forward and backward passes as memory asks for. What Trainer does for each step beside that, and nobody
-here reads, is left out: counting operations, walking through all modules, and waiting for the loss.
+in as many forward and backward passes as memory asks for, shared by the processes of the training (`ranks`). What
+Trainer does for each step beside that, and nobody here reads, is left out: counting operations, walking through all
+modules, and waiting for the loss.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from modelyard.trainer import ranks
 from modelyard.trainer.batches import Rows, Step, Steps, micros
 from modelyard.trainer.failures import is_out_of_memory
 from modelyard.trainer.spec import Hyperparameters
@@ -65,6 +67,7 @@ class Stepper(Trainer):  # type: ignore[misc]
         self._restored = moments
         self._trained = [(name, each) for name, each in owner.model.named_parameters() if each.requires_grad]
         self._random: list[Any] = []
+        self._all_asked = False
         #: Of the step that was done last.
         self.step: Step
         self.loss: Any = None
@@ -86,6 +89,7 @@ class Stepper(Trainer):  # type: ignore[misc]
             disable_tqdm=True,
             remove_unused_columns=False,
             average_tokens_across_devices=False,
+            ddp_timeout=int(ranks.PATIENCE.total_seconds()),
             dataloader_pin_memory=False,
         )
         if not arguments.parallel_mode.value.startswith("distributed"):
@@ -137,16 +141,25 @@ class Stepper(Trainer):  # type: ignore[misc]
         self.step, self.rate = inputs, self.lr_scheduler.get_last_lr()[0]
         while True:
             self._random = random_tensors()
+            ranks.seed_step(self.owner.settings.seed, inputs.number)
+            shortage: BaseException | None = None
+            left = False
             try:
-                self.loss = self._learn(model, inputs)
-                return self.loss
+                self.loss = self._learn(inputs)
+            except Left:
+                left = True
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                shortage = error
-            # Outside of the handler: its frames hold the tensors that were too many.
-            self.owner.shrink(inputs.number, shortage)
-            del shortage
+                # Without its frames, which hold the tensors that were too many.
+                shortage = error.with_traceback(None)
+            left, is_short = self._agree(left, shortage is not None)
+            if left:
+                raise Left
+            if not is_short:
+                ranks.sum_gradients([each for _, each in self._trained])
+                return self.loss
+            self.owner.shrink(inputs.number, shortage or MemoryError("in another process of this training"))
             self._undo()
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -170,13 +183,30 @@ class Stepper(Trainer):  # type: ignore[misc]
         """Return the state of chance before the next step."""
         return random_tensors()
 
-    def _learn(self, model: Any, step: Step) -> Any:
+    @property
+    def is_to_end(self) -> bool:
+        """Whether the training is to end after the step that was done last; all processes say the same."""
+        return self._all_asked if ranks.count() > 1 else self.owner.is_to_end()
+
+    def _agree(self, left: bool, is_short: bool) -> tuple[bool, bool]:
+        """Return whether any process has left the step, and whether the memory of any did not suffice."""
+        if ranks.count() == 1:
+            return left, is_short
+        mine = torch.tensor([left, is_short, self.owner.is_to_end()], dtype=torch.float32, device=self.args.device)
+        loss = torch.zeros(1, device=self.args.device) if left or is_short or self.loss is None else self.loss.view(1)
+        found = ranks.summed(torch.cat((mine, loss.float())))
+        self.loss = found[3]
+        anyone_left, anyone_short, self._all_asked = (flag > 0 for flag in found[:3].tolist())
+        return anyone_left, anyone_short
+
+    def _learn(self, step: Step) -> Any:
+        """Take this process's share of a step; return its part of the loss, None if it has none."""
         began, total = time.monotonic(), None
         share = 1.0 / max(1, step.learnt)
         for micro in micros(self.owner.rows, step.rows, self.owner.size_at(step.number), self.owner.pad):
             if self.owner.is_to_end() and time.monotonic() - began > LONG_STEP_S:
                 raise Left
-            loss = self.owner.loss(model, micro) * share
+            loss = self.owner.loss(self.owner.model, micro) * share
             self.accelerator.backward(loss)
             total = loss.detach() if total is None else total + loss.detach()
         return total
