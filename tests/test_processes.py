@@ -326,6 +326,14 @@ async def test_the_scratch_folder_is_removed_however_the_child_ends(yard: Yard) 
         assert not scratch.exists(), end
 
 
+async def test_a_child_that_is_stopped_at_the_moment_of_its_start_hears_of_it(yard: Yard) -> None:
+    began = time.monotonic()
+    for _ in range(5):
+        child = await yard.start(program("tidy", "0"))
+        assert (await child.stop()).stopped
+    assert time.monotonic() - began < AMPLE_S / 2
+
+
 async def test_a_folder_is_never_run_twice(yard: Yard) -> None:
     child = await yard.start(python("print('once')"))
     command = Command(python("print('twice')"), child_environment())

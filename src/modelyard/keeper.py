@@ -163,8 +163,13 @@ class Keeper:
 
     def _spawn(self, watched: set[signal.Signals]) -> int:
         keeper = os.getpid()
+        # Closed by the exec: a word to the group that came before it is a group's would be lost.
+        begun, begins = os.pipe()
         child = os.fork()
         if child:
+            os.close(begins)
+            os.read(begun, 1)
+            os.close(begun)
             return child
         try:
             os.setsid()
