@@ -80,6 +80,14 @@ def test_on_a_cpu_weights_are_of_the_format_that_it_computes_in() -> None:
     assert need.weights_bytes == SIZE * (1 if has_amx() else 2)
 
 
+def test_processes_that_share_a_processor_want_its_memory_each() -> None:
+    for has_gpu, times in ((False, 3), (True, 1)):
+        one = estimate(CONFIG, SIZE, SETTINGS, has_gpu=has_gpu)
+        three = estimate(CONFIG, SIZE, SETTINGS, has_gpu=has_gpu, processes=3)
+        assert three.needed_bytes == times * one.needed_bytes
+        assert three.useful_bytes == times * one.useful_bytes
+
+
 def test_a_configuration_that_does_not_tell_is_counted_from_above() -> None:
     need = estimate({"model_type": "new"}, SIZE, SETTINGS, has_gpu=True)
     assert need.row_bytes == need.weights_bytes == SIZE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import time
@@ -17,7 +18,7 @@ from modelyard.finetune import attempts
 from modelyard.processes import Child, Outcome
 from modelyard.settings import Settings
 from tests.eventually import PATIENCE_S
-from tests.trainer.runs import RUN_S, Run, Trainers, make_run
+from tests.trainer.runs import RUN_S, Run, Trainers, make_run, rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -188,3 +189,28 @@ def test_what_goes_wrong_in_all_processes_is_told_once(tmp_path: Path, tiny_llam
     with launched(run) as there:
         assert there.wait() > 0
     assert run.failure()["code"] == "loss_not_finite"
+
+
+def test_memory_that_does_not_suffice_in_one_process_makes_passes_smaller_in_all(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
+    run = make_run(
+        tmp_path / "run", tiny_llama, lines=rows(80, longest=250), batch_size=None, gradient_accumulation=1,
+        max_steps=20, validation_split=0.0,
+    )  # fmt: skip
+    with launched(run) as there:
+        there.when(reaches(run, 4))
+        pid = there.processes()["1"]
+        status = Path(f"/proc/{pid}/status").read_text("ascii")
+        taken = 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmData:"))
+        _, hard = resource.prlimit(pid, resource.RLIMIT_DATA)
+        resource.prlimit(pid, resource.RLIMIT_DATA, (taken + 16 * 1024**2, hard))
+        code = there.wait()
+    # Nobody waits for the one that could not go on: all try again with half of the rows.
+    notes = [note for note in run.told("note") if "Memory did not suffice" in note["message"]]
+    assert notes[0]["data"]["batch_size"] == 8, run.log.read_text("utf-8")[-3000:]
+    if code == 0:
+        assert run.done()["figures"]["batch_size"] == notes[-1]["data"]["batch_size"]
+        assert run.steps() == list(range(1, 21))
+    else:  # the limit is lifted for the next try, but kernels that could not be made may stay so
+        assert run.failure()["code"] == "out_of_memory"

@@ -68,7 +68,7 @@ class Need:
 
 def estimate(
     config: Mapping[str, Any], size_bytes: int, settings: Hyperparameters, *, has_gpu: bool,
-    longest_tokens: int | None = None,
+    longest_tokens: int | None = None, processes: int = 1,
 ) -> Need:  # fmt: skip
     """Return what a training will want.
 
@@ -78,25 +78,26 @@ def estimate(
         settings: The training's settings.
         has_gpu: Whether it runs on a GPU.
         longest_tokens: The longest row, as far as it is known; None: as long as rows may be.
+        processes: Processes that share the training; each has it all, on a GPU of its own if there are any.
     """
     number_bytes = 2 if has_gpu or has_amx() else 4
-    processes = GPU_PROCESS_BYTES if has_gpu else CPU_PROCESS_BYTES
+    process = GPU_PROCESS_BYTES if has_gpu else CPU_PROCESS_BYTES
     weights = _weights(config, size_bytes, settings, number_bytes)
     tokens = min(settings.max_seq_len or LONGEST_TOKENS, model_shape.longest(config) or LONGEST_TOKENS)
     tokens = min(tokens, max(1, longest_tokens)) if longest_tokens is not None else tokens
     per_token = _activations(config, number_bytes, settings)
     row = int(tokens * per_token * ROW_MARGIN) if per_token is not None else weights
     adapter = 16 * (_adapter_numbers(config, settings) or weights // number_bytes // 50)
-    fixed = processes + weights + adapter
-    rows = settings.batch_size
+    fixed = process + weights + adapter
+    rows, times = settings.batch_size, 1 if has_gpu else processes
     return Need(
-        processes_bytes=processes,
-        weights_bytes=weights,
-        adapter_bytes=adapter,
-        row_bytes=row,
+        processes_bytes=times * process,
+        weights_bytes=times * weights,
+        adapter_bytes=times * adapter,
+        row_bytes=times * row,
         row_tokens=tokens,
-        needed_bytes=fixed + row * (rows or 1),
-        useful_bytes=fixed + row * (rows or USEFUL_ROWS),
+        needed_bytes=times * (fixed + row * (rows or 1)),
+        useful_bytes=times * (fixed + row * (rows or USEFUL_ROWS)),
     )
 
 

@@ -183,8 +183,10 @@ class _Training:
     def _need(self, longest_tokens: int | None) -> Need:
         files = model_files(self.settings, self.base)
         settings = Hyperparameters(**self.row.hyperparameters)
-        has_gpu = this_machine().has_gpu
-        return estimate(files.config, files.size_bytes, settings, has_gpu=has_gpu, longest_tokens=longest_tokens)
+        return estimate(
+            files.config, files.size_bytes, settings,
+            has_gpu=this_machine().has_gpu, longest_tokens=longest_tokens, processes=self.settings.trainer_processes,
+        )  # fmt: skip
 
     async def _longest_row(self) -> int | None:
         """Return how many tokens the longest row has at most, as far as its characters tell."""
