@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from modelyard.doctor import Finding, Verdict, check_database, check_engine, check_hub, check_imports
+from modelyard.doctor import Finding, Verdict, check_database, check_engine, check_hub, check_imports, check_training
 from modelyard.settings import Settings
 from tests.server import run_modelyard, serving
 
@@ -68,6 +68,7 @@ def test_a_machine_without_faults_is_ok_and_nothing_is_made_by_looking(tmp_path:
         "database",
         "storage",
         "engine",
+        "training",
     }
     assert {name for name, verdict in verdicts.items() if verdict == "FAIL"} == set()
     assert "vLLM 0.32.0, torch 2.13.0+cpu" in done.stdout
@@ -140,6 +141,25 @@ def test_the_database_is_named_as_the_setting_would_name_it(tmp_path: Path) -> N
     (finding,) = check_database(Settings(database_url="postgresql://someone:hidden@host:port/name", _env_file=None))
     assert finding.verdict is Verdict.FAIL
     assert finding.found.startswith("MODELYARD_DATABASE_URL is not an address")
+
+
+def test_a_python_without_what_trainings_need_is_told_what_is_missing(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n', "utf-8")
+    python.chmod(0o755)
+    (finding,) = check_training(Settings(trainer_python=python, _env_file=None))
+    assert finding.verdict is Verdict.WARN
+    assert "peft" in finding.found
+    assert "requirements/install.py train" in finding.todo
+    (finding,) = check_training(Settings(trainer_python=tmp_path / "nothing", _env_file=None))
+    assert (finding.verdict, finding.todo) == (Verdict.WARN, "Correct MODELYARD_TRAINER_PYTHON.")
+
+
+@pytest.mark.engine
+def test_the_trainer_of_this_environment_is_found() -> None:
+    (finding,) = check_training(Settings(trainer_python=Path(sys.executable), _env_file=None))
+    assert finding.found.startswith("torch 2.13.0")
+    assert finding.verdict is Verdict.OK
 
 
 @pytest.mark.engine

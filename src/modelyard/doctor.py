@@ -46,6 +46,14 @@ cuda = torch.version.cuda
 print(json.dumps([vllm.__version__, torch.__version__, cuda, torch.cuda.device_count() if cuda else 0]))
 """
 
+# By name alone: to import them takes seconds, and what they are built on the engine's check has imported.
+_ASK_TRAINER = """
+import importlib.metadata, importlib.util, json
+names = ["torch", "transformers", "peft", "accelerate", "rouge_score", "tensorboardX", "modelyard"]
+missing = [name for name in names if importlib.util.find_spec(name) is None]
+print(json.dumps([missing, {name: importlib.metadata.version(name) for name in names[:4] if name not in missing}]))
+"""
+
 
 class Verdict(StrEnum):
     """How a check ended."""
@@ -236,6 +244,28 @@ def check_engine(settings: Settings) -> Iterator[Finding]:
         yield Finding(Verdict.OK, "engine", found)
 
 
+def check_training(settings: Settings) -> Iterator[Finding]:
+    """What trainings need, looked up by the Python that would run them."""
+    python = str(settings.trainer_python or sys.executable)
+    todo = "Fine-tuning needs it: make demo installs it, or python3 requirements/install.py train."
+    try:
+        asked = subprocess.run(
+            [python, "-c", _ASK_TRAINER], capture_output=True, text=True, timeout=ENGINE_TIMEOUT_S, check=False
+        )
+        missing, versions = json.loads(asked.stdout.splitlines()[-1])
+    except OSError as error:
+        todo = "Correct MODELYARD_TRAINER_PYTHON." if settings.trainer_python else ""
+        yield Finding(Verdict.WARN, "training", f"{python} does not run: {error.strerror}", todo)
+        return
+    except (subprocess.TimeoutExpired, ValueError, IndexError):
+        yield Finding(Verdict.WARN, "training", f"{python} does not tell what it has", todo)
+        return
+    if missing:
+        yield Finding(Verdict.WARN, "training", f"not installed: {', '.join(missing)}", todo)
+        return
+    yield Finding(Verdict.OK, "training", ", ".join(f"{name} {version}" for name, version in versions.items()))
+
+
 def check_hub(settings: Settings) -> Iterator[Finding]:
     """The Hugging Face hub."""
     token = "with a token" if settings.hf_token is not None else "no token: public models only"
@@ -312,7 +342,7 @@ def check_imports(settings: Settings) -> Iterator[Finding]:
 
 CHECKS: tuple[Callable[[Settings], Iterator[Finding]], ...] = (
     check_python, check_settings, check_data_folder, check_memory, check_gpu, check_database, check_storage,
-    check_imports, check_hub, check_engine,
+    check_imports, check_hub, check_engine, check_training,
 )  # fmt: skip
 
 
