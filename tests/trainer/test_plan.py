@@ -143,7 +143,7 @@ def test_a_plan_leaves_nothing_behind_and_says_which_rows_are_truncated_or_left_
     assert prepared["steps"] == 1000
     assert plan["batch_size"] >= 1
     assert not [path for path in (tmp_path / "plan/work").rglob("*.safetensors")]
-    assert not (tmp_path / "plan/work/adapter").exists()
+    assert not (tmp_path / "plan" / "work" / "adapter").exists()
 
 
 def history(plan: dict[str, Any], **changes: Any) -> dict[str, Any]:
