@@ -76,7 +76,7 @@ def test_several_processes_are_started_by_accelerate_and_by_nobodys_configuratio
     one = attempts.command(settings, tmp_path / "attempt-1", {"CUDA_VISIBLE_DEVICES": "3"})
     assert one.argv == ("/somewhere/python", "-P", "-m", "modelyard.trainer", f"{tmp_path}/attempt-1/training.json")
     four = attempts.command(settings, tmp_path / "attempt-1", {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, 4)
-    assert four.argv[:3] == ("/somewhere/python", "-m", "accelerate.commands.launch")
+    assert four.argv[:3] == ("/somewhere/python", "-m", "modelyard.trainer.launcher")
     assert four.argv[four.argv.index("--num_processes") + 1] == "4"
     assert four.argv[-3:] == one.argv[-3:]
     assert four.env["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"

@@ -21,7 +21,7 @@ def trainers(folder: Path) -> list[int]:
     for process in Path("/proc").iterdir():
         with suppress(OSError):
             words = (process / "cmdline").read_bytes() if process.name.isdigit() else b""
-            if str(folder).encode() in words and b"training.json" in words and b"accelerate" not in words:
+            if str(folder).encode() in words and b"training.json" in words and b"trainer.launcher" not in words:
                 found.append(int(process.name))
     return found
 

@@ -24,6 +24,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 SETTINGS: dict[str, Any] = {"validation_split": 0.1, "checkpoint_steps": 2}
 STEPS = 24
+#: As `/proc/net/tcp` has them: a socket's state, and 127.0.0.1.
+LISTENS, LOOPBACK = "0A", "0100007F:"
 
 
 class Launched:
@@ -93,6 +95,22 @@ def to_the_end(run: Run) -> None:
 def reaches(run: Run, step: int) -> Callable[[], bool]:
     """Return the condition that a training has told of a step."""
     return lambda: max(run.steps(), default=0) >= step
+
+
+def listening(pid: int) -> list[str]:
+    """Return the addresses on which a process listens, as the kernel writes them."""
+    tables = [Path(f"/proc/{pid}/net/{name}").read_text("ascii") for name in ("tcp", "tcp6")]
+    lines = [line.split() for table in tables for line in table.splitlines()]
+    addresses = {line[9]: line[1] for line in lines if line[3] == LISTENS}
+    sockets = {target[8:-1] for target in links(pid) if target.startswith("socket:[")}
+    return [address for inode, address in addresses.items() if inode in sockets]
+
+
+def links(pid: int) -> Iterator[str]:
+    """Yield what the open files of a process are."""
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):
+            yield os.readlink(path)
 
 
 def test_two_processes_learn_what_one_does(tmp_path: Path, tiny_llama: Path, trainers: Trainers) -> None:
@@ -166,6 +184,18 @@ def test_a_training_that_is_asked_to_end_goes_on_with_more_processes_or_fewer(
     # Not one step was done twice.
     assert run.steps() == list(range(1, 201))
     assert run.done()["figures"]["processes"] == 1
+
+
+def test_nothing_of_a_shared_training_can_be_reached_from_other_machines(tmp_path: Path, tiny_llama: Path) -> None:
+    run = make_run(tmp_path / "run", tiny_llama, max_steps=500, **SETTINGS)
+    with launched(run) as there:
+        there.when(reaches(run, 2))
+        found = [address for pid in there.processes().values() for address in listening(pid)]
+        there.kill()
+        there.wait()
+    # The store by which they meet, and what each has for the others' gradients.
+    assert len(found) >= 3
+    assert {address for address in found if not address.startswith(LOOPBACK)} == set()
 
 
 def test_where_one_process_is_killed_all_end_and_it_counts_as_killed(tmp_path: Path, tiny_llama: Path) -> None:

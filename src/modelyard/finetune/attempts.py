@@ -69,7 +69,7 @@ def spec_of(
 def command(settings: Settings, folder: Path, env: Mapping[str, str], processes: int = 1) -> Command:
     """Return the command of the attempt in a folder; `env` says which accelerator is its.
 
-    More than one process are started, and ended with one another, by `accelerate launch`.
+    More than one process are started, and ended with one another, by `accelerate launch` (`trainer.launcher`).
     """
     python = str(settings.trainer_python or sys.executable)
     threads = str(max(1, physical_cores() // processes))
@@ -78,7 +78,7 @@ def command(settings: Settings, folder: Path, env: Mapping[str, str], processes:
     if processes == 1:
         return Command((python, "-P", *trainer), child_environment(extra | dict(env)))
     launch = (
-        "-m", "accelerate.commands.launch",
+        "-m", "modelyard.trainer.launcher",
         # Its --cpu would start one process; the trainers themselves take the processor where there is no GPU.
         "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--main_process_port", "0",
         "--mixed_precision", "no", "--dynamo_backend", "no", "--log_dir", str(folder),
