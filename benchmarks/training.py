@@ -45,8 +45,9 @@ SKIPPED, LAST = 5, 10
 TOLERANCE = 0.06
 POLL_S = 0.005
 LIMIT_S = 600.0
-OURS, LOOP, GROUPED, TRL, LLAMAFACTORY = (
+OURS, PACKED, LOOP, GROUPED, TRL, LLAMAFACTORY = (
     "Modelyard",
+    "Modelyard, packing",
     "PyTorch and PEFT by hand",
     "the same, rows grouped by length",
     "TRL, SFTTrainer",
@@ -88,7 +89,7 @@ class Run:
     kinds: tuple[str, ...] | None
 
 
-def spec(task: Task, models: Path, folder: Path) -> Spec:
+def spec(task: Task, models: Path, folder: Path, *, packing: bool = False) -> Spec:
     """Write the rows of a task into a folder, and return what everybody is to do."""
     data = folder / "rows.jsonl"
     data.write_text("\n".join(conversations(task.rows)) + "\n", "utf-8")
@@ -106,7 +107,7 @@ def spec(task: Task, models: Path, folder: Path) -> Spec:
         target_modules=None,
         max_seq_len=1024,
         seed=0,
-        packing=False,
+        packing=packing,
         quantization=None,
         validation_split=0.0,
         early_stopping=None,
@@ -128,7 +129,7 @@ def spec(task: Task, models: Path, folder: Path) -> Spec:
     )
 
 
-def follow(argv: Sequence[str], task: Task, models: Path, threads: int) -> Run:
+def follow(argv: Sequence[str], task: Task, models: Path, threads: int, *, packing: bool = False) -> Run:
     """Run a trainer on a task with so many threads, and return how it went.
 
     Raises:
@@ -136,7 +137,7 @@ def follow(argv: Sequence[str], task: Task, models: Path, threads: int) -> Run:
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        wanted = spec(task, models, folder)
+        wanted = spec(task, models, folder, packing=packing)
         wanted.write(folder / "training.json")
         Path(wanted.work_dir).mkdir()
         points: list[tuple[float, dict[str, Any]]] = []
@@ -199,6 +200,7 @@ def trainers() -> dict[str, list[str]]:
     # -P: a file beside the script, datasets.py, would be taken for the package of that name.
     found = {
         OURS: [sys.executable, "-P", "-m", "modelyard.trainer"],
+        PACKED: [sys.executable, "-P", "-m", "modelyard.trainer"],
         LOOP: [sys.executable, "-P", child, "loop"],
         GROUPED: [sys.executable, "-P", child, "grouped"],
     }
@@ -215,7 +217,7 @@ def measure(
     found: dict[str, list[Run]] = {name: [] for name in commands}
     for number in range(rounds):
         for name, argv in commands.items():
-            run = follow(argv, task, models, threads)
+            run = follow(argv, task, models, threads, packing=name == PACKED)
             found[name].append(run)
             print(
                 f"{task.model}, round {number + 1}: {name:34} {run.tokens_per_s:8,.0f} tokens/s "

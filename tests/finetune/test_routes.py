@@ -150,7 +150,7 @@ def test_the_source_documents_body_alone_starts_a_training(quick: Server, datase
         ({"hyperparameters": {"target_modules": []}}, 422, "invalid_value", None),
         ({"hyperparameters": {"validation_split": 0.9}}, 422, "invalid_value", "hyperparameters.validation_split"),
         ({"hyperparameters": {"quantization": "1bit"}}, 422, "invalid_value", "hyperparameters.quantization"),
-        ({"hyperparameters": {"packing": True}}, 422, "invalid_value", "hyperparameters.packing"),
+        ({"hyperparameters": {"packing": "tight"}}, 422, "invalid_value", "hyperparameters.packing"),
         ({"hyperparameters": {"warmth": 3}}, 422, "invalid_value", "hyperparameters.warmth"),
         ({"hyperparameters": {"seed": -1}}, 422, "invalid_value", "hyperparameters.seed"),
     ],

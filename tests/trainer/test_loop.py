@@ -60,17 +60,18 @@ def test_a_step_is_cut_into_forward_passes_where_that_costs_less_than_its_paddin
     from modelyard.trainer.batches import COMPARED, padded_tokens, passes
 
     chosen = tuple(range(8))
-    assert passes(data, chosen, 8) == [(0, 1), (2, 3, 4, 5, 6, 7)]
+    lines = [(row,) for row in chosen]
+    assert passes(data, lines, 8) == [lines[:2], lines[2:]]
     assert padded_tokens(data, chosen, 8) < 2500
     # As many rows as memory takes, and no more.
-    assert max(map(len, passes(data, chosen, 3))) == 3
-    assert [row for part in passes(data, chosen, 3) for row in part] == [*chosen]
-    alike = of_lengths([40] * 64)
-    assert passes(alike, tuple(range(64)), 64) == [tuple(range(64))]
+    assert max(map(len, passes(data, lines, 3))) == 3
+    assert [line for part in passes(data, lines, 3) for line in part] == lines
+    alike = [(row,) for row in range(64)]
+    assert passes(of_lengths([40] * 64), alike, 64) == [alike]
     # Too many to compare: all of one size.
-    many = of_lengths([20] * 1000)
+    many = [(row,) for row in range(1000)]
     assert COMPARED < 1000 * 100
-    assert {len(part) for part in passes(many, tuple(range(1000)), 100)} == {100}
+    assert {len(part) for part in passes(of_lengths([20] * 1000), many, 100)} == {100}
 
 
 def test_a_batch_size_left_open_gives_few_rows_more_than_one_step() -> None:
@@ -90,12 +91,13 @@ def test_logits_are_made_where_something_is_learnt_and_targets_are_the_tokens_af
     from modelyard.trainer.rows import Example
 
     data = Rows([Example(1, [1, 2, 3, 4], [-100, -100, 3, 4]), Example(2, [5, 6, 7], [-100, 6, -100])])
-    micro = collate(data, [0, 1], 0)
+    micro = collate(data, [(0,), (1,)], 0)
     assert micro.input_ids.tolist() == [[1, 2, 3, 4, 0, 0, 0, 0], [5, 6, 7, 0, 0, 0, 0, 0]]
     assert micro.kept.tolist() == [0, 1, 2]
     # Positions 1 and 2 of the first row, 0 of the second, among rows of three.
     assert micro.chosen.tolist() == [1, 2, 3]
     assert micro.targets.tolist() == [3, 4, 6]
+    assert micro.positions is None
 
 
 @pytest.mark.parametrize(

@@ -215,5 +215,3 @@ def test_what_could_not_be_trained_at_all_has_no_plan_but_the_reason(model_dir: 
     data = dataset(tmp_path / "more.jsonl", rows=20)
     result = run(spec_for(model_dir, data, hyperparameters=settings), tmp_path / "another")
     assert result["failure"]["code"] == "unknown_target_modules"
-    result = run(spec_for(model_dir, data, hyperparameters=replace(SETTINGS, packing=True)), tmp_path / "packed")
-    assert result["failure"]["code"] == "packing_unsupported"

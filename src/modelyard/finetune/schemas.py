@@ -68,7 +68,11 @@ class HyperparametersIn(BaseModel):
         description="Longest row in tokens; longer ones are truncated. Left out: what the model takes, 4,096 at most.",
     )
     seed: int = Field(default=0, ge=0, lt=2**32, description="Of the adapter's first weights, of the rows' order.")
-    packing: bool = Field(default=False, description="Not offered: rows of like length share a batch instead.")
+    packing: bool = Field(
+        default=False,
+        description="Put several rows into one line of a batch, each as if it were alone; the training fails where the "
+        "model would answer otherwise. Without it, rows of like length share a batch.",
+    )
     quantization: Literal["4bit"] | None = Field(
         default=None, description="4bit: the base is held in 4 bits, for less memory. Needs a GPU."
     )
@@ -92,13 +96,6 @@ class HyperparametersIn(BaseModel):
         le=1_000_000,
         description="Steps between two checkpoints. Left out: a tenth of the training, or a few minutes of it.",
     )
-
-    @field_validator("packing")
-    @classmethod
-    def _is_not_offered(cls, value: bool) -> bool:
-        if value:
-            raise ValueError("rows are not packed: those of like length share a batch, which leaves little to gain")
-        return value
 
     @model_validator(mode="after")
     def _one_length(self) -> HyperparametersIn:

@@ -20,7 +20,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from modelyard.errors import JobFailure
 from modelyard.trainer import memory, ranks
 from modelyard.trainer.failures import as_failure
 from modelyard.trainer.reports import Reports, finite
@@ -100,12 +99,6 @@ class _Stop:
 
 
 def _run(spec: Spec, report: Reports, stop: _Stop) -> dict[str, Any]:
-    if spec.hyperparameters.packing:
-        raise JobFailure(
-            "packing_unsupported",
-            "packing puts several rows into one, which this version does not do.",
-            "Leave packing out: rows of like length are trained together, so that there is little padding.",
-        )
     if spec.mode is Mode.PLAN:
         from modelyard.trainer.plan import plan
 

@@ -3,13 +3,15 @@
 A step is so many rows, in as many forward passes (`Micro`) as memory asks for and padding recommends: those of one
 are a part of the step's, alike in length. The order depends on (seed, epoch) alone, so that a training that goes on
 from a checkpoint sees the rows that it would have seen. Rows are padded on the right and no mask is made: attention
-looks only back, so that no token that counts ever sees padding.
+looks only back, so that no token that counts ever sees padding. Packed, rows follow one another in a `Line`, and their
+positions, which begin anew with each, keep their attention apart (`packing`).
 """
 
 from __future__ import annotations
 
 import math
 import random
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +39,9 @@ ALIGNED = 8
 PASS_TOKENS, GPU_PASS_TOKENS = 128, 2048
 #: Of steps with more to compare than this, forward passes are all of one size but the last.
 COMPARED = 1 << 16
+
+#: Rows that follow one another in one row of a forward pass; a single one where nothing is packed.
+Line = tuple[int, ...]
 
 
 class Rows:
@@ -107,11 +112,13 @@ class Step:
 class Steps:
     """The steps of a training from `start` on, in their order."""
 
-    def __init__(self, rows: Rows, course: Course, seed: int, start: int = 0) -> None:
+    def __init__(self, rows: Rows, course: Course, seed: int, start: int = 0, *, is_grouped: bool = True) -> None:
+        """`is_grouped`: those of a step are alike in length, where they are padded; packed they need not be."""
         self._rows = rows
         self._course = course
         self._seed = seed
         self._start = start
+        self._is_grouped = is_grouped
 
     def __len__(self) -> int:
         return self._course.total_steps - self._start
@@ -131,7 +138,8 @@ class Steps:
         order = list(range(len(self._rows)))
         chance.shuffle(order)
         per_step = self._course.rows_per_step
-        grouped = per_step * max(1, min(GROUPED_STEPS, self._course.steps_per_epoch // GROUPS))
+        together = max(1, min(GROUPED_STEPS, self._course.steps_per_epoch // GROUPS)) if self._is_grouped else 1
+        grouped = per_step * together
         lengths = self._rows.lengths
         steps = []
         for begin in range(0, len(order), grouped):
@@ -143,67 +151,106 @@ class Steps:
 
 @dataclass(frozen=True)
 class Micro:
-    """What one forward pass takes: `input_ids` of rows by positions; of the flattened logits at the positions `kept`
-    those at `chosen` are held against `targets`.
+    """What one forward pass takes: `input_ids` of lines by positions; of the flattened logits at the positions `kept`
+    those at `chosen` are held against `targets`. `positions` are those within each row, None where a line is one row.
     """
 
     input_ids: Any
     kept: Any
     chosen: Any
     targets: Any
+    positions: Any = None
 
     def to(self, device: Any) -> Micro:
         """Return it on a device."""
         if device.type == "cpu":
             return self
-        parts = (self.input_ids, self.kept, self.chosen, self.targets)
-        return Micro(*(part.pin_memory().to(device, non_blocking=True) for part in parts))
+        parts = (self.input_ids, self.kept, self.chosen, self.targets, self.positions)
+        moved = (part if part is None else part.pin_memory().to(device, non_blocking=True) for part in parts)
+        return Micro(*moved)
 
 
-def micros(rows: Rows, chosen: Sequence[int], size: int, pad: int) -> Iterator[Micro]:
-    """Yield this process's share of a step's rows, which come longest first, in forward passes of at most `size`."""
-    for part in ranks.share(passes(rows, chosen, size)):
+def micros(rows: Rows, chosen: Sequence[int], size: int, pad: int, capacity: int = 0) -> Iterator[Micro]:
+    """Yield this process's share of a step's rows, which come longest first, in forward passes of at most `size` lines.
+
+    `capacity` is what of rows is packed into one line, in tokens; 0: each is a line of its own.
+    """
+    for part in ranks.share(passes(rows, in_lines(rows, chosen, capacity), size)):
         yield collate(rows, part, pad)
 
 
-def passes(rows: Rows, chosen: Sequence[int], size: int) -> list[Sequence[int]]:
-    """Return a step's rows, which come longest first, cut into the forward passes that cost least together.
+def in_lines(rows: Rows, chosen: Sequence[int], capacity: int) -> list[Line]:
+    """Return rows, which come longest first, packed into few lines of so many tokens, the longest line first.
 
-    A pass of many rows costs their padding, many passes cost `PASS_TOKENS` each. The gradient is the same either way.
+    Each goes where it leaves least free (best fit decreasing; D. S. Johnson et al., SIAM J. Comput. 3, 1974).
+    """
+    if not capacity:
+        return [(row,) for row in chosen]
+    lines: list[list[int]] = []
+    free: list[tuple[int, int]] = []
+    for row in chosen:
+        length = int(rows.lengths[row])
+        at = bisect_left(free, (length, 0))
+        if at < len(free):
+            left, line = free.pop(at)
+        else:
+            left, line = capacity, len(lines)
+            lines.append([])
+        lines[line].append(row)
+        insort(free, (left - length, line))
+    return sorted(map(tuple, lines), key=lambda line: -line_length(rows, line))
+
+
+def line_length(rows: Rows, line: Line) -> int:
+    """Return how many tokens a line has."""
+    return sum(int(rows.lengths[row]) for row in line)
+
+
+def passes(rows: Rows, lines: Sequence[Line], size: int) -> list[Sequence[Line]]:
+    """Return a step's lines, which come longest first, cut into the forward passes that cost least together.
+
+    A pass of many lines costs their padding, many passes cost `PASS_TOKENS` each. The gradient is the same either way.
     """
     import torch
 
-    if len(chosen) * size > COMPARED:
-        return [chosen[begin : begin + size] for begin in range(0, len(chosen), size)]
+    if len(lines) * size > COMPARED:
+        return [lines[begin : begin + size] for begin in range(0, len(lines), size)]
     each = GPU_PASS_TOKENS if torch.cuda.is_available() else PASS_TOKENS
-    widths = [padded(int(rows.lengths[row])) for row in chosen]
-    # The least cost of the first rows, by how many they are, and where the last pass of that begins.
+    widths = [padded(line_length(rows, line)) for line in lines]
+    # The least cost of the first lines, by how many they are, and where the last pass of that begins.
     costs, begins = [0], [0]
-    for end in range(1, len(chosen) + 1):
+    for end in range(1, len(lines) + 1):
         cost, begin = min(
             (costs[begin] + (end - begin) * widths[begin] + each, begin) for begin in range(max(0, end - size), end)
         )
         costs.append(cost)
         begins.append(begin)
-    parts, end = [], len(chosen)
+    parts, end = [], len(lines)
     while end:
-        parts.append(chosen[begins[end] : end])
+        parts.append(lines[begins[end] : end])
         end = begins[end]
     return parts[::-1]
 
 
-def collate(rows: Rows, chosen: Sequence[int], pad: int) -> Micro:
-    """Return some rows as tensors."""
+def collate(rows: Rows, lines: Sequence[Line], pad: int) -> Micro:
+    """Return some lines as tensors."""
     import torch
 
-    longest = max(int(rows.lengths[row]) for row in chosen)
-    width = padded(longest)
-    ids: Any = np.full((len(chosen), width), pad, np.int64)
-    labels: Any = np.full((len(chosen), width), IGNORED, np.int64)
-    for index, row in enumerate(chosen):
-        length = rows.lengths[row]
-        ids[index, :length] = rows.ids(row)
-        labels[index, :length] = rows.labels(row)
+    width = padded(max(line_length(rows, line) for line in lines))
+    ids: Any = np.full((len(lines), width), pad, np.int64)
+    labels: Any = np.full((len(lines), width), IGNORED, np.int64)
+    positions: Any = np.zeros((len(lines), width), np.int64)
+    for index, line in enumerate(lines):
+        begin = 0
+        for row in line:
+            end = begin + int(rows.lengths[row])
+            ids[index, begin:end] = rows.ids(row)
+            # The first token of a row is never predicted, least of all from the row before.
+            labels[index, begin + 1 : end] = rows.labels(row)[1:]
+            positions[index, begin:end] = np.arange(end - begin)
+            begin = end
+        # What is padded is like one more row, which nobody sees.
+        positions[index, begin:] = np.arange(width - begin)
     # What stands at a position is predicted from the one before.
     following = labels[:, 1:]
     learnt = following != IGNORED
@@ -214,12 +261,14 @@ def collate(rows: Rows, chosen: Sequence[int], pad: int) -> Micro:
         torch.from_numpy(kept),
         torch.from_numpy(np.flatnonzero(learnt_kept)),
         torch.from_numpy(following[:, kept][learnt_kept]),
+        torch.from_numpy(positions) if any(len(line) > 1 for line in lines) else None,
     )
 
 
-def padded_tokens(rows: Rows, chosen: Sequence[int], size: int) -> int:
+def padded_tokens(rows: Rows, chosen: Sequence[int], size: int, capacity: int = 0) -> int:
     """Return how many tokens a step's forward passes take with their padding."""
-    return sum(len(part) * padded(int(rows.lengths[part[0]])) for part in passes(rows, chosen, size))
+    parts = passes(rows, in_lines(rows, chosen, capacity), size)
+    return sum(len(part) * padded(line_length(rows, part[0])) for part in parts)
 
 
 def padded(length: int) -> int:

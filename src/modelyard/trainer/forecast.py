@@ -10,7 +10,7 @@ from enum import StrEnum
 from itertools import islice
 from typing import Any
 
-from modelyard.trainer.batches import Course, Rows, Steps, padded
+from modelyard.trainer.batches import Course, Rows, Steps, in_lines, line_length, padded
 from modelyard.trainer.reports import Reports
 
 #: Steps that are measured, after one that warms up: kernels are chosen, memory is taken.
@@ -41,12 +41,15 @@ def tokens_of(rows: Rows, course: Course) -> int:
     return round(int(rows.lengths.sum()) * course.total_steps / course.steps_per_epoch)
 
 
-def growth_bytes(rows: Rows, course: Course, seed: int, size: int) -> int:
-    """Return how much a training on a CPU will take beyond what its first `MEASURED_STEPS` steps took."""
+def growth_bytes(rows: Rows, steps: Steps, size: int, capacity: int) -> int:
+    """Return how much a training on a CPU will take beyond what its first `MEASURED_STEPS` steps took.
+
+    `size` and `capacity` as in `batches.micros`.
+    """
     widths = {
-        padded(int(rows.lengths[step.rows[begin]]))
-        for step in islice(Steps(rows, course, seed), LOOKED_AT)
-        for begin in range(0, len(step.rows), size)
+        padded(line_length(rows, line))
+        for step in islice(steps, LOOKED_AT)
+        for line in in_lines(rows, step.rows, capacity)[::size]
     }
     return WIDTH_BYTES * max(0, min(len(widths), MOST_WIDTHS) - MEASURED_STEPS)
 

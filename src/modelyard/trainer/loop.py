@@ -25,12 +25,13 @@ from torch.nn import functional
 
 from modelyard.errors import JobFailure
 from modelyard.trainer import memory, ranks
-from modelyard.trainer.batches import Course, Micro, Rows, Step, Steps, collate, micros, padded_tokens
+from modelyard.trainer.batches import Course, Micro, Rows, Step, Steps, collate, in_lines, micros, padded_tokens
 from modelyard.trainer.checkpoints import Checkpoint, Checkpoints, sync
 from modelyard.trainer.curve import Curve
 from modelyard.trainer.failures import is_out_of_memory, size
 from modelyard.trainer.forecast import Forecast, growth_bytes, tokens_of
 from modelyard.trainer.model import CONFIG, WEIGHTS, adapter_config, adapter_weights, set_adapter_weights
+from modelyard.trainer.packing import capacity_of
 from modelyard.trainer.reports import Reports
 from modelyard.trainer.spec import Spec
 from modelyard.trainer.stepping import Left, Stepper, random_tensors, set_random_tensors
@@ -97,6 +98,7 @@ class Training:
         self.rows = rows
         self.pad = pad
         self.settings = spec.hyperparameters
+        self.capacity = capacity_of(model, rows) if self.settings.packing else 0
         self.course = Course.of(self.settings, len(rows))
         self.total_steps = self.course.total_steps
         self.progress = Progress()
@@ -105,7 +107,7 @@ class Training:
         self._report = report
         self._checkpoints = checkpoints
         self._stop = stop
-        self._takes_positions = "logits_to_keep" in inspect.signature(model.get_base_model().forward).parameters
+        self._takes_kept = "logits_to_keep" in inspect.signature(model.get_base_model().forward).parameters
         self._best: dict[str, Any] = {}
         self._saved_step = 0
         self._saved_at = time.monotonic()
@@ -142,7 +144,7 @@ class Training:
         """Take the steps that are left; return whether it was asked to end before the last."""
         start = self.progress.step
         self._saved_step, self._saved_at = start, time.monotonic()
-        steps = Steps(self.rows, self.course, self.settings.seed, start)
+        steps = self.steps(start)
         with tempfile.TemporaryDirectory(prefix=".trainer-", dir=self._spec.work_dir) as folder:
             stepper = Stepper(self, steps, start, moments, folder)
             if found is not None:
@@ -159,6 +161,10 @@ class Training:
         if self.progress.step > self._saved_step or self.progress.finished:
             self._save(stepper)
         return stopped
+
+    def steps(self, start: int = 0) -> Steps:
+        """Return the steps from one on."""
+        return Steps(self.rows, self.course, self.settings.seed, start, is_grouped=not self.capacity)
 
     # The owner's side of `stepping`.
 
@@ -193,7 +199,7 @@ class Training:
         if self._forecast is not None:
             self._forecast.after_step(self._curve.tokens, self._curve.seconds)
         done = self.progress.step = step.number + 1
-        self.progress.padded_tokens += padded_tokens(self.rows, step.rows, self.size_at(step.number))
+        self.progress.padded_tokens += padded_tokens(self.rows, step.rows, self.size_at(step.number), self.capacity)
         self._report.progress(done, self.total_steps, "steps")
         if len(self._held_out) and self._validation_is_due(done):
             self._curve.pause()
@@ -210,10 +216,13 @@ class Training:
     def loss(self, model: Any, micro: Micro) -> Any:
         """Return the sum of the losses of all that a forward pass teaches."""
         micro = micro.to(self.model.device)
-        if self._takes_positions:
-            logits = model(input_ids=micro.input_ids, use_cache=False, logits_to_keep=micro.kept).logits
+        inputs = {"input_ids": micro.input_ids, "use_cache": False}
+        if micro.positions is not None:
+            inputs["position_ids"] = micro.positions
+        if self._takes_kept:
+            logits = model(**inputs, logits_to_keep=micro.kept).logits
         else:
-            logits = model(input_ids=micro.input_ids, use_cache=False).logits[:, micro.kept]
+            logits = model(**inputs).logits[:, micro.kept]
         flat = logits.flatten(0, 1)
         if len(micro.chosen) < len(flat):
             flat = flat.index_select(0, micro.chosen)
@@ -223,7 +232,7 @@ class Training:
         """Return the most memory that it will have held in the end, as far as its first steps tell."""
         on_gpu = torch.cuda.is_available()
         size = self.size_at(self.progress.step)
-        growth = 0 if on_gpu else growth_bytes(self.rows, self.course, self.settings.seed, size)
+        growth = 0 if on_gpu else growth_bytes(self.rows, self.steps(), size, self.capacity)
         return memory.peak_bytes() + growth
 
     # Validation.
@@ -357,7 +366,7 @@ class Training:
         shortage = None
         self.model.train()
         try:
-            self.loss(self.model, collate(self.rows, longest, self.pad)).backward()
+            self.loss(self.model, collate(self.rows, in_lines(self.rows, longest, 0), self.pad)).backward()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

@@ -64,6 +64,7 @@ class Hyperparameters:
     #: Tokens. None: what the model takes, 4,096 at most.
     max_seq_len: int | None
     seed: int
+    #: Several rows in one line of a batch, each as if it were alone.
     packing: bool
     #: "4bit" or None.
     quantization: str | None

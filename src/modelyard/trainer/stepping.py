@@ -39,6 +39,8 @@ class Owner(Protocol):
     model: Any
     rows: Rows
     pad: int
+    #: Of a line that rows are packed into, in tokens; 0: each row is a line of its own.
+    capacity: int
     settings: Hyperparameters
     total_steps: int
 
@@ -203,7 +205,8 @@ class Stepper(Trainer):  # type: ignore[misc]
         """Take this process's share of a step; return its part of the loss, None if it has none."""
         began, total = time.monotonic(), None
         share = 1.0 / max(1, step.learnt)
-        for micro in micros(self.owner.rows, step.rows, self.owner.size_at(step.number), self.owner.pad):
+        owner = self.owner
+        for micro in micros(owner.rows, step.rows, owner.size_at(step.number), owner.pad, owner.capacity):
             if self.owner.is_to_end() and time.monotonic() - began > LONG_STEP_S:
                 raise Left
             loss = self.owner.loss(self.owner.model, micro) * share

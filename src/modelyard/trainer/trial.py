@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from modelyard.trainer.batches import Rows, Step, Steps, padded_tokens
+from modelyard.trainer.batches import Rows, Step, in_lines, padded_tokens
 from modelyard.trainer.checkpoints import Checkpoints
 from modelyard.trainer.loop import Training
 from modelyard.trainer.reports import Reports
@@ -91,20 +91,20 @@ class Trial(Training):
     def _chosen(self) -> tuple[Step, list[Step]]:
         """Return a step of the longest rows, and typical ones of the first epoch, by their length."""
         size = self.size_at(0)
-        steps = sorted(
-            Steps(self.rows, self.course, self.settings.seed).epoch(0),
-            key=lambda chosen: padded_tokens(self.rows, chosen, size),
-        )
+        steps = sorted(self.steps().epoch(0), key=lambda chosen: padded_tokens(self.rows, chosen, size, self.capacity))
         typical = [steps[(2 * part + 1) * len(steps) // (2 * TYPICAL)] for part in range(TYPICAL)]
         longest = sorted(range(len(self.rows)), key=lambda row: -int(self.rows.lengths[row]))[:size]
-        return self._step(longest), [self._step(_middle(chosen, size)) for chosen in typical]
+        return self._step(longest), [self._step(self._middle(chosen, size)) for chosen in typical]
 
     def _step(self, chosen: Sequence[int]) -> Step:
         tokens, learnt = (int(each[list(chosen)].sum()) for each in (self.rows.lengths, self.rows.learnt))
         return Step(0, tuple(chosen), tokens, learnt)
 
-
-def _middle(chosen: Sequence[int], size: int) -> Sequence[int]:
-    """Return the rows of the middle one of a step's forward passes."""
-    first = (-(-len(chosen) // size) // 2) * size
-    return chosen[first : first + size] if len(chosen) > size else chosen
+    def _middle(self, chosen: Sequence[int], size: int) -> Sequence[int]:
+        """Return the rows of the middle one of a step's forward passes."""
+        lines = in_lines(self.rows, chosen, self.capacity)
+        if len(lines) <= size:
+            return chosen
+        first = (-(-len(lines) // size) // 2) * size
+        taken = {row for line in lines[first : first + size] for row in line}
+        return [row for row in chosen if row in taken]
