@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import signal
 from typing import Any
 
 import pytest
 
 pytest_plugins = ["tests.fixtures"]
+
+
+def pytest_configure() -> None:
+    """Hear Ctrl-C, and have all that tests start hear it: a shell has what it starts in the background pass it over."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)
