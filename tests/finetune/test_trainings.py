@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import sqlite3
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.eventually import PATIENCE_S
 from tests.finetune.yard import (
     FINETUNE,
     MODEL,
@@ -36,6 +39,8 @@ from tests.server import Server
 #: So many steps that nobody waits for the last one.
 ENDLESS: dict[str, Any] = QUICK | {"max_steps": 100_000, "checkpoint_steps": 20}
 PACE = "pace=0.02"
+#: Moments of publishing at which a server is killed, and how long that takes at most.
+MOMENTS, PUBLISHING_S = 6, 0.08
 
 
 @pytest.fixture(scope="module")
@@ -386,6 +391,37 @@ def test_a_row_that_a_crash_left_out_is_written_for_the_folder_that_is_in_place(
         until(lambda: server.get("/api/v1/models/ft:pace-0").status == 200, "the row is there")
         finished(server, done)
         assert not trainers(server)
+
+
+@pytest.mark.slow
+def test_a_server_killed_at_any_moment_of_publishing_ends_with_the_adapter_in_the_store_once(
+    llama: Path, tmp_path: Path
+) -> None:
+    chance = random.Random(11)
+    with training_server(tmp_path / "data", llama, MODELYARD_TRAINER_PYTHON=str(TRAINER_PYTHON)) as server:
+        dataset_id = add_dataset(server)
+        undisturbed = adapter_files(server, finished(server, start(server, dataset_id, "pace=0"))["adapter_id"])
+        for number in range(MOMENTS):
+            finetune = start(server, dataset_id, f"Moment {number} pace=0")
+            # The trainer's result is kept first of all; what follows takes some hundredths of a second.
+            kept, began = work(server, finetune) / "result.json", False
+            deadline = time.monotonic() + PATIENCE_S
+            while not kept.exists() and (not began or kept.parent.exists()):
+                began = began or kept.parent.exists()
+                assert time.monotonic() < deadline
+            time.sleep(chance.uniform(0.0, PUBLISHING_S))
+            server.kill()
+            server.start()
+            found = finished(server, finetune)
+            assert found["phase"] == "DONE"
+            assert adapter_files(server, found["adapter_id"]) == undisturbed
+            assert [one["model_id"] for one in server.get("/api/v1/models/").json()].count(found["adapter_id"]) == 1
+            assert "adapter/complete.json" in objects(server, found)
+            assert not objects(server, found, "checkpoints")
+            assert not work(server, found).exists()
+            assert len(list((server.data_dir / "jobs" / found["job"]["id"]).glob("attempt-*"))) == 1
+        partial = server.data_dir / "models" / ".partial"
+        assert not partial.exists() or not list(partial.iterdir())
 
 
 @pytest.mark.slow

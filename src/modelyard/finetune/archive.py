@@ -3,6 +3,9 @@
 Files are stored, not compressed (weights do not shrink), in the order of their names and with one date for all, so that
 the same files are the same archive. A file is read once, so that its checksum follows its data (a data descriptor);
 archives and files beyond 4 GiB are Zip64. Follows PKWARE's APPNOTE 6.3.10, sections 4.3 to 4.5.
+
+Not by a library: of those that stream, zipstream-ng dates what it writes itself, so that the same files are another
+archive each time, and stream-zip wants each checksum before the data, which is reading everything twice.
 """
 
 from __future__ import annotations
