@@ -22,7 +22,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -288,10 +288,12 @@ def environment(**settings: str) -> dict[str, str]:
     return passed_on | settings
 
 
-def run_modelyard(*arguments: str, cwd: Path, **settings: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of the command line to its end, in a folder of its own."""
+def run_modelyard(
+    *arguments: str, cwd: Path, through: Sequence[str] = (), **settings: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command of the command line to its end, in a folder of its own; `through` is a program that starts it."""
     return subprocess.run(
-        [sys.executable, "-m", "modelyard", *arguments],
+        [*through, sys.executable, "-m", "modelyard", *arguments],
         cwd=cwd, env=environment(**settings), stdin=subprocess.DEVNULL, capture_output=True, text=True,
         timeout=2 * PATIENCE_S, check=False,
     )  # fmt: skip
