@@ -183,12 +183,12 @@ def test_a_batch_size_that_is_left_to_the_trainer_shrinks_until_it_fits_its_memo
     large = make_run(tmp_path / "large", tiny_llama, **changes)
     assert trainers.run(large) == 0, large.result()
     wanted = large.done()["figures"]
-    small = make_run(tmp_path / "small", tiny_llama, memory_bytes=900 * MIB, **changes)
+    small = make_run(tmp_path / "small", tiny_llama, memory_bytes=800 * MIB, **changes)
     assert trainers.run(small) == 0, small.result()
     found = small.done()["figures"]
     assert found["rows_per_step"] == wanted["rows_per_step"] == wanted["batch_size"] == 15
     assert found["batch_size"] < 15
-    assert found["peak_memory_bytes"] <= 900 * MIB < wanted["peak_memory_bytes"]
+    assert found["peak_memory_bytes"] <= 800 * MIB < wanted["peak_memory_bytes"]
     # A step is the same step, in more passes: what it learns differs by rounding alone.
     assert found["tokens"] == wanted["tokens"]
     assert found["last_loss"] == pytest.approx(wanted["last_loss"], rel=0.02)

@@ -2,45 +2,39 @@
 
 Steps are taken by transformers' Trainer (`stepping`), which brings the optimizer's side; processes share them
 (`ranks`). Logits are made only where something is learnt, and the loss is that of all of a step's learnt tokens, in
-float32. A forward pass may have to be smaller than was asked for, where that is left to us; a step's rows stay the
-same. The same spec and rows give the same weights, bit by bit on one machine with as many processes, however often the
-training was ended and went on: neither checkpoints nor validation touch what the steps depend on.
+float32. How much of a step one forward pass takes is up to `sizing`. The same spec and rows give the same weights, bit
+by bit on one machine with as many processes, however often the training was ended and went on: neither checkpoints nor
+validation touch what the steps depend on.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
 import math
-import os
 import random
 import tempfile
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
 
-from modelyard.errors import JobFailure
 from modelyard.trainer import memory, ranks
-from modelyard.trainer.batches import Course, Micro, Rows, Step, Steps, collate, in_lines, micros, padded_tokens
-from modelyard.trainer.checkpoints import Checkpoint, Checkpoints, sync
+from modelyard.trainer.batches import Course, Micro, Rows, Step, Steps, micros, padded_tokens
+from modelyard.trainer.checkpoints import Checkpoint, Checkpoints
 from modelyard.trainer.curve import Curve
-from modelyard.trainer.failures import is_out_of_memory, size
 from modelyard.trainer.forecast import Forecast, growth_bytes, tokens_of
 from modelyard.trainer.model import CONFIG, WEIGHTS, adapter_config, adapter_weights, set_adapter_weights
 from modelyard.trainer.packing import capacity_of
 from modelyard.trainer.reports import Reports
+from modelyard.trainer.sizing import Sizing
 from modelyard.trainer.spec import Spec
-from modelyard.trainer.stepping import Left, Stepper, random_tensors, set_random_tensors
+from modelyard.trainer.stepping import Left, Stepper, set_random_tensors
 
 OPTIMIZER = "optimizer.safetensors"
 RANDOM = "random.safetensors"
 BEST = "best.safetensors"
-#: Beside the checkpoints: how large forward passes were found to fit, so that a restart finds no other.
-SIZES = "forward_passes.json"
 #: Without checkpoint_steps: a checkpoint each tenth of the training, and after so many seconds, ...
 CHECKPOINT_S = 180.0
 PARTS = 10
@@ -49,8 +43,6 @@ CHECKPOINT_SHARE = 0.05
 #: Rows that validation looks at while the training runs; the scores after it are another matter.
 VALIDATION_ROWS = 256
 VALIDATION_BATCH = 8
-#: A forward pass that is estimated to take less than this of what is free is not tried before.
-SURELY_FITS = 0.25
 
 
 class Stop(Protocol):
@@ -83,8 +75,6 @@ class Progress:
     checkpoints: int = 0
     checkpoint_seconds: float = 0.0
     peak_memory_bytes: int = 0
-    #: Rows of a forward pass, each from a step on.
-    sizes: list[list[int]] = field(default_factory=list)
 
 
 class Training:
@@ -99,6 +89,7 @@ class Training:
         self.pad = pad
         self.settings = spec.hyperparameters
         self.capacity = capacity_of(model, rows) if self.settings.packing else 0
+        self.sizing = Sizing(spec, model, rows, pad, self.capacity, report, checkpoints.fingerprint, self.loss)
         self.course = Course.of(self.settings, len(rows))
         self.total_steps = self.course.total_steps
         self.progress = Progress()
@@ -121,11 +112,7 @@ class Training:
         if ranks.is_first():
             self._checkpoints.discard_unusable(found)
         moments = self._restore(found) if found is not None else None
-        self._read_sizes()
-        if self._needed(self.settings.batch_size or self.course.rows_per_step) > SURELY_FITS * self._free():
-            memory.be_thrifty()
-        if not self.progress.sizes:
-            self._choose_size()
+        self.sizing.begin(self.course.rows_per_step, self.settings.gradient_accumulation)
         self._curve = Curve(
             self._report, self.course, self.rows, found.state if found else {}, self._spec.tensorboard_dir
         )
@@ -172,34 +159,13 @@ class Training:
         """Return whether the training was asked to end."""
         return self._stop.asked
 
-    def size_at(self, step: int) -> int:
-        """Return how many rows a forward pass has at a step."""
-        return next(size for begin, size in reversed(self.progress.sizes) if begin <= step)
-
-    def shrink(self, step: int, error: BaseException) -> None:
-        """Take half of the rows in a forward pass from a step on. Raises JobFailure `out_of_memory` if it may not."""
-        rows = self.size_at(step)
-        if self.settings.batch_size is not None or rows == 1:
-            raise self._too_large(rows, error)
-        self._set_size(step, max(1, rows // 2))
-        self._report.note(
-            f"Memory did not suffice for {rows} rows in a forward pass: {max(1, rows // 2)} from step {step + 1} on. "
-            "Steps have the same rows as before.",
-            "WARNING",
-            batch_size=max(1, rows // 2),
-        )
-
-    def make_room(self) -> None:
-        """Give back what a forward pass left."""
-        memory.collect(self._spec.memory_bytes)
-
     def after_step(self, stepper: Stepper, step: Step) -> bool:
         """Take in a step that is done; return whether that was the last one for now."""
         self._curve.add(step, stepper.loss, stepper.norm, stepper.rate)
         if self._forecast is not None:
             self._forecast.after_step(self._curve.tokens, self._curve.seconds)
         done = self.progress.step = step.number + 1
-        self.progress.padded_tokens += padded_tokens(self.rows, step.rows, self.size_at(step.number), self.capacity)
+        self.progress.padded_tokens += padded_tokens(self.rows, step.rows, self.sizing.at(step.number), self.capacity)
         self._report.progress(done, self.total_steps, "steps")
         if len(self._held_out) and self._validation_is_due(done):
             self._curve.pause()
@@ -231,7 +197,7 @@ class Training:
     def expected_peak_bytes(self) -> int:
         """Return the most memory that it will have held in the end, as far as its first steps tell."""
         on_gpu = torch.cuda.is_available()
-        size = self.size_at(self.progress.step)
+        size = self.sizing.at(self.progress.step)
         growth = 0 if on_gpu else growth_bytes(self.rows, self.steps(), size, self.capacity)
         return memory.peak_bytes() + growth
 
@@ -271,7 +237,7 @@ class Training:
         """Return the mean loss of the learnt tokens of rows that were held back; nothing changes by it."""
         rows = self._held_out
         chosen = sorted(range(min(len(rows), VALIDATION_ROWS)), key=lambda row: -int(rows.lengths[row]))
-        most = min(VALIDATION_BATCH, self.size_at(self.progress.step))
+        most = min(VALIDATION_BATCH, self.sizing.at(self.progress.step))
         self.model.eval()
         try:
             with torch.inference_mode():
@@ -306,7 +272,9 @@ class Training:
         if self._best:
             tensors[BEST] = self._best
         before = self._checkpoints.seconds
-        state = {**self._curve.state(), **vars(progress), "python_random": random.getstate()}
+        state = {
+            **self._curve.state(), **vars(progress), "sizes": self.sizing.taken, "python_random": random.getstate()
+        }  # fmt: skip
         self._checkpoints.save(progress.step, tensors, {CONFIG: adapter_config(self.model)}, state)
         progress.checkpoints += 1
         progress.checkpoint_seconds += self._checkpoints.seconds - before
@@ -316,6 +284,7 @@ class Training:
         """Bring back what a checkpoint keeps, and return the optimizer's moments."""
         known = set(vars(self.progress))
         self.progress = Progress(**{name: value for name, value in found.state.items() if name in known})
+        self.sizing.taken = found.state["sizes"]
         set_adapter_weights(self.model, found.tensors(WEIGHTS))
         if (found.folder / BEST).is_file():
             self._best = found.tensors(BEST)
@@ -324,96 +293,6 @@ class Training:
 
     def _is_over(self) -> bool:
         return self.progress.finished or self.progress.step >= self.total_steps
-
-    # How many rows a forward pass has.
-
-    def _needed(self, rows: int) -> int:
-        """Estimate what a forward and backward pass of so many of the longest rows takes."""
-        dtype_bytes = next(self.model.get_base_model().parameters()).element_size()
-        return memory.step_bytes(self.model.config, dtype_bytes, rows, int(self.rows.lengths.max()))
-
-    def _free(self) -> int:
-        trained = sum(each.numel() for each in self.model.parameters() if each.requires_grad)
-        return memory.budget(self._spec.memory_bytes).free_bytes - memory.adapter_bytes(trained)
-
-    def _choose_size(self) -> None:
-        """Find how many rows of the longest fit. Raises JobFailure `out_of_memory` if not even what was asked for."""
-        asked = self.settings.batch_size
-        rows = asked or max(1, self.course.rows_per_step // self.settings.gradient_accumulation)
-        free = self._free()
-        while asked is None and rows > 1 and self._needed(rows) > free:
-            rows = max(1, rows // 2)
-        while self._needed(rows) > SURELY_FITS * free:
-            error = self._try(rows)
-            if error is None:
-                break
-            if asked is not None or rows == 1:
-                raise self._too_large(rows, error)
-            rows = max(1, rows // 2)
-        rows = ranks.least(rows, self.model.device)
-        self._set_size(0, rows)
-        if asked is None:
-            self._report.note(
-                f"Steps have {self.course.rows_per_step} rows, {rows} at most in a forward pass.",
-                rows_per_step=self.course.rows_per_step,
-                batch_size=rows,
-            )
-
-    def _try(self, size: int) -> BaseException | None:
-        """Take the longest rows forward and back and forget it; return the error if memory did not suffice."""
-        before = random_tensors()
-        longest = sorted(range(len(self.rows)), key=lambda row: -int(self.rows.lengths[row]))[:size]
-        shortage = None
-        self.model.train()
-        try:
-            self.loss(self.model, collate(self.rows, in_lines(self.rows, longest, 0), self.pad)).backward()
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            # Without its frames, which hold the tensors that were too many.
-            shortage = error.with_traceback(None)
-        for each in self.model.parameters():
-            each.grad = None
-        self.make_room()
-        set_random_tensors(before)
-        return shortage
-
-    def _too_large(self, rows: int, error: BaseException) -> JobFailure:
-        # The error's frames hold what was too much, and would count as taken.
-        error = error.with_traceback(None)
-        self.make_room()
-        longest = int(self.rows.lengths.max())
-        allowed = memory.budget(self._spec.memory_bytes)
-        needed = self._needed(rows)
-        fitting = memory.suggestions(max(needed, allowed.free_bytes), allowed.free_bytes, rows, longest)
-        words = " or ".join(f"{name} {value}" for name, value in fitting.items())
-        return JobFailure(
-            "out_of_memory",
-            f"A forward pass of {rows} rows of up to {longest} tokens takes about {size(needed)}, and of the "
-            f"{size(allowed.total_bytes)} that this training may take {size(allowed.free_bytes)} are free.",
-            (f"What should fit: {words}. " if words else "Train a smaller model, or give it more memory. ")
-            + ("With batch_size auto it looks by itself for what fits." if self.settings.batch_size else ""),
-            [str(error).splitlines()[0][:300] if str(error) else type(error).__name__],
-        )
-
-    def _set_size(self, step: int, rows: int) -> None:
-        self.progress.sizes.append([step, rows])
-        if not ranks.is_first():
-            return
-        path = Path(self._spec.work_dir) / SIZES
-        beside = path.with_name(f".{path.name}.partial")
-        beside.write_text(json.dumps({"fingerprint": self._checkpoints.fingerprint, "sizes": self.progress.sizes}))
-        sync(beside)
-        os.rename(beside, path)
-
-    def _read_sizes(self) -> None:
-        """Take over what an attempt before found, be it after its last checkpoint."""
-        try:
-            found = json.loads((Path(self._spec.work_dir) / SIZES).read_text("utf-8"))
-        except (OSError, ValueError):
-            return
-        if found.get("fingerprint") == self._checkpoints.fingerprint:
-            self.progress.sizes = [[int(step), int(rows)] for step, rows in found["sizes"]]
 
     def figures(self) -> dict[str, Any]:
         """Return what the training came to."""
@@ -424,7 +303,7 @@ class Training:
             "epochs": round(self.course.epoch(progress.step), 4),
             "rows_per_step": self.course.rows_per_step,
             "processes": ranks.count(),
-            "batch_size": self.size_at(progress.step),
+            "batch_size": self.sizing.at(progress.step),
             "tokens": curve.tokens,
             "learnt_tokens": curve.learnt_tokens,
             "training_seconds": round(curve.seconds, 3),

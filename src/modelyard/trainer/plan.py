@@ -137,7 +137,7 @@ def _measured(spec: Spec, tokenizer: Any, prepared: Prepared, rows: Any, report:
         "validation": trial.validation_seconds(),
         "evaluation": expected_seconds(model, tokenizer, prepared.held_out, report),
     }
-    return {"estimate": estimate, "seconds": _with_total(parts), "batch_size": trial.size_at(0)}
+    return {"estimate": estimate, "seconds": _with_total(parts), "batch_size": trial.sizing.at(0)}
 
 
 def _with_total(parts: dict[str, float]) -> dict[str, float]:

@@ -33,6 +33,16 @@ class Left(Exception):
     """A step was left unfinished: the training is to end, and the state is that before the step."""
 
 
+class Sizes(Protocol):
+    """How large forward passes are (`sizing`)."""
+
+    def at(self, step: int) -> int: ...
+
+    def shrink(self, step: int, error: BaseException) -> None: ...
+
+    def make_room(self) -> None: ...
+
+
 class Owner(Protocol):
     """Who the steps are taken for."""
 
@@ -44,13 +54,10 @@ class Owner(Protocol):
     settings: Hyperparameters
     total_steps: int
 
+    @property
+    def sizing(self) -> Sizes: ...
+
     def loss(self, model: Any, micro: Any) -> Any: ...
-
-    def size_at(self, step: int) -> int: ...
-
-    def shrink(self, step: int, error: BaseException) -> None: ...
-
-    def make_room(self) -> None: ...
 
     def is_to_end(self) -> bool: ...
 
@@ -161,7 +168,7 @@ class Stepper(Trainer):  # type: ignore[misc]
             if not is_short:
                 ranks.sum_gradients([each for _, each in self._trained])
                 return self.loss
-            self.owner.shrink(inputs.number, shortage or MemoryError("in another process of this training"))
+            self.owner.sizing.shrink(inputs.number, shortage or MemoryError("in another process of this training"))
             self._undo()
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -206,7 +213,7 @@ class Stepper(Trainer):  # type: ignore[misc]
         began, total = time.monotonic(), None
         share = 1.0 / max(1, step.learnt)
         owner = self.owner
-        for micro in micros(owner.rows, step.rows, owner.size_at(step.number), owner.pad, owner.capacity):
+        for micro in micros(owner.rows, step.rows, owner.sizing.at(step.number), owner.pad, owner.capacity):
             if self.owner.is_to_end() and time.monotonic() - began > LONG_STEP_S:
                 raise Left
             loss = self.owner.loss(self.owner.model, micro) * share
@@ -217,7 +224,7 @@ class Stepper(Trainer):  # type: ignore[misc]
     def _undo(self) -> None:
         for _, each in self._trained:
             each.grad = None
-        self.owner.make_room()
+        self.owner.sizing.make_room()
         set_random_tensors(self._random)
 
     def _clip_grad_norm(self, model: Any) -> Any:

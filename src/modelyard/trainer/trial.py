@@ -55,7 +55,7 @@ class Trial(Training):
         Raises:
             JobFailure: `out_of_memory`.
         """
-        self._choose_size()
+        self.sizing.choose(self.course.rows_per_step, self.settings.gradient_accumulation)
         longest, typical = self._chosen()
         taken = [replace(step, number=number) for number, step in enumerate([longest, *typical, *typical])]
         self._times: list[float] = []
@@ -90,7 +90,7 @@ class Trial(Training):
 
     def _chosen(self) -> tuple[Step, list[Step]]:
         """Return a step of the longest rows, and typical ones of the first epoch, by their length."""
-        size = self.size_at(0)
+        size = self.sizing.at(0)
         steps = sorted(self.steps().epoch(0), key=lambda chosen: padded_tokens(self.rows, chosen, size, self.capacity))
         typical = [steps[(2 * part + 1) * len(steps) // (2 * TYPICAL)] for part in range(TYPICAL)]
         longest = sorted(range(len(self.rows)), key=lambda row: -int(self.rows.lengths[row]))[:size]
