@@ -11,7 +11,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from benchmarks import raw, training
+from benchmarks import datasets, raw, training
 from benchmarks.changes import Names, Yard, adapter_lines, measure_adapters, measure_switch, switch_lines
 from benchmarks.load import Address, Result, run
 from benchmarks.training_start import Lines
@@ -193,3 +193,12 @@ def test_a_line_of_progress_counts_once_it_is_whole(tmp_path: Path) -> None:
     with file.open("a") as more:
         more.write('ep": 2}\n')
     assert [lines.new(), lines.new()] == [[{"step": 2}], []]
+
+
+def test_the_longest_wait_is_said_apart_from_those_that_the_machine_itself_made() -> None:
+    alone = [datasets.Wait(4.0), datasets.Wait(26.4)]
+    assert datasets.longest(alone) == "26 ms"
+    assert datasets.longest([*alone, datasets.Wait(20.0, met_giving_back=True)]) == "26 ms"
+    met = datasets.longest([*alone, datasets.Wait(98.0, met_giving_back=True)])
+    assert met.startswith("26 ms, and 98 ms while")
+    assert datasets.longest([datasets.Wait(98.0, met_giving_back=True)]).startswith("0 ms, and 98 ms while")
