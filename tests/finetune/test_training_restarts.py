@@ -5,11 +5,13 @@ One undisturbed training is what all others are compared with.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import pytest
 
 from tests.finetune.yard import (
     FINETUNE,
+    MODEL,
     QUICK,
     adapter_files,
     add_dataset,
@@ -32,6 +35,7 @@ from tests.finetune.yard import (
 )
 from tests.fixtures import S3Server
 from tests.server import Server
+from tests.trainer.runs import rows as long_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -126,6 +130,36 @@ def test_a_server_that_stops_in_good_order_has_the_trainer_save_and_the_next_one
     server.start()
     found = finished(server, finetune)
     assert adapter_files(server, found["adapter_id"]) == undisturbed
+
+
+def test_an_interrupt_in_each_phase_is_resumed_to_the_same_adapter_and_what_it_needs_is_kept_meanwhile(
+    server: Server,
+) -> None:
+    # Long answers, so that each phase lasts long enough to be caught.
+    lines = b"".join(json.dumps(row).encode() + b"\n" for row in long_rows(20, longest=200))
+    dataset_id, settings = add_dataset(server, lines), SETTINGS | {"max_steps": 12, "checkpoint_steps": 2}
+    alone = adapter_files(
+        server, finished(server, start(server, dataset_id, "Alone", hyperparameters=settings))["adapter_id"]
+    )
+    finetune = start(server, dataset_id, "Interrupted", hyperparameters=settings)
+    queued = start(server, dataset_id, "Interrupted", hyperparameters=settings)
+    assert queued["adapter_id"] != finetune["adapter_id"]
+    for phase, shows in (("loading", "TRAINING"), ("training", "TRAINING"), ("evaluating", "EVALUATING")):
+        until(partial(reports, server, finetune, phase), f"it is {phase}", 240.0, server)
+        for path, code in ((f"datasets/{dataset_id}/", "dataset_in_use"), (f"models/{MODEL}", "model_in_use")):
+            refused = server.delete(f"/api/v1/{path}")
+            assert (refused.status, refused.error_code) == (409, code), refused.text
+        if queued["job"]["status"] == "CREATED":
+            assert server.post(f"/api/v1/jobs/{queued['job']['id']}/interrupt/").status == 200
+            queued = ended(server, queued)
+            assert (queued["job"]["status"], queued["phase"]) == ("KILLED", "QUEUED")
+        assert server.post(f"{FINETUNE}interrupt/").status == 200
+        found = ended(server, finetune)
+        assert (found["job"]["status"], found["phase"]) == ("KILLED", shows)
+        assert not [pid for pid, command in server.processes().items() if "modelyard.trainer" in command]
+        assert server.post(f"{FINETUNE}{finetune['id']}/resume/").status == 200
+        finetune = shown(server, finetune)
+    assert adapter_files(server, finished(server, finetune)["adapter_id"]) == alone
 
 
 @pytest.mark.parametrize("store", ["folder", pytest.param("s3", marks=pytest.mark.s3)])
