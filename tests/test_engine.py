@@ -170,6 +170,16 @@ def test_the_other_interfaces_of_the_engine_answer(server: Server, llama: str) -
     assert server.post("/v1/messages", message).json()["type"] == "message"
 
 
+def test_the_first_request_for_log_probabilities_keeps_nobody_waiting(server: Server, llama: str) -> None:
+    # vLLM would compile what counts them now, and answer nobody for seconds.
+    body = {"model": "default", "prompt": "The longest river", "max_tokens": 4, "temperature": 0}
+    assert server.post("/v1/completions", body).status == 200
+    began = time.monotonic()
+    found = server.post("/v1/completions", body | {"logprobs": 1}).json()["choices"][0]
+    assert len(found["logprobs"]["token_logprobs"]) == 4
+    assert time.monotonic() - began < 1.5
+
+
 def test_the_engines_figures_stand_beside_the_servers_own(server: Server, llama: str) -> None:
     figures = server.get("/metrics").text
     assert "modelyard_gateway_requests_total" in figures

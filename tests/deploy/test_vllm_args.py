@@ -71,6 +71,17 @@ def test_a_generative_engine_starts_with_room_for_adapters() -> None:
     assert "--enable-lora" not in argv(max_loras=0)
 
 
+def test_an_engine_whose_model_is_not_compiled_compiles_nothing_while_it_serves() -> None:
+    def compiles(machine: Machine, **options: object) -> bool:
+        wanted = EngineOptions.model_validate(options)
+        env = engine_command(Path("/python"), MODEL, [], wanted, machine, SCRATCH, CACHE).env
+        return "TORCH_COMPILE_DISABLE" not in env
+
+    assert not compiles(CPU)
+    assert compiles(CPU, max_loras=0)
+    assert compiles(GPU)
+
+
 def test_an_embedding_engine_pools_in_full_precision_on_a_cpu() -> None:
     embedding = replace(MODEL, task="embed")
     arguments = argv(embedding)
