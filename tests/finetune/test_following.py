@@ -89,6 +89,8 @@ async def test_reports_become_rows_events_and_progress(database_url: str, tmp_pa
             {"kind": "phase", "phase": "loading"},
             {"kind": "note", "level": "WARNING", "message": "It is old.", "data": {"age": 3}},
             {"kind": "prepared", "rows": 40, "held_out_rows": 2, "truncated_rows": 0, "tokens": 900, "steps": 4},
+            # Once more, after the rows: that is not said again.
+            {"kind": "phase", "phase": "loading"},
             {"kind": "estimate", "seconds": 61.0, "memory_bytes": 3 * 1024**3, "tokens_per_s": 10.0},
             {"kind": "phase", "phase": "training"},
             point(1, memory_bytes=700),
@@ -103,7 +105,7 @@ async def test_reports_become_rows_events_and_progress(database_url: str, tmp_pa
         assert row.first_step_at is not None
         assert (job.progress_done, job.progress_total, job.progress_unit) == (2, 4, "steps of a very ")
         assert [(event.level, event.message) for event in await one.events()] == [
-            ("info", "Loading the base."),
+            ("info", "Loading the model."),
             ("warning", "It is old."),
             ("info", "The rows are prepared: 40 to learn from, 2 held back, 900 tokens."),
             ("info", "Expected: 61 s of training, 3.0 GiB of memory."),

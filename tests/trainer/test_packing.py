@@ -143,6 +143,8 @@ def test_a_step_teaches_the_same_packed_and_unpacked_with_less_padding(
         )  # fmt: skip
         assert trainers.run(run) == 0
         figures = run.done()["figures"]
+        # Nothing was held back, so that nobody is told of scores.
+        assert [each["phase"] for each in run.told("phase")][-1] == "saving"
         found.append(([point["loss"] for point in run.told("point") if "loss" in point], figures))
     (unpacked, before), (packed, after) = found
     assert packed == pytest.approx(unpacked, rel=0.02)

@@ -227,7 +227,8 @@ class Demo:
                 if name == "end":
                     return event
                 if name == "progress":
-                    waiting.say(f"{what}: {_amount(event)}")
+                    # What has to be done is not known yet where it is nothing.
+                    waiting.say(f"{what}: {_amount(event)}" if event["total"] else what)
                 elif "points" in event["data"]:
                     # Each step of a training: of use where it is, not one below the other.
                     waiting.say(f"{what}: {str(event['message'])[:-1].lower()}")

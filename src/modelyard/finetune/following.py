@@ -36,7 +36,7 @@ FINISH_TRIES = 20
 LEVELS = {"info": "info", "warning": "warning", "error": "error"}
 
 _PHASES = {
-    "loading": (Phase.TRAINING, "Loading the base."),
+    "loading": (Phase.TRAINING, "Loading the model."),
     "tokenizing": (Phase.TRAINING, "Preparing the rows."),
     "training": (Phase.TRAINING, "Training."),
     "evaluating": (Phase.EVALUATING, "Scoring base and adapter on the rows that were held back."),
@@ -79,6 +79,7 @@ class Follower:
         self._on_checkpoint = on_checkpoint
         self._waiting: list[dict[str, Any]] = []
         self._wrote_at = 0.0
+        self._said: set[str] = set()
         self.memory_bytes = 0
 
     async def look(self) -> None:
@@ -119,6 +120,7 @@ class Follower:
 
     async def _write(self) -> None:
         reports, self._waiting = self._waiting, []
+        said = set(self._said)
         self._wrote_at = asyncio.get_running_loop().time()
         try:
             async with self._sessions.begin() as session:
@@ -126,7 +128,7 @@ class Follower:
         except SQLAlchemyError as error:
             # What is late is no reason to end a training: it is tried again with what comes next.
             log.warning("reports of training %s could not be written yet: %s", self._finetune_id, error)
-            self._waiting = reports + self._waiting
+            self._waiting, self._said = reports + self._waiting, said
             return
         self._job.tell()
 
@@ -151,7 +153,9 @@ class Follower:
                 phase, message = _PHASES.get(report["phase"], (None, ""))
                 if phase is not None:
                     values["phase"] = phase
-                if message:
+                # The trainer loads the tokenizer before it reads the rows, and the base after: once is enough to say.
+                if message and report["phase"] not in self._said:
+                    self._said.add(report["phase"])
                     await self._say_points(session, points)
                     points = []
                     await jobs.append_event(session, self._job.id, message, data={"phase": report["phase"]})

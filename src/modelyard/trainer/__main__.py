@@ -171,7 +171,6 @@ def train(spec: Spec, report: Reports, stop: _Stop) -> dict[str, Any]:
 
     from modelyard.trainer.evaluation import evaluate
 
-    report.phase("evaluating")
     evaluation = evaluate(model, tokenizer, prepared.held_out, report)
     figures = {
         **done["figures"],
