@@ -97,9 +97,9 @@ class Repository:
         return None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Request:
-    """One request for a file's content, and what was sent of it."""
+    """One request for a file's content, noted when it comes, and what was sent of it so far."""
 
     method: str
     repo: str
@@ -341,22 +341,21 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {**headers, "Content-Length": str(len(content) - start), "Accept-Ranges": "bytes"}.items():
             self.send_header(name, value)
         self.end_headers()
-        self._sent = 0
-        try:
-            if self.command == "GET":
-                self._pour(memoryview(content)[start:], fault)
-        finally:
-            hub.record(Request(self.command, repo, file, start, status, self._sent, bool(token)))
+        # Noted before the client has all of it, and may look.
+        request = Request(self.command, repo, file, start, status, 0, bool(token))
+        hub.record(request)
+        if self.command == "GET":
+            self._pour(memoryview(content)[start:], fault, request)
 
-    def _pour(self, content: memoryview, fault: Fault | None) -> None:
+    def _pour(self, content: memoryview, fault: Fault | None, request: Request) -> None:
         hub = self.server.hub
         broken = fault is not None and fault.kind in ("cut", "stall")
         end = min(fault.after, len(content)) if broken and fault is not None else len(content)
         pause = BLOCK / fault.bytes_per_s if fault is not None and fault.kind == "slow" else 0.0
-        while self._sent < end and not hub.closing.is_set():
-            block = content[self._sent : min(self._sent + BLOCK, end)]
+        while request.sent < end and not hub.closing.is_set():
+            block = content[request.sent : min(request.sent + BLOCK, end)]
             self.wfile.write(block)
-            self._sent += len(block)
+            request.sent += len(block)
             if pause:
                 hub.closing.wait(pause)
         if broken and fault is not None:
