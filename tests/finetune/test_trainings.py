@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
 import sqlite3
@@ -39,8 +38,13 @@ from tests.server import Server
 #: So many steps that nobody waits for the last one.
 ENDLESS: dict[str, Any] = QUICK | {"max_steps": 100_000, "checkpoint_steps": 20}
 PACE = "pace=0.02"
-#: Moments of publishing at which a server is killed, and how long that takes at most.
-MOMENTS, PUBLISHING_S = 6, 0.08
+#: What is there one after the other while an adapter is published; its row follows the last of them.
+PUBLISHING = (
+    "finetunes/{id}/result.json",
+    "models/{name}",
+    "objects/finetune/{id}/adapter/adapter_config.json",
+    "objects/finetune/{id}/adapter/complete.json",
+)
 
 
 @pytest.fixture(scope="module")
@@ -394,22 +398,19 @@ def test_a_row_that_a_crash_left_out_is_written_for_the_folder_that_is_in_place(
 
 
 @pytest.mark.slow
-def test_a_server_killed_at_any_moment_of_publishing_ends_with_the_adapter_in_the_store_once(
+def test_a_server_killed_at_each_step_of_publishing_ends_with_the_adapter_in_the_store_once(
     llama: Path, tmp_path: Path
 ) -> None:
-    chance = random.Random(11)
     with training_server(tmp_path / "data", llama, MODELYARD_TRAINER_PYTHON=str(TRAINER_PYTHON)) as server:
         dataset_id = add_dataset(server)
         undisturbed = adapter_files(server, finished(server, start(server, dataset_id, "pace=0"))["adapter_id"])
-        for number in range(MOMENTS):
+        for number, moment in enumerate(PUBLISHING):
             finetune = start(server, dataset_id, f"Moment {number} pace=0")
-            # The trainer's result is kept first of all; what follows takes some hundredths of a second.
-            kept, began = work(server, finetune) / "result.json", False
+            name = finetune["adapter_id"].replace(":", "@")
+            there = server.data_dir / moment.format(id=finetune["id"], name=name)
             deadline = time.monotonic() + PATIENCE_S
-            while not kept.exists() and (not began or kept.parent.exists()):
-                began = began or kept.parent.exists()
-                assert time.monotonic() < deadline
-            time.sleep(chance.uniform(0.0, PUBLISHING_S))
+            while not there.exists():
+                assert time.monotonic() < deadline, moment
             server.kill()
             server.start()
             found = finished(server, finetune)

@@ -176,3 +176,19 @@ def test_a_packed_training_is_planned(tmp_path: Path, tiny_llama: Path, trainers
     assert result is not None
     assert result["plan"]["estimate"]["basis"] == "measured"
     assert result["plan"]["prepared"]["steps"] == 24
+
+
+def test_packed_lines_become_fewer_until_they_fit_the_memory(
+    tmp_path: Path, tiny_llama: Path, trainers: Trainers
+) -> None:
+    # All of one length, so that none can be packed: each line is as long as the memory has to take.
+    long = [{"messages": [{"role": "user", "content": f"{index:02}: {'river ' * 200}"},
+                          {"role": "assistant", "content": "stone " * 200}]} for index in range(80)]  # fmt: skip
+    run = make_run(
+        tmp_path / "run", tiny_llama, lines=long, batch_size=None, gradient_accumulation=1, max_steps=2,
+        packing=True, memory_bytes=800 * 1024**2,
+    )  # fmt: skip
+    assert trainers.run(run) == 0, run.result()
+    figures = run.done()["figures"]
+    assert figures["batch_size"] < figures["rows_per_step"] == 15
+    assert figures["peak_memory_bytes"] <= 800 * 1024**2

@@ -53,7 +53,7 @@ class Sizing:
 
     def at(self, step: int) -> int:
         """Return how many lines a forward pass has at a step."""
-        return next(size for begin, size in reversed(self.taken) if begin <= step)
+        return next(lines for begin, lines in reversed(self.taken) if begin <= step)
 
     def begin(self, rows_per_step: int, accumulation: int) -> None:
         """Take over what an attempt before found, or find it. Raises JobFailure as `choose` does."""
