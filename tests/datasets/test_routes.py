@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import http.client
 import json
 import os
 import resource
@@ -183,6 +184,24 @@ def test_a_file_with_bad_lines_is_refused_with_a_report_and_leaves_nothing(serve
     assert objects(server) == []
     kept = put(server, bad_at([7, 3596], 4000), "?on_error=skip")
     assert (kept["rows"], kept["skipped_lines"]) == (3998, 2)
+
+
+@pytest.mark.parametrize(("version", "header"), [("1.1", "Connection: close\r\n"), ("1.0", ""), ("1.1", "")])
+@pytest.mark.parametrize("lines", [3, 4000])
+def test_a_refusal_has_its_report_also_where_the_answer_ends_the_connection(
+    server: Server, version: str, header: str, lines: int
+) -> None:
+    body = upload(bad_at([2], lines))
+    head = f"POST {UPLOAD} HTTP/{version}\r\nHost: localhost\r\n{header}Content-Length: {len(body)}\r\n"
+    head += f"Content-Type: {FORM_HEADERS['Content-Type']}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S) as connection:
+        connection.sendall(head.encode() + body)
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        answer = json.loads(response.read())
+    assert (response.status, answer["error"]["code"]) == (422, "invalid_dataset"), answer
+    assert answer["report"]["problems"]["listed"][0]["line"] == 2
+    assert "Stream consumed" not in server.log
 
 
 @pytest.mark.parametrize(

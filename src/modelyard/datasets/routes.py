@@ -9,7 +9,6 @@ from typing import Annotated, Any
 from uuid import UUID
 
 from fastapi import Depends, Header, Path, Query, Request
-from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
 
 from modelyard.datasets import actions, intake, reading, tokens
@@ -85,7 +84,8 @@ async def upload_dataset(
     """
     max_bytes = int(settings.max_dataset_gib * GIB)
     announced = request.headers.get("content-length", "")
-    async with _hearing_out(request):
+    body = _Body(request)
+    async with _hearing_out(body):
         if announced.isdecimal() and int(announced) > max_bytes + FORM_BYTES:
             raise TooLarge(
                 f"The upload is longer than the {settings.max_dataset_gib:g} GiB that a dataset may have "
@@ -93,7 +93,7 @@ async def upload_dataset(
                 param="file",
                 code="dataset_too_large",
             )
-        form = FormFile(request.headers.get("content-type", ""), _body(request))
+        form = FormFile(request.headers.get("content-type", ""), body.chunks())
         await form.open()
         dataset = await intake.take_in(
             sessions,
@@ -109,8 +109,42 @@ async def upload_dataset(
     return DatasetOut.model_validate(dataset)
 
 
+class _Body:
+    """The body of an upload, which is read once: to its end, or up to where it is refused."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._has_ended = False
+
+    async def chunks(self) -> AsyncGenerator[bytes]:
+        """Yield what comes.
+
+        Raises:
+            BadRequest: the client went away before the end.
+        """
+        while not self._has_ended:
+            message = await self._request.receive()
+            if message["type"] == "http.disconnect":
+                self._has_ended = True
+                raise BadRequest("The connection broke off within the upload.", code="upload_broken_off")
+            self._has_ended = not message.get("more_body", False)
+            yield message.get("body", b"")
+
+    async def pass_over(self) -> None:
+        """Read the rest and forget it. After the end nothing comes any more: that is not waited for."""
+        with suppress(BadRequest):
+            async for _ in self.chunks():
+                pass
+
+    @property
+    def answer_closes(self) -> bool:
+        """Whether the connection ends with the answer."""
+        is_old = self._request.scope["http_version"] == "1.0"
+        return is_old or "close" in self._request.headers.get("connection", "").lower()
+
+
 @asynccontextmanager
-async def _hearing_out(request: Request) -> AsyncGenerator[None]:
+async def _hearing_out(body: _Body) -> AsyncGenerator[None]:
     """Let a refused client send what it still has, for a while, where the answer ends the connection.
 
     Closed before, it would be reset under a client that sends first and reads then (a proxy), and the answer with it.
@@ -118,20 +152,11 @@ async def _hearing_out(request: Request) -> AsyncGenerator[None]:
     try:
         yield
     except ModelyardError:
-        if request.scope["http_version"] == "1.0" or "close" in request.headers.get("connection", "").lower():
-            with suppress(ClientDisconnect, TimeoutError):
+        if body.answer_closes:
+            with suppress(TimeoutError):
                 async with asyncio.timeout(HEAR_OUT_S):
-                    async for _ in request.stream():
-                        pass
+                    await body.pass_over()
         raise
-
-
-async def _body(request: Request) -> AsyncGenerator[bytes]:
-    try:
-        async for chunk in request.stream():
-            yield chunk
-    except ClientDisconnect:
-        raise BadRequest("The connection broke off within the upload.", code="upload_broken_off") from None
 
 
 @api.get("/{dataset_id:uuid}/report", summary="Get a dataset's report", responses=documented(404, 422, 503))
