@@ -55,6 +55,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
+def storable(text: str) -> str:
+    """Return a text that UTF-8 and every database can hold: without half surrogates and NUL."""
+    return text.encode("utf-8", "replace").decode("utf-8").replace("\x00", "\ufffd")
+
+
 class ModelyardError(Exception):
     """Base of all errors with an HTTP answer. `param` names the field or parameter at fault, if one is."""
 
@@ -62,6 +67,7 @@ class ModelyardError(Exception):
     code = "internal_error"
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        message = storable(message)
         super().__init__(message)
         self.message = message
         self.param = param
@@ -356,15 +362,17 @@ class StorageUnavailable(Unavailable):
 class JobFailure(Exception):
     """A job ends as FAILED: `code` for programs, `message` in one sentence, `hint` says what to do.
 
-    `evidence` are the few lines of a log that show it (`evidence.clipped`).
+    `evidence` are the few lines of a log that show it (`evidence.clipped`). The texts may quote a stranger's file:
+    what no database or answer can hold is replaced.
     """
 
     def __init__(self, code: str, message: str, hint: str = "", evidence: Sequence[str] = ()) -> None:
+        message = storable(message)
         super().__init__(message)
         self.code = code
         self.message = message
-        self.hint = hint
-        self.evidence = tuple(evidence)
+        self.hint = storable(hint)
+        self.evidence = tuple(map(storable, evidence))
 
 
 class StartRefused(Exception):

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from modelyard.datasets.tokens import max_length
 from tests.datasets.forms import FORM_HEADERS, chat, jsonl, upload
@@ -54,21 +51,3 @@ def test_tokens_are_those_of_the_models_own_tokenizer_and_are_kept(tmp_path: Pat
         assert server.get(f"{path}?model_id=local:tiny").json()["tokens"]["total"] == 7
         assert server.delete(f"/api/v1/datasets/{dataset['id']}").status == 200
         assert objects(server) == []
-
-
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        ({"max_position_embeddings": 2048}, 2048),
-        ({"text_config": {"max_position_embeddings": 4096}}, 4096),
-        ({"n_positions": 1024, "text_config": None}, 1024),
-        ({"max_position_embeddings": "many"}, None),
-        ([], None),
-    ],
-)
-def test_how_long_a_model_may_read_is_in_its_configuration(
-    tmp_path: Path, config: object, expected: int | None
-) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
-    assert max_length(tmp_path) == expected
-    assert max_length(tmp_path / "nowhere") is None

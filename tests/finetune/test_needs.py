@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from modelyard.deploy import model_shape
 from modelyard.deploy.machine import GIB
 from modelyard.finetune.needs import CPU_PROCESS_BYTES, GPU_PROCESS_BYTES, ROW_MARGIN, estimate, has_amx
 from modelyard.finetune.schemas import HyperparametersIn
+from modelyard.models import config_file
 from modelyard.trainer.spec import Mode, Spec
 
 #: Like Qwen3-0.6B: 28 layers of 1,024, heads of 128, a vocabulary of 151,936.
@@ -140,3 +142,29 @@ def test_it_is_above_what_a_real_training_takes_and_not_by_far(
     need = estimate(config, size, settings, has_gpu=False, longest_tokens=prepared["longest"])
     taken = result["figures"]["peak_memory_bytes"]
     assert 0.9 * taken < need.needed_bytes < 2.5 * taken, (need, taken)
+
+
+#: What memory is worked out from, each of which may be anything in a mapping that nobody has checked.
+READ = (
+    *config_file.LAYERS, *config_file.HEADS, *config_file.HIDDEN, *config_file.INNER, *config_file.LENGTHS,
+    *config_file.EXPERTS, "num_key_value_heads", "head_dim", "kv_lora_rank", "qk_rope_head_dim", "vocab_size",
+    "model_type", "layer_types", "text_config", "torch_dtype", "quantization_config", "sliding_window",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ["many", "", [], [1], {}, {"a": 1}, True, -1, 0, 1.5, float("nan"), 10**400, None])
+def test_arithmetic_over_any_value_ends_with_no_figure_or_a_plausible_one(value: Any) -> None:
+    for key in READ:
+        config = {**CONFIG, key: value}
+        for found in (
+            model_shape.kv_bytes_per_token(config, 2),
+            model_shape.adapter_numbers(config, 16),
+            model_shape.longest(config),
+            model_shape.heads(config),
+        ):
+            assert found is None or 0 <= found < 1 << 62
+        assert 1 <= model_shape.kv_heads(config) < 1 << 31
+        assert 0 <= model_shape.embedding_numbers(config) < 1 << 62
+        assert model_shape.is_encoder(config) is False
+        need = estimate(config, SIZE, SETTINGS, has_gpu=False)
+        assert 0 < need.needed_bytes < 1 << 62

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
@@ -25,13 +24,13 @@ from modelyard.datasets.lines import Rows
 from modelyard.datasets.tables import Dataset, prefix
 from modelyard.datasets.validation import LISTED_LINES
 from modelyard.db import Sessions
-from modelyard.errors import DatasetNotFound, ObjectNotFound, Unprocessable
+from modelyard.errors import DatasetNotFound, JobFailure, ObjectNotFound, Unprocessable
+from modelyard.models import config_file
 from modelyard.storage import Storage
 
 COUNTED_BYTES = 32 * 1024 * 1024
 #: Texts that are handed to the tokenizer at once.
 BATCH = 512
-_LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 
 
 async def tokens_of(
@@ -139,17 +138,9 @@ class _Counter:
 def max_length(folder: Path) -> int | None:
     """Return how many tokens the model in a folder takes, by its config.json; None if that does not say."""
     try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
+        return config_file.longest(config_file.read(folder))
+    except JobFailure:
         return None
-    if not isinstance(config, dict):
-        return None
-    inner = config.get("text_config")
-    for values in (config, inner if isinstance(inner, dict) else {}):
-        for name in _LENGTHS:
-            if isinstance(values.get(name), int):
-                return int(values[name])
-    return None
 
 
 async def _once(data: bytes) -> AsyncGenerator[bytes]:

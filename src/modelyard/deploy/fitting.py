@@ -8,7 +8,6 @@ other rooms is left free for them.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from uuid import UUID
@@ -24,6 +23,7 @@ from modelyard.deploy.steps import Room
 from modelyard.deploy.tables import LIVE, Deployment, DeploymentState, Strategy, Wanted
 from modelyard.deploy.vllm_args import AdapterFiles, ModelFiles, engine_command
 from modelyard.errors import JobFailure, Unprocessable
+from modelyard.models import config_file
 from modelyard.models.tables import Model
 from modelyard.processes import Command
 from modelyard.settings import Settings
@@ -141,13 +141,13 @@ def model_files(settings: Settings, model: Model) -> ModelFiles:
     """
     path = settings.models_dir / model.path
     try:
-        config = json.loads((path / "config.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        config = config_file.read(path)
+    except JobFailure as failure:
         raise JobFailure(
             "broken_model",
-            f"The configuration of {model.model_id} cannot be read: {error}.",
-            "Delete the model and add it again.",
-        ) from error
+            f"{model.model_id} cannot be used: its {failure.message}",
+            "Delete the model and add it again, or another revision of it.",
+        ) from failure
     return ModelFiles(model.model_id, path, model.size_bytes, config, model.task)
 
 

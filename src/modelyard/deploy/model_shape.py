@@ -7,21 +7,15 @@ cases. vLLM itself is the judge of those. What vLLM allocates was read in its 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-Config = Mapping[str, Any]
+from modelyard.models.config_file import EXPERTS, HEADS, HIDDEN, LAYERS, Config, longest, names_of, text_part, whole
+
+__all__ = ["Config", "longest", "text_part"]
 
 DTYPE_BYTES = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2}
-
-#: The same figure under the names that families of models have for it.
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers")
-HEADS = ("num_attention_heads", "n_head", "n_heads")
-HIDDEN = ("hidden_size", "n_embd", "d_model")
-LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "model_max_length")
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 #: Fields of models whose cache is not the same for every layer and token, or is counted in a way unknown here.
 UNEVEN = (
@@ -60,15 +54,6 @@ class AdapterFiles:
     size_bytes: int = 0
 
 
-def text_part(config: Config) -> Config:
-    """Return the part that describes the language model: of a model that also sees or hears it is one of several."""
-    for key in ("text_config", "llm_config", "language_config"):
-        part = config.get(key)
-        if isinstance(part, Mapping):
-            return part
-    return config
-
-
 def stored_dtype(config: Config) -> str | None:
     """Return the number format of the weights in the files."""
     for part in (config, text_part(config)):
@@ -85,14 +70,7 @@ def is_quantised(config: Config) -> bool:
 
 def is_encoder(config: Config) -> bool:
     """Whether the model is known to need no KV cache."""
-    return config.get("model_type") in ENCODERS
-
-
-def longest(config: Config) -> int | None:
-    """Return the most tokens that a model's configuration allows."""
-    lengths = [part.get(key) for part in (config, text_part(config)) for key in LENGTHS]
-    known = [length for length in lengths if isinstance(length, int) and length > 0]
-    return max(known) if known else None
+    return names_of(config)[0] in ENCODERS
 
 
 def kv_bytes_per_token(config: Config, number_bytes: int) -> int | None:
@@ -103,16 +81,15 @@ def kv_bytes_per_token(config: Config, number_bytes: int) -> int | None:
         number_bytes: The size of one number in the cache.
     """
     config = text_part(config)
-    layers, head_count, hidden = _number(config, LAYERS), _number(config, HEADS), _number(config, HIDDEN)
+    layers, head_count, hidden = whole(config, *LAYERS), whole(config, *HEADS), whole(config, *HIDDEN)
     if not (layers and head_count and hidden) or _is_uneven(config):
         return None
-    latent = config.get("kv_lora_rank")
-    if isinstance(latent, int) and latent:
+    if config.get("kv_lora_rank"):
         # Multi-head latent attention: one vector for keys and values together, and the rotary part of the keys.
-        rotary = config.get("qk_rope_head_dim")
-        return layers * (latent + rotary) * number_bytes if isinstance(rotary, int) and number_bytes > 1 else None
-    cached, size = config.get("num_key_value_heads") or head_count, config.get("head_dim") or hidden // head_count
-    return 2 * layers * cached * size * number_bytes if isinstance(cached, int) and isinstance(size, int) else None
+        latent, rotary = whole(config, "kv_lora_rank"), whole(config, "qk_rope_head_dim")
+        return layers * (latent + rotary) * number_bytes if latent and rotary is not None and number_bytes > 1 else None
+    cached, size = _or(config, "num_key_value_heads", head_count), _or(config, "head_dim", hidden // head_count)
+    return 2 * layers * cached * size * number_bytes if cached and size else None
 
 
 def kv_heads(config: Config) -> int:
@@ -120,20 +97,19 @@ def kv_heads(config: Config) -> int:
     config = text_part(config)
     if config.get("kv_lora_rank"):
         return 1
-    found = config.get("num_key_value_heads") or _number(config, HEADS)
-    return found if isinstance(found, int) else 1
+    return _or(config, "num_key_value_heads", whole(config, *HEADS)) or 1
 
 
 def heads(config: Config) -> int | None:
     """Return the number of attention heads."""
-    return _number(text_part(config), HEADS)
+    return whole(text_part(config), *HEADS)
 
 
 def embedding_numbers(config: Config) -> int:
     """Return how many numbers the embedding and the output have; 0 where the configuration does not tell."""
     config = text_part(config)
-    hidden, vocabulary = _number(config, HIDDEN), config.get("vocab_size")
-    if not (hidden and isinstance(vocabulary, int)):
+    hidden, vocabulary = whole(config, *HIDDEN), whole(config, "vocab_size")
+    if not (hidden and vocabulary):
         return 0
     return hidden * vocabulary * (1 if config.get("tie_word_embeddings") or is_encoder(config) else 2)
 
@@ -144,18 +120,20 @@ def adapter_numbers(config: Config, rank: int) -> int | None:
     It makes room beside every linear layer, the embedding and the output, whatever an adapter then fills.
     """
     config = text_part(config)
-    layers, head_count, hidden = _number(config, LAYERS), _number(config, HEADS), _number(config, HIDDEN)
-    inner, vocabulary = config.get("intermediate_size"), config.get("vocab_size")
-    if not (layers and head_count and hidden and isinstance(inner, int) and isinstance(vocabulary, int)):
+    layers, head_count, hidden = whole(config, *LAYERS), whole(config, *HEADS), whole(config, *HIDDEN)
+    inner, vocabulary = whole(config, "intermediate_size"), whole(config, "vocab_size")
+    if not (layers and head_count and hidden and inner is not None and vocabulary is not None):
         return None
     if _is_uneven(config) or config.get("kv_lora_rank"):
         return None
-    size = config.get("head_dim") or hidden // head_count
-    queries, keys = head_count * size, (config.get("num_key_value_heads") or head_count) * size
-    attention = 3 * hidden + queries + 2 * keys + queries + hidden
-    experts = _number(config, EXPERTS) or 1
+    size, cached = _or(config, "head_dim", hidden // head_count), _or(config, "num_key_value_heads", head_count)
+    experts = whole(config, *EXPERTS) or 1
     if experts > 1:
-        inner = config.get("moe_intermediate_size") or inner
+        inner = _or(config, "moe_intermediate_size", inner)
+    if size is None or cached is None or inner is None:
+        return None
+    queries, keys = head_count * size, cached * size
+    attention = 3 * hidden + queries + 2 * keys + queries + hidden
     feed_forward = 3 * (hidden + inner) * experts
     return rank * (layers * (attention + feed_forward) + 2 * (vocabulary + hidden))
 
@@ -169,6 +147,6 @@ def _is_uneven(config: Config) -> bool:
     return bool(config.get("sliding_window")) and config.get("use_sliding_window") is not False
 
 
-def _number(config: Config, names: Sequence[str]) -> int | None:
-    found = next((config[name] for name in names if config.get(name) is not None), None)
-    return found if isinstance(found, int) and not isinstance(found, bool) else None
+def _or(config: Config, name: str, otherwise: int | None) -> int | None:
+    """Return a number; `otherwise` where it is absent, null or 0, and None where it is no number."""
+    return whole(config, name) if config.get(name) else otherwise

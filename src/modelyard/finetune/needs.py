@@ -26,6 +26,7 @@ from modelyard.deploy import model_shape
 from modelyard.deploy.fit import gib
 from modelyard.deploy.machine import GIB
 from modelyard.deploy.model_shape import DTYPE_BYTES
+from modelyard.models.config_file import HEADS, HIDDEN, LAYERS, whole
 from modelyard.trainer.spec import Hyperparameters
 
 # Measured: 0.47 GiB, with everything imported and a model of 0.7 million weights.
@@ -133,17 +134,14 @@ class _Shape:
 def _shape(config: Mapping[str, Any]) -> _Shape | None:
     text = model_shape.text_part(config)
 
-    def first(names: tuple[str, ...]) -> int | None:
-        found = next((text[name] for name in names if text.get(name) is not None), None)
-        return found if isinstance(found, int) else None
-
-    layers, heads, hidden = first(model_shape.LAYERS), first(model_shape.HEADS), first(model_shape.HIDDEN)
-    vocabulary = first(("vocab_size",))
+    layers, heads, hidden = whole(text, *LAYERS), whole(text, *HEADS), whole(text, *HIDDEN)
+    vocabulary = whole(text, "vocab_size")
     if not (layers and heads and hidden and vocabulary):
         return None
-    size = first(("head_dim",)) or hidden // heads
-    inner = first(("intermediate_size", "n_inner", "ffn_dim")) or 4 * hidden
-    return _Shape(layers, hidden, heads * size, (first(("num_key_value_heads",)) or heads) * size, inner, vocabulary)
+    size = whole(text, "head_dim") or hidden // heads
+    inner = whole(text, "intermediate_size", "n_inner", "ffn_dim") or 4 * hidden
+    keys = (whole(text, "num_key_value_heads") or heads) * size
+    return _Shape(layers, hidden, heads * size, keys, inner, vocabulary)
 
 
 def _adapter_numbers(config: Mapping[str, Any], settings: Hyperparameters) -> int | None:

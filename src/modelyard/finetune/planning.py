@@ -20,9 +20,9 @@ from modelyard.datasets import reading
 from modelyard.db import Sessions
 from modelyard.deploy.fitting import model_files
 from modelyard.deploy.machine import GIB, this_machine
-from modelyard.errors import StorageUnavailable
+from modelyard.errors import JobFailure, StorageUnavailable
 from modelyard.finetune import accelerator, actions, checkpoints
-from modelyard.finetune.errands import Errands
+from modelyard.finetune.errands import Errands, refusal
 from modelyard.finetune.needs import estimate as need_of
 from modelyard.finetune.schemas import FinetuneIn
 from modelyard.finetune.tables import Finetune
@@ -61,7 +61,10 @@ async def plan(
         has_gpu = this_machine().has_gpu
         return need_of(files.config, files.size_bytes, hyperparameters, has_gpu=has_gpu, longest_tokens=longest_tokens)
 
-    need = await asyncio.to_thread(needed, longest)
+    try:
+        need = await asyncio.to_thread(needed, longest)
+    except JobFailure as failure:
+        raise refusal(failure) from failure
     now = await accelerator.sight(sessions, settings)
     share = now.share(need)
     async with errands.folder() as folder:

@@ -21,7 +21,7 @@ from modelyard.deploy.adapters import check_adapter
 from modelyard.errors import JobFailure, Unprocessable
 from modelyard.finetune.schemas import HyperparametersOut
 from modelyard.finetune.tables import Finetune
-from modelyard.models import store
+from modelyard.models import config_file, store
 from modelyard.models.ids import folder_name
 from modelyard.models.kinds import Task
 from modelyard.models.tables import Model
@@ -87,9 +87,12 @@ def _publish(trained: Trained, adapter_dir: Path, models_dir: Path) -> dict[str,
         (beside / CARD).write_text(card(trained), "utf-8")
         base_folder = models_dir / base.path
         try:
-            config = json.loads((base_folder / "config.json").read_text("utf-8"))
-            check_adapter(beside, config, adapter_id=adapter_id, base_folder=base_folder)
-        except (OSError, ValueError) as error:
+            check_adapter(beside, config_file.read(base_folder), adapter_id=adapter_id, base_folder=base_folder)
+        except JobFailure as failure:
+            raise JobFailure(
+                "base_lost", f"The files of {base.model_id} cannot be read: {failure.message}", "Add the base again."
+            ) from None
+        except OSError as error:
             raise JobFailure("base_lost", f"The files of {base.model_id} cannot be read: {error}.") from None
         except Unprocessable as error:
             raise JobFailure(

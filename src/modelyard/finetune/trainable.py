@@ -5,11 +5,10 @@ Reads one small file of the store. What it does not know it lets through: the tr
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
-from modelyard.errors import NotTrainable
+from modelyard.errors import JobFailure, NotTrainable
+from modelyard.models import config_file
 
 _OTHER = "Train a decoder model such as Llama, Qwen, Mistral, Gemma or Phi: GET /api/v1/finetune/models/ lists them."
 #: What models are for that continue no text.
@@ -28,24 +27,21 @@ def check(model_id: str, folder: Path) -> None:
         NotTrainable: with the reason.
     """
     try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        config = config_file.read(folder)
+    except JobFailure as failure:
         raise NotTrainable(
-            f"The config.json of {model_id} cannot be read ({str(error)[:100]}). Add the model again.", param="model_id"
+            f"{model_id} cannot be trained: its {failure.message} {failure.hint}", param="model_id"
         ) from None
     if (fault := _fault(config)) is not None:
         raise NotTrainable(f"{model_id} {fault}", param="model_id")
 
 
-def _fault(config: Any) -> str | None:
-    if not isinstance(config, dict):
-        return "has a config.json that is no JSON object. Add the model again."
-    named = config.get("architectures") or []
-    named = [str(name)[:100] for name in named] if isinstance(named, list) else []
-    shown = ", ".join(named[:3]) or str(config.get("model_type"))[:100]
+def _fault(config: config_file.Config) -> str | None:
+    kind, named = config_file.names_of(config)
+    shown = ", ".join(named[:3]) or kind or "model of an unknown type"
     if config.get("is_encoder_decoder") or (named and all(name.endswith(_OTHER_USES) for name in named)):
         return f"is a {shown}, which does not continue text as a decoder does. {_OTHER}"
-    if config.get("model_type") in _WITHOUT_LINEAR_LAYERS:
+    if kind in _WITHOUT_LINEAR_LAYERS:
         return f"is a {shown}, which has no layers that an adapter could be served on. {_OTHER}"
     if config.get("quantization_config"):
         method = config["quantization_config"]

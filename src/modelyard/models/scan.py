@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from modelyard.errors import JobFailure
+from modelyard.models import config_file
 from modelyard.models.ids import is_model_id
 from modelyard.models.kinds import Task
 
@@ -71,7 +72,7 @@ def scan_configuration(name: str, content: bytes) -> None:
     """
     if not name.endswith(".json"):
         return
-    value = _parse(name, content)
+    value = config_file.parse(content) if name == config_file.CONFIG else _parse(name, content)
     if name in VOCABULARIES:
         return
     if name == "modules.json":

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from modelyard.errors import JobFailure
+from modelyard.models import config_file
 from modelyard.trainer.failures import in_words, is_out_of_memory
 from modelyard.trainer.reports import Reports
 from modelyard.trainer.spec import Spec
@@ -171,22 +172,17 @@ def read_config(spec: Spec) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     try:
-        raw = json.loads((Path(spec.model_dir) / "config.json").read_text("utf-8"))
-        kind = str(raw.get("model_type"))
-        named = [str(name) for name in raw.get("architectures") or []]
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise JobFailure(
-            "bad_configuration",
-            f"The config.json of {spec.model_id} cannot be read: {in_words(error)}",
-            "Download or import the model again.",
-        ) from error
+        raw = config_file.read(Path(spec.model_dir))
+    except JobFailure as failure:
+        raise JobFailure(failure.code, f"{spec.model_id}: {failure.message}", failure.hint) from None
+    kind, named = config_file.names_of(raw)
     fitting = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
     classes = (fitting,) if isinstance(fitting, str) else tuple(fitting or ())
     if not classes or (named and not set(named) & set(classes)) or raw.get("is_encoder_decoder"):
         raise JobFailure(
             "unsupported_architecture",
-            f"{spec.model_id} is of the architecture {', '.join(named) or 'unknown'} (model_type {kind[:60]}), which "
-            "is not a causal language model that can be trained here.",
+            f"{spec.model_id} is of the architecture {', '.join(named) or 'unknown'} (model_type "
+            f"{kind[:60] or 'unknown'}), which is not a causal language model that can be trained here.",
             "Train a decoder model such as Llama, Qwen, Mistral, Gemma or Phi.",
         )
     if raw.get("quantization_config"):
