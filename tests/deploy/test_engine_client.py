@@ -90,10 +90,12 @@ async def test_an_adapter_is_served_under_its_name_from_loading_to_unloading() -
         assert await yard.client.names() == ["base"]
         assert await yard.client.load_adapter("a@1", yard.adapter("a"), 5.0) == ""
         assert await yard.client.names() == ["base", "a@1"]
-        assert await yard.client.generates("a@1", "generate", 5.0) == ""
+        assert await yard.client.generates("a@1", "generate", 5.0) is None
         assert await yard.client.unload_adapter("a@1", 5.0) == ""
         assert await yard.client.names() == ["base"]
-        assert "HTTP 404" in await yard.client.generates("a@1", "generate", 5.0)
+        wrong = await yard.client.generates("a@1", "generate", 5.0)
+        assert wrong is not None
+        assert (wrong.status, wrong.is_final) == (404, True)
 
 
 async def test_loading_and_unloading_may_be_repeated() -> None:
@@ -122,9 +124,33 @@ async def test_an_adapter_may_load_and_fail_at_its_first_token() -> None:
     async with engine(fail_adapters={"bad": "shapes differ"}) as yard:
         for name in ("bad@1", "good@1"):
             assert await yard.client.load_adapter(name, yard.adapter(name), 5.0) == ""
-        assert "shapes differ" in await yard.client.generates("bad@1", "generate", 5.0)
-        assert await yard.client.generates("good@1", "generate", 5.0) == ""
-        assert await yard.client.generates("base", "generate", 5.0) == ""
+        wrong = await yard.client.generates("bad@1", "generate", 5.0)
+        assert wrong is not None
+        assert "shapes differ" in wrong.message
+        assert await yard.client.generates("good@1", "generate", 5.0) is None
+        assert await yard.client.generates("base", "generate", 5.0) is None
+
+
+@pytest.mark.parametrize("task", ["generate", "embed"])
+async def test_an_answer_of_nan_is_no_answer(task: str) -> None:
+    runner = ["--runner", "pooling"] if task == "embed" else []
+    async with engine(*runner, gives_nan=True) as yard:
+        wrong = await yard.client.generates("base", task, 5.0)
+        assert wrong is not None
+        assert wrong.is_not_finite
+        assert wrong.is_final
+
+
+@pytest.mark.parametrize(
+    ("status", "is_final"),
+    [(400, True), (404, True), (422, True), (501, True), (408, False), (429, False), (500, False), (503, False)],
+)
+async def test_only_an_answer_about_the_model_or_the_request_is_final(status: int, is_final: bool) -> None:
+    async with engine(fail={"status": status, "message": "planned"}) as yard:
+        wrong = await yard.client.generates("base", "generate", 5.0)
+        assert wrong is not None
+        assert (wrong.status, wrong.is_final) == (status, is_final)
+        assert "planned" in wrong.message
 
 
 async def test_an_engine_that_takes_too_long_to_load_is_given_up_and_can_be_asked_again() -> None:
@@ -171,9 +197,9 @@ async def test_a_request_that_waits_for_a_slot_counts_as_open() -> None:
         await eventually(both_count, "two requests are open")
         assert not waiting.done()
         assert await yard.client.adapters_in_use() == {"a@1"}
-        assert await yard.client.generates("base", "generate", 5.0) == "", "the base needs no slot"
+        assert await yard.client.generates("base", "generate", 5.0) is None, "the base needs no slot"
         first.close()
-        assert await waiting == ""
+        assert await waiting is None
 
 
 async def test_an_adapter_is_in_use_until_its_last_request_has_ended_even_after_its_name_went() -> None:
@@ -202,7 +228,7 @@ async def test_the_number_of_work_done_stands_still_only_while_nobody_asks(task:
         before = await yard.client.answered_requests()
         assert before is not None
         assert await yard.client.answered_requests() == before
-        assert await yard.client.generates("base", task, 5.0) == ""
+        assert await yard.client.generates("base", task, 5.0) is None
         after = await yard.client.answered_requests()
         assert after is not None
         assert after > before

@@ -211,6 +211,57 @@ async def test_the_first_error_of_an_engine_that_only_fails_stands_in_the_cause(
         assert "no kernel image" in job.failure.message
 
 
+@pytest.mark.parametrize("status", [400, 404, 501])
+async def test_a_final_answer_to_the_first_prompt_ends_the_deployment_at_once(tmp_path: Path, status: int) -> None:
+    async with deploy_yard(tmp_path, engine_start_timeout_s=900) as yard:
+        message = "The model does not support Completions API"
+        await yard.add_model("org/tiny", misbehave={"fail": {"status": status, "message": message}})
+        job_id = await yard.deploy("org/tiny")
+        job = await yard.ended(job_id)
+        assert job.failure is not None
+        assert job.failure.code == "engine_refuses"
+        assert message in job.failure.message
+        assert len(yard.record("org/tiny", "start")) == 1
+        await nothing_is_left(yard, job_id)
+
+
+async def test_an_engine_that_says_it_is_well_and_only_fails_is_given_up_before_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modelyard.deploy.readiness.FAILING_S", 0.3)
+    async with deploy_yard(tmp_path, engine_start_timeout_s=900) as yard:
+        await yard.add_model("org/tiny", misbehave={"fail": {"status": 500, "message": "a kernel failed"}})
+        job = await yard.ended(await yard.deploy("org/tiny"))
+        assert job.failure is not None
+        assert job.failure.code == "engine_refuses"
+        assert "a kernel failed" in job.failure.message
+
+
+@pytest.mark.parametrize("task", ["generate", "embed"])
+async def test_a_model_that_computes_nan_is_never_ready(tmp_path: Path, task: str) -> None:
+    async with deploy_yard(tmp_path, engine_start_timeout_s=900) as yard:
+        await yard.add_model("org/half", misbehave={"gives_nan": True}, task=task)
+        job_id = await yard.deploy("org/half")
+        job = await yard.ended(job_id)
+        assert job.failure is not None
+        assert job.failure.code == "model_gives_nan"
+        assert "delete the model and add it again" in job.failure.hint
+        await nothing_is_left(yard, job_id)
+
+
+async def test_an_engine_that_computes_nan_after_a_restart_is_tried_again(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/tiny", misbehave={"starts": [2], "gives_nan": True})
+        job_id = await yard.deploy("org/tiny")
+        await yard.becomes(job_id, "READY")
+        [start] = yard.record("org/tiny", "start")
+        os.kill(start["pid"], signal.SIGKILL)
+        await eventually(lambda: len(yard.record("org/tiny", "start")) == 3, "the third engine starts")
+        assert (await yard.becomes(job_id, "READY")).restarts == 2
+        warnings = [event.message for event in await yard.events(job_id) if event.level == "warning"]
+        assert "computes no numbers" in warnings[1]
+
+
 async def test_a_deploy_of_another_model_replaces_the_current_one(tmp_path: Path) -> None:
     async with deploy_yard(tmp_path) as yard:
         await yard.add_model("org/a")

@@ -21,6 +21,7 @@ A file `misbehave.json` in the model's folder makes it misbehave. All keys are o
   recites           {"part of a prompt": text, "": text}: completions recite a text, token by token (see recital.py),
                     and end it with "</s>"; a prompt has the first one whose name is in it
   stream_error      tokens of a recited stream after which it reports an error, as vLLM does
+  gives_nan         true: its log probabilities and embeddings are NaN, which its JSON cannot say (400), as in vLLM
   fail_load         text: no adapter loads, and this is the worker's complaint; {"prefix": text}: none named so does
   slow_load         seconds that it takes to load an adapter
   fail_adapters     {"prefix": text}: a generation with an adapter whose name begins so is the engine's error
@@ -67,7 +68,8 @@ from tests.servers import recital
 RECORD = "engine-record.jsonl"
 GENERATION = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages"})
 POOLING = frozenset({"/v1/embeddings"})
-REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed", 500: "Internal Server Error",
+REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout",
+           422: "Unprocessable Entity", 429: "Too Many Requests", 500: "Internal Server Error", 501: "Not Implemented",
            503: "Service Unavailable"}  # fmt: skip
 GRANDCHILD = (
     "import signal,time\n"
@@ -416,7 +418,9 @@ async def _completions(link: Connection, engine: Engine, request: Json, sent: li
         choice: Json = {"index": 0, "logprobs": None, "finish_reason": reason, "stop_reason": None}
         choice |= {"message": {"role": "assistant", "content": text, "tool_calls": []}} if chat else {"text": text}
         choices = [choice]
-        if not chat and request.get("return_token_ids") and isinstance(request.get("logprobs"), int):
+        if not chat and isinstance(request.get("logprobs"), int):
+            if engine.plan.get("gives_nan"):
+                raise Refused(400, "Out of range float values are not JSON compliant: nan")
             prompts = prompt if isinstance(prompt[0], list) else [prompt]
             choices = [
                 {**choice, "index": at, **_tokens(engine, request["model"], one, limit)}
@@ -502,6 +506,8 @@ async def _recite(link: Connection, engine: Engine, request: Json, sent: list[in
         choices = [part.beam(index, number) for index, (part, number) in enumerate(pairs)]
     else:
         choices = [part.choice(index) for index, part in enumerate(parts)]
+        if isinstance(request.get("logprobs"), int):
+            choices = [{**one, "logprobs": {"token_logprobs": [-0.1] * len(one["token_ids"])}} for one in choices]
     usage = _usage(request["prompt"], sum(len(part.ids) for part in parts))
     link.reply(200, json.dumps({**base, "choices": choices, "usage": usage}).encode())
     return 200
@@ -511,6 +517,8 @@ async def _embeddings(link: Connection, engine: Engine, request: Json, sent: lis
     given = request.get("input")
     if not given:
         raise Refused(400, "input: Field required")
+    if engine.plan.get("gives_nan"):
+        raise Refused(400, "Out of range float values are not JSON compliant: nan")
     texts = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
     data = [{"index": i, "object": "embedding", "embedding": [1.0, 0.0, float(len(str(text)))]}
             for i, text in enumerate(texts)]  # fmt: skip

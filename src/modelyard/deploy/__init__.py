@@ -7,6 +7,7 @@ job, which runs for as long as the model is in service. One `Service` per deploy
 - to start an engine: `fitting` (may it start now), `fit` (what it takes, on a `machine`), `vllm_args` (the command),
   `attempts` (each start's folder and log), `scratch` (where its socket lies), `failures` (why it failed), `promises`
   (memory that is left free for other rooms)
+- whether it is ready: `readiness` (its first answer)
 - while it serves: `engine_client` (asking it), `loading` (adapters come, checked by `adapter_probes`), `draining`
   (requests and adapters go)
 - for requests: `routing` (which engine serves a name), `aliases`, `admission` (what is refused before it is wanted)

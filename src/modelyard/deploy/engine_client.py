@@ -11,14 +11,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 HEALTH_TIMEOUT_S = 5.0
 MESSAGE_CHARACTERS = 500
+#: What an engine says (400) when its answer holds NaN or infinity, which JSON cannot.
+OUT_OF_RANGE = "Out of range float values"
+#: vLLM's stand-in for the log probability minus infinity, which the likeliest token cannot have.
+LEAST_LOGPROB = -9999.0
 #: What grows in an engine that works, whether it generates or embeds.
 WORK = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:request_success_total")
 _RUNNING_ADAPTERS = re.compile(r'vllm:lora_requests_info\{.*running_lora_adapters="([^"]*)".*\} ([0-9][0-9.e+]*)$')
@@ -55,10 +60,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Wrong:
-    """Why there is no answer. `is_final`: asking again would not help."""
+    """Why there is no answer. `is_final`: asking again would not help. `status`: of HTTP, 0 without an answer."""
 
     message: str
     is_final: bool
+    status: int = 0
+    #: The model computed NaN or infinity.
+    is_not_finite: bool = False
 
 
 class EngineClient:
@@ -88,20 +96,27 @@ class EngineClient:
         except self._errors:
             return Health.SILENT
 
-    async def generates(self, name: str, task: str, timeout_s: float) -> str:
-        """Have the engine do its work once, with a short input; return what is wrong, or '' if it works."""
-        path, body = "/v1/completions", {"model": name, "prompt": "Hi", "max_tokens": 1}
+    async def generates(self, name: str, task: str, timeout_s: float) -> Wrong | None:
+        """Have the engine do its work once, with a short input; return what is wrong, or None if it works.
+
+        It works if the numbers that it answers with (log probabilities, or the vector of an embedding) are finite: of
+        NaN logits vLLM takes token 0 each time, and answers 200. An error of the engine's own (500) is not final.
+        """
+        path = "/v1/completions"
+        body: dict[str, Any] = {"model": name, "prompt": "Hi", "max_tokens": 1, "temperature": 0, "logprobs": 1}
         if task == "embed":
-            path, body = "/v1/embeddings", {"model": name, "input": "Hi"}
+            path, body = "/v1/embeddings", {"model": name, "input": "Hi", "encoding_format": "float"}
+        found = await self._ask(path, body, timeout_s)
+        if isinstance(found, Wrong):
+            if found.status == 400 and OUT_OF_RANGE in found.message:
+                return _not_finite(task)
+            is_final = found.is_final and (found.status < 500 or found.status == 501)
+            return replace(found, is_final=is_final)
         try:
-            timeout = self._timeout(total=timeout_s)
-            async with self._http.post(path, json=body, timeout=timeout) as response:
-                text = await response.text()
-                return "" if response.status == 200 else f"HTTP {response.status}: {text[:500]}"
-        except TimeoutError:
-            return f"no answer to a prompt of one word within {timeout_s:.0f} s"
-        except self._errors as error:
-            return f"{type(error).__name__}: {error}"
+            numbers = _vector(found) if task == "embed" else _logprobs(found)
+        except (LookupError, TypeError, AttributeError):
+            return Wrong("its answer lacks the numbers that were asked for", is_final=True, status=200)
+        return None if numbers and all(map(_is_finite, numbers)) else _not_finite(task)
 
     async def load_adapter(self, name: str, path: Path, timeout_s: float) -> str:
         """Have the engine serve the adapter in a folder under a name; return what is wrong in one line, or ''.
@@ -215,7 +230,7 @@ class EngineClient:
                 text = await response.text(errors="replace")
                 if response.status != 200:
                     is_final = response.status not in (408, 429, 503)
-                    return Wrong(f"HTTP {response.status}: {_message(text)}", is_final)
+                    return Wrong(f"HTTP {response.status}: {_message(text)}", is_final, response.status)
         except TimeoutError:
             return Wrong(f"no answer within {timeout_s:g} s", is_final=False)
         except self._errors as error:
@@ -265,6 +280,23 @@ def newest_adapters(text: str) -> set[str]:
         if match and float(match[2]) > newest:
             newest, found = float(match[2]), {name for name in match[1].split(",") if name}
     return found
+
+
+def _logprobs(answer: dict[str, Any]) -> list[Any]:
+    return list(answer["choices"][0]["logprobs"]["token_logprobs"])
+
+
+def _vector(answer: dict[str, Any]) -> list[Any]:
+    return list(answer["data"][0]["embedding"])
+
+
+def _is_finite(number: Any) -> bool:
+    return isinstance(number, int | float) and math.isfinite(number) and number > LEAST_LOGPROB
+
+
+def _not_finite(task: str) -> Wrong:
+    numbers = "embedding" if task == "embed" else "log probabilities"
+    return Wrong(f"its {numbers} are NaN or infinite", is_final=True, status=200, is_not_finite=True)
 
 
 def _message(text: str) -> str:

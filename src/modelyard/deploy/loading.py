@@ -97,26 +97,37 @@ async def _load_one(client: EngineClient, adapter: Adapter, name: str, probe_tim
             ),
         )
     # vLLM answers 200 to some adapters with which every request then fails.
-    wrong = await client.generates(name, "generate", probe_timeout_s)
-    if wrong.startswith("no answer"):
+    failed = await client.generates(name, "generate", probe_timeout_s)
+    if failed is None:
+        return
+    if failed.message.startswith("no answer"):
         raise AdapterRefused(
             adapter.adapter_id,
             JobFailure(
                 "adapter_probe_timeout",
-                f"The engine loaded {adapter.adapter_id}, but gave {wrong}.",
+                f"The engine loaded {adapter.adapter_id}, but gave {failed.message}.",
                 "Other adapters may have taken every place: deploy with a larger options.max_loras, or try again when "
                 "fewer are asked.",
             ),
         )
-    if wrong:
+    if failed.is_not_finite:
         raise AdapterRefused(
             adapter.adapter_id,
             JobFailure(
-                "adapter_does_not_generate",
-                f"The engine loaded {adapter.adapter_id}, but a prompt of one word failed with it: {wrong}",
-                "Check that it was trained for this very model; the job's log has all that the engine says.",
+                "adapter_not_finite",
+                f"The engine loaded {adapter.adapter_id}, but with it the model computes NaN or infinity.",
+                "Its weights are damaged or its training diverged: add it again, or train it with a lower "
+                "learning_rate.",
             ),
         )
+    raise AdapterRefused(
+        adapter.adapter_id,
+        JobFailure(
+            "adapter_does_not_generate",
+            f"The engine loaded {adapter.adapter_id}, but a prompt of one word failed with it: {failed.message}",
+            "Check that it was trained for this very model; the job's log has all that the engine says.",
+        ),
+    )
 
 
 async def _check(

@@ -22,6 +22,7 @@ from modelyard.deploy.engine_client import EngineClient, Health
 from modelyard.deploy.failures import explain
 from modelyard.deploy.fitting import Fitting
 from modelyard.deploy.loading import Adapter, AdapterRefused
+from modelyard.deploy.readiness import Readiness
 from modelyard.deploy.record import Record
 from modelyard.deploy.steps import ChildState, Facts, Room, Step, next_step
 from modelyard.deploy.tables import Deployment, DeploymentState, Wanted
@@ -70,7 +71,7 @@ class Service:
         self.unwell = 0
         self.outcome: Outcome | None = None
         self.said_waiting = False
-        self.complaint: str | None = None
+        self.readiness = Readiness(row.model_id, row.task)
 
     @property
     def row(self) -> Deployment:
@@ -248,7 +249,7 @@ class Service:
             raise
         self._talk_to(url)
         self.started_at = self.told_at = time.monotonic()
-        self.complaint = None
+        self.readiness = Readiness(self.row.model_id, self.row.task)
         self.said_waiting = False
         data = {"attempt": number, "memory_bytes": memory_bytes}
         await self.context.event(f"Starting the engine (attempt {number}). {self.fitting.message}", data=data)
@@ -261,19 +262,20 @@ class Service:
         if health == Health.GOOD:
             # The first generation compiles and may take long; the time for the whole start bounds it too.
             left_s = max(1.0, self.settings.engine_start_timeout_s - waited_s)
-            question = self.client.generates(self.row.model_id, self.row.task, left_s)
-            self.complaint = await self._unless_it_ends(question)
-            if self.complaint == "":
+            try:
+                works = await self._unless_it_ends(self.readiness.works(self.client, left_s))
+            except JobFailure as failure:
+                failure.hint = failure.hint.replace("<id>", str(self.context.id))
+                await self._back_off(failure)
+                return
+            if works:
                 await self._load_and_be_ready()
                 return
         waited_s = self._waited_s()
         if waited_s > self.settings.engine_start_timeout_s:
-            raise JobFailure(
-                "engine_never_ready",
-                f"The engine did not generate a token within {self.settings.engine_start_timeout_s:.0f} s"
-                + (f"; its answer was {self.complaint}." if self.complaint else "."),
-                "Read the job's log; a large model may need a longer MODELYARD_ENGINE_START_TIMEOUT_S.",
-                explain(await asyncio.to_thread(attempts.newest_log, self.context.log), None).evidence,
+            log_text = await asyncio.to_thread(attempts.newest_log, self.context.log)
+            raise self.readiness.never_ready(
+                self.settings.engine_start_timeout_s, tuple(explain(log_text, None).evidence)
             )
         if time.monotonic() - self.told_at > STILL_STARTING_EVERY_S:
             self.told_at = time.monotonic()
@@ -420,7 +422,7 @@ class Service:
         await self.record.move(DeploymentState.BACKOFF, cause.code, restarts=restarts, **actions.no_engine())
         self.delay_until = time.monotonic() + delay_s
         await self.context.event(
-            f"The engine died. {cause.message} It is started again in {delay_s:.0f} s "
+            f"{cause.message} The engine is started again in {delay_s:.0f} s "
             f"(restart {restarts} of {self.settings.engine_max_restarts}).",
             level="warning",
             data={"code": cause.code, "restart": restarts},
