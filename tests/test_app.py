@@ -12,7 +12,7 @@ from urllib.parse import quote, urlencode
 
 import pytest
 
-from modelyard.http import BODY_LIMIT, PLAIN_TEXT_PATHS
+from modelyard.http import ANTHROPIC_PATHS, BODY_LIMIT, PLAIN_TEXT_PATHS
 from tests.eventually import eventually
 from tests.server import Answer, Server, serving
 from tests.walk import SAMPLES, application, every_path, other_ending
@@ -67,15 +67,87 @@ def test_a_wrong_method_is_told_with_all_those_that_the_path_has(server: Server)
             allowed[path] |= allowed[f"/api/v1/{room}/no/such"]
     wrong = 0
     for path, methods in allowed.items():
-        if path.startswith("/api/docs/files"):
-            methods = {"GET", "HEAD"}
+        if "GET" in methods:
+            methods = {*methods, "HEAD"}
         for method in {"GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"} - methods:
             answer = server.request(method, path)
             assert answer.status == 405, (method, path)
-            assert path in PLAIN_TEXT_PATHS or answer.error_code == "method_not_allowed", (method, path)
+            assert path in PLAIN_TEXT_PATHS | ANTHROPIC_PATHS or answer.error_code == "method_not_allowed", (
+                method,
+                path,
+            )
             assert set(answer.headers["allow"].split(", ")) == methods, (method, path)
             wrong += 1
     assert wrong > 100
+
+
+def test_head_answers_as_get_does_without_a_body(server: Server) -> None:
+    seen = 0
+    for method, path in every_path(application()):
+        if method != "GET":
+            continue
+        for way in (path, other_ending(path)):
+            got, head = server.get(way), server.request("HEAD", way)
+            assert (head.status, head.body) == (got.status, b""), way
+            own = {"date", "content-length"} if path.startswith("/metrics") else {"date"}
+            assert {name: value for name, value in head.headers.items() if name not in own} == {
+                name: value for name, value in got.headers.items() if name not in own
+            }, way
+        seen += 1
+    assert seen > 20
+    for path in ("/health", "/ready", "/v1/models", "/api/v1/models/", "/api/v1/jobs/", "/api/docs"):
+        assert server.request("HEAD", path).status == 200, path
+
+
+def test_head_of_a_stream_that_never_ends_ends(server: Server) -> None:
+    job = server.post("/api/v1/models/add/?model_id=no/such").json()["id"]
+    answer = server.request("HEAD", f"/api/v1/jobs/{job}/events/")
+    assert (answer.status, answer.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ("//v1/models", "/v1/models"),
+        ("/v1//chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/v1/chat/completions/", "/v1/chat/completions/"),
+        ("/api/v1/v1/chat/completions", "/api/v1/chat/completions"),
+        ("/api/v1/api/v1/deploy/", "/api/v1/deploy/"),
+        ("/v1/api/v1/jobs/", "/api/v1/jobs/"),
+        ("/v1//v1/messages", "/v1/messages"),
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/embeddings", "/v1/embeddings"),
+        ("/generate-one", "/api/generate-one"),
+        ("/finetune/", "/api/v1/finetune/"),
+    ],
+)
+def test_a_path_with_a_base_too_many_or_too_few_is_told_the_right_one(server: Server, asked: str, meant: str) -> None:
+    answer = server.post(asked, {})
+    assert (answer.status, answer.error_code) == (404, "no_such_path")
+    assert f" the right path is {meant}. " in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "kind"),
+    [
+        ("/v1/messages", b'{"model": "nope", "messages": [], "max_tokens": 4}', 404, "not_found_error"),
+        ("/api/v1/messages/", b"{", 400, "invalid_request_error"),
+        ("/v1/messages/count_tokens", b"[]", 400, "invalid_request_error"),
+        ("/v1/messages", b" " * (33 << 20), 413, "request_too_large"),
+    ],
+)
+def test_errors_of_anthropics_interface_have_its_form(
+    server: Server, path: str, body: bytes, status: int, kind: str
+) -> None:
+    answer = server.request("POST", path, body=body, headers={"Content-Type": "application/json"})
+    error = answer.json()
+    assert (answer.status, error["type"], error["error"]["type"]) == (status, "error", kind)
+    assert len(error["error"]["message"]) > 20
+    assert (set(error), set(error["error"])) == ({"type", "error"}, {"type", "message"})
+    refused = server.get(path, {"Host": "elsewhere.example.org"})
+    assert refused.json()["error"]["type"] == "permission_error"
+    assert server.get(path).json()["error"]["type"] == "invalid_request_error"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from modelyard.http import PLAIN_TEXT_PATHS
+from modelyard.http import ANTHROPIC_PATHS, PLAIN_TEXT_PATHS
 from tests.server import Server, serving
 from tests.walk import application, every_path
 
@@ -89,6 +89,32 @@ def test_the_schema_is_valid(schema: Json) -> None:
     OpenAPIV31SpecValidator(schema).validate()
 
 
+def test_the_schema_has_nothing_that_common_generators_of_clients_misread(schema: Json) -> None:
+    def parts(part: Any, where: str) -> Iterator[tuple[str, Json]]:
+        if isinstance(part, dict):
+            yield where, part
+            for name, value in part.items():
+                if name not in {"example", "examples", "default"}:
+                    yield from parts(value, f"{where}.{name}")
+        elif isinstance(part, list):
+            for number, value in enumerate(part):
+                yield from parts(value, f"{where}[{number}]")
+
+    assert not [where for where, part in parts(schema, "$") if "const" in part]
+    sizes = schema["components"]["schemas"]["HyperparametersIn"]["properties"]["batch_size"]["anyOf"]
+    assert {"type": "string", "enum": ["auto"]} in sizes
+
+
+def test_the_schema_of_errors_fits_those_that_engines_make(schema: Json) -> None:
+    made = {"error": {"message": "messages: too few.", "type": "BadRequestError", "param": None, "code": 400}}
+    ours = {"error": {"message": "No.", "type": "invalid_request_error", "param": "model", "code": "model_not_found"}}
+    part = {"$ref": "#/components/schemas/ErrorOut", "components": schema["components"]}
+    for body in (made, ours):
+        assert not list(Draft202012Validator(part).iter_errors(body))
+    answers = schema["paths"]["/v1/messages"]["post"]["responses"]["404"]["content"]["application/json"]
+    assert answers["schema"] == {"$ref": "#/components/schemas/AnthropicErrorOut"}
+
+
 def test_the_schema_holds_every_route_once(schema: Json) -> None:
     documented = {
         (method.upper(), re.sub(r"\{\w+\}", "*", path.rstrip("/")))
@@ -162,6 +188,8 @@ def test_every_operation_documents_its_errors_in_their_one_form(schema: Json) ->
             check_content(schema, answer["content"], f"{where} {status}")
             media_types = {name: described["schema"] for name, described in answer["content"].items()}
             form = {"application/json": {"$ref": "#/components/schemas/ErrorOut"}}
+            if where.partition(" ")[2] in ANTHROPIC_PATHS:
+                form = {"application/json": {"$ref": "#/components/schemas/AnthropicErrorOut"}}
             if where.partition(" ")[2] in PLAIN_TEXT_PATHS:
                 form = {"text/plain": {"type": "string"}}
             assert media_types == form, (where, status)

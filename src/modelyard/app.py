@@ -7,6 +7,7 @@ runner and, at the end, stops it, which ends every child in good order. Errors b
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -246,19 +247,37 @@ async def _answer_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = request.url.path
     if error.status_code == 404:
-        nothing = NotFound(f"There is nothing at {path}. GET /api/docs shows all paths.", code="no_such_path")
+        meant = _path_meant(request)
+        instead = f": the right path is {meant}" if meant is not None else ""
+        nothing = NotFound(f"There is nothing at {path}{instead}. GET /api/docs shows all paths.", code="no_such_path")
         return error_response(nothing, path)
     if error.status_code == 405:
         allowed = _methods_at(request)
         answer = error_response(
             MethodNotAllowed(f"{request.method} is not possible at {path}, but {' and '.join(allowed)}."), path
         )
-        answer.headers["Allow"] = ", ".join(allowed)
+        answer.headers["Allow"] = ", ".join(
+            [*allowed, *(["HEAD"] if "GET" in allowed and "HEAD" not in allowed else [])]
+        )
         return answer
     if error.status_code == TooLarge.status:
         return error_response(TooLarge(error.detail), path)
     # FastAPI could not read the body, for another reason than its grammar.
     return error_response(InvalidJson(f"The body is not JSON: {error.__cause__ or error.detail}."), path)
+
+
+def _path_meant(request: Request) -> str | None:
+    """Return the path that a client means whose base address has a slash, or a `/v1`, too many or too few."""
+    path = request.url.path
+    single = re.sub("/{2,}", "/", path)
+    outer = re.sub(r"^((?:/api)?/v1)(?:(?:/api)?/v1)+(?=/)", r"\1", single)
+    inner = re.sub(r"^/v1(?=/api/v1/)", "", single)
+    found = [single, inner, outer, f"/v1{single}", f"/api{single}", f"/api/v1{single}"]
+    for one in dict.fromkeys(found):
+        scope = {**request.scope, "path": one, "root_path": request.scope.get("app_root_path", "")}
+        if one != path and any(route.matches(scope)[0] is not Match.NONE for route in request.app.routes):
+            return one
+    return None
 
 
 def _methods_at(request: Request) -> list[str]:

@@ -16,7 +16,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
-from modelyard.http import ErrorOut, router
+from modelyard.http import AnthropicErrorOut, ErrorOut, router
 
 # The page runs no script of its own inline, so the policy need not allow any.
 POLICY = "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
@@ -76,7 +76,12 @@ def _answering(content: str, media_type: str, headers: dict[str, str]) -> Callab
 
 def complete(schema: dict[str, Any], open_paths: frozenset[str]) -> dict[str, Any]:
     """Return FastAPI's schema with what it does not know: the form of errors, the key, and null in examples."""
-    _, shared = models_json_schema([(ErrorOut, "serialization")], ref_template="#/components/schemas/{model}")
+    _, shared = models_json_schema(
+        [(ErrorOut, "serialization"), (AnthropicErrorOut, "serialization")],
+        ref_template="#/components/schemas/{model}",
+    )
+    schema = _with_enums(schema)
+    shared = _with_enums(shared)
     known = schema.get("components", {})
     schemas = dict(sorted({**known.get("schemas", {}), **shared["$defs"]}.items()))
     paths = {
@@ -97,6 +102,23 @@ def complete(schema: dict[str, Any], open_paths: frozenset[str]) -> dict[str, An
             "securitySchemes": SECURITY_SCHEMES,
         },
     }
+
+
+def _with_enums(part: Any) -> Any:
+    """Return a part of the schema whose constants are lists of one value.
+
+    It is the same to a validator; but common generators of clients read `const` as a promise that holds for the whole
+    of an `anyOf`, and then refuse its other branches.
+    """
+    if isinstance(part, list):
+        return [_with_enums(item) for item in part]
+    if not isinstance(part, dict):
+        return part
+    # A property may be called so: then what it holds is a schema.
+    if "const" in part and not isinstance(part["const"], dict):
+        part = {("enum" if name == "const" else name): ([value] if name == "const" else value)
+                for name, value in part.items()}  # fmt: skip
+    return {name: _with_enums(value) for name, value in part.items()}
 
 
 def _with_nulls(part: Any, schemas: dict[str, Any]) -> Any:

@@ -6,16 +6,17 @@ Only `routes` modules and the application import this.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Coroutine
-from typing import Annotated, Any
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import APIRouter, Depends, Request
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
-from starlette.responses import PlainTextResponse, Response
-from starlette.types import Message, Receive
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Match
+from starlette.types import Message, Receive, Scope, Send
 
 from modelyard import errors
 from modelyard.db import Sessions as DatabaseSessions
@@ -28,10 +29,15 @@ BODY_LIMIT = 1024 * 1024
 
 #: Here errors are a line of text: clients of the interface that these succeed know no other form.
 PLAIN_TEXT_PATHS = frozenset({"/api/generate-one", "/api/generate-batch"})
+#: Here errors have the form of Anthropic's interface, whose clients find the message nowhere else.
+ANTHROPIC_PATHS = frozenset(f"{base}/messages{end}" for base in ("/v1", "/api/v1") for end in ("", "/count_tokens"))
 
 
 class EitherSlashRoute(APIRoute):
     """A route that answers with and without the trailing slash. A redirect would lose the body of a POST.
+
+    What can be got answers HEAD too, with the status and headers of GET and no body. HEAD is not among `methods`, since
+    FastAPI would describe each of them a second time.
 
     A body that FastAPI reads for the route may have `BODY_LIMIT` bytes. One that the route reads itself, as a stream,
     is for the route to limit.
@@ -43,11 +49,26 @@ class EitherSlashRoute(APIRoute):
         # A `{name:path}` takes all that it can get: it must leave the last slash, and a name is not empty.
         self.path_regex = re.compile(pattern.replace(">.*)", ">.+?)") + "/?$")
 
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """Return the match as starlette wants it."""
+        match, found = super().matches(scope)
+        return (Match.FULL if match is Match.PARTIAL and self._is_head(scope) else match), found
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if self._is_head(scope):
+            await self.app(scope, receive, send)
+        else:
+            await super().handle(scope, receive, send)
+
+    def _is_head(self, scope: Scope) -> bool:
+        return scope["method"] == "HEAD" and "GET" in (self.methods or ())
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return what answers a request, as FastAPI wants it."""
         handle = super().get_route_handler()
         if self.body_field is None:
-            return handle
+            return _without_stream(handle) if "GET" in (self.methods or ()) else handle
 
         async def limited(request: Request) -> Response:
             announced = request.headers.get("content-length", "")
@@ -56,6 +77,26 @@ class EitherSlashRoute(APIRoute):
             return await handle(Request(request.scope, _limited(request.receive)))
 
         return limited
+
+
+def _without_stream(
+    handle: Callable[[Request], Coroutine[Any, Any, Response]],
+) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+    """Return the handler, which answers HEAD without making what only a body would hold (a stream may never end)."""
+
+    async def answer(request: Request) -> Response:
+        response = await handle(request)
+        if request.method != "HEAD" or not isinstance(response, StreamingResponse):
+            return response
+        response.body_iterator = _nothing()
+        return response
+
+    return answer
+
+
+async def _nothing() -> AsyncGenerator[bytes]:
+    return
+    yield b""
 
 
 def _limited(receive: Receive) -> Receive:
@@ -84,13 +125,30 @@ class ErrorBody(BaseModel):
     message: str = Field(examples=["There is no model 'openchat/openchat-3.5-0106' in the store."])
     type: str = Field(examples=["invalid_request_error"])
     param: str | None = Field(examples=["model_id"])
-    code: str | None = Field(description="Stable: programs may match it.", examples=["model_not_found"])
+    code: str | int | None = Field(
+        description="Stable: programs may match it. A number where it is the engine's own error: then the status.",
+        examples=["model_not_found"],
+    )
 
 
 class ErrorOut(BaseModel):
     """The one form of all errors, which OpenAI's clients understand."""
 
     error: ErrorBody
+
+
+class AnthropicErrorBody(BaseModel):
+    """What went wrong, as Anthropic's clients read it."""
+
+    type: str = Field(description="By the status, as Anthropic documents it.", examples=["not_found_error"])
+    message: str = Field(examples=["There is no model 'nope' in service; there are: default."])
+
+
+class AnthropicErrorOut(BaseModel):
+    """The form of errors in Anthropic's interface."""
+
+    type: Literal["error"] = Field(examples=["error"])
+    error: AnthropicErrorBody
 
 
 FAMILIES = {
@@ -122,6 +180,19 @@ EXAMPLES: dict[int, errors.ModelyardError] = {
     503: errors.EngineStarting("The engine of 'Qwen/Qwen3-0.6B' is starting."),
 }
 ERROR_SCHEMA = {"$ref": "#/components/schemas/ErrorOut"}
+ANTHROPIC_ERROR_SCHEMA = {"$ref": "#/components/schemas/AnthropicErrorOut"}
+#: Anthropic's names for errors, by status; what it has no name for is the request's fault below 500.
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    409: "conflict_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -134,6 +205,28 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
         }
         for status in sorted({401, 403, *statuses})
     }
+
+
+def documented_as_anthropic(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return the same for a route at one of `ANTHROPIC_PATHS`."""
+    return {
+        status: {
+            "description": FAMILIES[status],
+            "content": {
+                "application/json": {
+                    "schema": ANTHROPIC_ERROR_SCHEMA,
+                    "example": anthropic_envelope(status, EXAMPLES[status].message),
+                }
+            },
+        }
+        for status in sorted({401, 403, *statuses})
+    }
+
+
+def anthropic_envelope(status: int, message: str) -> dict[str, Any]:
+    """Return the body of an error in Anthropic's form."""
+    kind = ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": message}}
 
 
 def documented_in_plain_text(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -158,8 +251,12 @@ def error_response(error: errors.ModelyardError, path: str = "") -> Response:
         headers["WWW-Authenticate"] = "Bearer"
     if path.removesuffix("/") in PLAIN_TEXT_PATHS:
         return PlainTextResponse(error.message, status_code=error.status, headers=headers)
+    if path.removesuffix("/") in ANTHROPIC_PATHS:
+        envelope = anthropic_envelope(error.status, error.message)
+    else:
+        envelope = error.envelope()
     return Response(
-        msgspec.json.encode(error.envelope()), status_code=error.status, headers=headers, media_type="application/json"
+        msgspec.json.encode(envelope), status_code=error.status, headers=headers, media_type="application/json"
     )
 
 

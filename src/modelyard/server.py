@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from modelyard.app import create_app
 from modelyard.errors import StartRefused
 from modelyard.foundation import Foundation
+from modelyard.log_limits import limit_repeats
 from modelyard.settings import Settings
 
 #: How long open streams may go on when the server stops, in seconds.
@@ -41,6 +42,8 @@ def serve(settings: Settings) -> int:
         level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    # uvicorn says of each request that is not HTTP that it came: who sends them must not fill the disk.
+    limit_repeats(logging.getLogger("uvicorn.error"))
     foundation = Foundation(settings)
     foundation.lay()
     try:

@@ -21,6 +21,11 @@ from modelyard.errors import StartRefused
 PREFIX = "MODELYARD_"
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
+#: A page's, an app's or an extension's origin; null is what a sandboxed page or one from a file sends.
+ORIGIN = re.compile(
+    r"[a-z][a-z0-9+.-]{0,63}://([a-z0-9._~-]{1,253}|\[[0-9a-f:.]{2,45}\])(:[0-9]{1,5})?|null", re.IGNORECASE
+)
+
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -55,7 +60,9 @@ class Settings(BaseSettings):
     admin_key: str | None = Field(default=None, min_length=8, repr=False)
     """Key that every request must carry (Authorization: Bearer KEY or X-API-KEY: KEY), /health aside."""
     cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
-    """Web pages that may call this server from a browser, comma-separated, such as https://chat.example.org."""
+    """Origins of the pages, apps and extensions that may call, comma-separated: https://chat.example.org, app://notes."""
+    wrong_key_delay_s: float = Field(default=1.0, ge=0.0, le=60.0)
+    """Longest that the answer to a wrong key is held back, after some from the same address, in seconds. 0: never."""
     max_body_mib: int = Field(default=32, ge=1, le=4096)
     """Largest body of a request to an engine, in MiB."""
     max_dataset_gib: float = Field(default=10.0, gt=0.0, le=150.0)
@@ -164,17 +171,21 @@ class Settings(BaseSettings):
     @classmethod
     def _split_origins(cls, value: object) -> object:
         if isinstance(value, str):
-            return tuple(part.strip().rstrip("/") for part in value.split(",") if part.strip())
+            # Nothing but a scheme's own slashes may end an origin: `app://` alone is none.
+            return tuple(re.sub(r"(?<!/)/$", "", part.strip()) for part in value.split(",") if part.strip())
         return value
 
     @field_validator("cors_origins")
     @classmethod
     def _are_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for origin in value:
-            if not re.fullmatch(r"https?://[A-Za-z0-9.\-]+(:\d+)?|https?://\[[0-9A-Fa-f:]+\](:\d+)?", origin):
-                raise ValueError(f"'{origin}' is not the origin of a page; write it like https://chat.example.org:8443")
-        # Browsers send it in lower case.
-        return tuple(origin.lower() for origin in value)
+            if not ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"'{origin[:200]}' is not the origin of a page or an app; write it like "
+                    "https://chat.example.org:8443, app://notes, chrome-extension://ID or null"
+                )
+        # Browsers send it in lower case, and without the port that its scheme has anyway.
+        return tuple(re.sub(r"^(http://.*):80$|^(https://.*):443$", r"\1\2", origin.lower()) for origin in value)
 
     @field_validator(
         "s3_endpoint_url", "import_dir", "admin_key", "store_quota_gib", "engine_python", "engine_max_model_len",

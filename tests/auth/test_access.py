@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from modelyard.auth import access
-from modelyard.http import PLAIN_TEXT_PATHS
+from modelyard.http import ANTHROPIC_PATHS, PLAIN_TEXT_PATHS
 from modelyard.settings import Settings
 from tests.server import Server, run_modelyard, serving
 from tests.walk import application, every_path, other_ending
@@ -32,7 +33,8 @@ def open_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def locked_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("locked") / "data"
-    with serving(folder, MODELYARD_ADMIN_KEY=KEY, MODELYARD_CORS_ORIGINS=PAGE) as server:
+    settings = {"MODELYARD_ADMIN_KEY": KEY, "MODELYARD_CORS_ORIGINS": PAGE, "MODELYARD_WRONG_KEY_DELAY_S": "0"}
+    with serving(folder, **settings) as server:
         yield server
 
 
@@ -116,8 +118,25 @@ def test_a_request_that_a_browser_marks_as_another_sites_is_refused_even_without
 
 def test_a_link_from_another_page_to_the_documentation_works(open_server: Server) -> None:
     for site in ("cross-site", "same-site", "none"):
-        headers = {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "navigate"}
-        assert open_server.get("/api/docs", headers).status == 200
+        for path in ("/api/docs", "/api/docs/"):
+            headers = {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+            assert open_server.get(path, headers).status == 200
+            del headers["Sec-Fetch-Dest"]
+            assert open_server.get(path, headers).status == 200
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+def test_a_link_from_another_page_leads_to_nothing_but_pages(
+    open_server: Server, ways: list[tuple[str, str]], site: str
+) -> None:
+    headers = {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+    for path in sorted({path for _, path in ways} - access.PAGES):
+        for method in ("GET", "HEAD"):
+            assert open_server.request(method, path, headers=headers).status == 403, (method, path)
+    assert "type other addresses" in open_server.get("/api/v1/jobs/", headers).text
+    for shown_in in ("iframe", "embed", "object"):
+        assert open_server.get("/api/docs", {**headers, "Sec-Fetch-Dest": shown_in}).status == 403
+    assert open_server.get("/api/v1/jobs/", {**headers, "Sec-Fetch-Site": "none"}).status == 200  # typed, or a bookmark
 
 
 def test_a_named_page_may_call_and_is_told_so(open_server: Server) -> None:
@@ -180,6 +199,8 @@ def test_with_a_key_every_route_but_health_wants_it(locked_server: Server, ways:
             assert bare.headers["www-authenticate"] == "Bearer"
             if way.removesuffix("/") in PLAIN_TEXT_PATHS:
                 assert bare.headers["content-type"].startswith("text/plain")
+            elif way.removesuffix("/") in ANTHROPIC_PATHS:
+                assert bare.json()["error"]["type"] == wrong.json()["error"]["type"] == "authentication_error"
             elif method != "HEAD":
                 assert bare.error_code == wrong.error_code == "unauthorized"
                 assert bare.json()["error"]["type"] == "authentication_error"
@@ -264,13 +285,63 @@ def test_beyond_loopback_it_does_not_start_without_a_key(tmp_path: Path, host: s
     assert not (tmp_path / "data").exists()
 
 
+ORIGINS = ("app://notes.example", "tauri://localhost", "chrome-extension://abcdefgh", "moz-extension://0a-1b", "null",
+           "HTTPS://Chat.Example.org", "https://one.example.org:443/", "http://[::1]:3000")  # fmt: skip
+
+
+def test_apps_extensions_and_null_can_be_allowed_one_by_one(tmp_path: Path) -> None:
+    with serving(tmp_path / "data", MODELYARD_CORS_ORIGINS=", ".join(ORIGINS)) as server:
+        for origin in (*ORIGINS[:5], "https://chat.example.org", "https://one.example.org", "http://[::1]:3000"):
+            answer = server.get("/api/v1/jobs/", {"Origin": origin})
+            assert (answer.status, answer.headers.get("access-control-allow-origin")) == (200, origin)
+            asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+            assert server.request("OPTIONS", "/api/v1/deploy/", headers=asked).status == 204
+        for origin in (
+            "app://other.example",
+            "tauri://localhost.example",
+            "chrome-extension://abcdefghi",
+            "app://",
+            "nul",
+        ):
+            assert server.get("/api/v1/jobs/", {"Origin": origin}).status == 403, origin
+
+
+def test_wrong_keys_are_logged_and_answered_ever_later_and_the_right_one_at_once(tmp_path: Path) -> None:
+    settings = {"MODELYARD_ADMIN_KEY": KEY, "MODELYARD_WRONG_KEY_DELAY_S": "0.4"}
+    with serving(tmp_path / "data", **settings) as server:
+        took = []
+        for number in range(12):
+            began = time.monotonic()
+            headers = {"X-API-KEY": f"wrong-{number}"} if number % 2 else {"Authorization": f"Bearer wrong-{number}"}
+            assert server.get("/api/v1/jobs/?secret=1", headers).status == 401
+            took.append(time.monotonic() - began)
+        assert took[0] < 0.3
+        assert took[-1] >= 0.4
+        began = time.monotonic()
+        assert server.get("/api/v1/jobs/", {"X-API-KEY": KEY}).status == 200
+        assert server.get("/api/v1/jobs/").status == 401, "no key at all is no guess"
+        assert time.monotonic() - began < 0.35
+        assert server.log.count("a wrong key came from 127.0.0.1, for '/api/v1/jobs/'") == 10
+        assert "wrong-" not in server.log
+        assert "secret" not in server.log
+
+
+def test_malformed_requests_and_wrong_keys_cannot_fill_the_log(locked_server: Server) -> None:
+    for _ in range(60):
+        locked_server.send_bytes(b"nonsense\r\n\r\n")
+        locked_server.get("/api/v1/jobs/", {"X-API-KEY": "wrong"})
+    assert 0 < len(re.findall("Invalid HTTP request received", locked_server.log)) <= 10
+    assert 0 < len(re.findall("a wrong key came from", locked_server.log)) <= 40
+
+
 def test_beyond_loopback_it_starts_with_a_key(tmp_path: Path) -> None:
     with serving(tmp_path / "data", MODELYARD_HOST="0.0.0.0", MODELYARD_ADMIN_KEY=KEY) as server:
         assert server.get("/api/v1/jobs/").status == 401
         assert server.get("/api/v1/jobs/", {"X-API-KEY": KEY, "Host": "any.example.org"}).status == 200
 
 
-@pytest.mark.parametrize("origins", ["*", "null", "chat.example.org", f"{PAGE}/path", f"{PAGE} {ELSEWHERE}"])
+@pytest.mark.parametrize("origins", ["*", "chat.example.org", f"{PAGE}/path", f"{PAGE} {ELSEWHERE}", "app://",
+                                     "://notes", "app:notes", "nulls", "https://user@chat.example.org"])  # fmt: skip
 def test_a_setting_that_names_no_page_stops_the_start(tmp_path: Path, origins: str) -> None:
     ended = run_modelyard(
         "serve", cwd=tmp_path, MODELYARD_CORS_ORIGINS=origins, MODELYARD_DATA_DIR=str(tmp_path / "data")

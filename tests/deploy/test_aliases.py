@@ -175,7 +175,7 @@ async def test_nothing_moves_back_to_what_is_not_in_the_store_any_more(tmp_path:
             assert [one.undone_at for one in await aliases.history(session, "best", limit=None)] == [None, None]
 
 
-@pytest.mark.parametrize("name", ["a", "A1", "gpt-4o", "support/production:v1", "a.b_c", "x" * 128])
+@pytest.mark.parametrize("name", ["a", "A1", "gpt-4o", "support/production:v1", "a.b_c", "a/.b", "rollback", "x" * 128])
 def test_a_name_of_usual_characters_is_fine(name: str) -> None:
     aliases.check_name(name)
 
@@ -200,6 +200,16 @@ def test_a_name_of_usual_characters_is_fine(name: str) -> None:
         "a\0",
         "a/rollback",
         "a/history",
+        "a.",
+        "a..",
+        "a/.",
+        "a/..",
+        "a/./b",
+        "a/../b",
+        "a./b",
+        "a//b",
+        "a%2fb",
+        "a%2e",
     ],
 )
 def test_any_other_name_is_refused(name: str) -> None:

@@ -1,24 +1,32 @@
 """The gate before every route: the admin key where one is set, and otherwise this machine alone.
 
-With a key, every path but `/health` wants it, as `Authorization: Bearer KEY` or `X-API-KEY: KEY`. Without one the
-server listens on loopback only, and a browser is the way in for others: so the Host must be a name of this machine
-(against DNS rebinding), and a page from elsewhere is refused whatever it sends, since a `text/plain` POST needs no
-preflight. `MODELYARD_CORS_ORIGINS` names the pages that may call.
+With a key, every path but `/health` wants it, as `Authorization: Bearer KEY` or `X-API-KEY: KEY`; a wrong one is
+logged, and answered the later the more of them came from its address. Without a key the server listens on loopback
+only, and a browser is the way in for others: so the Host must be a name of this machine (against DNS rebinding), and a
+page from elsewhere is refused whatever it sends, since a `text/plain` POST needs no preflight. A link from elsewhere
+leads to pages only. `MODELYARD_CORS_ORIGINS` names the pages and programs that may call.
 
 Written as plain ASGI: it costs some microseconds and never touches a body.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
+import logging
 import re
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
+from modelyard.auth.wrong_keys import WrongKeys
 from modelyard.errors import BadRequest, Forbidden, HostNotAllowed, ModelyardError, OriginNotAllowed, Unauthorized
 from modelyard.http import error_response
+from modelyard.log_limits import limit_repeats
 from modelyard.settings import Settings
+
+log = logging.getLogger(__name__)
+limit_repeats(log)
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -30,9 +38,11 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 CALLER = "modelyard.caller"
 THIS_MACHINE = "local"
 OPEN_PATHS = frozenset({"/health", "/health/"})
+#: What is made to be looked at in a browser: links from other sites may lead there, and nowhere else.
+PAGES = frozenset({"/api/docs", "/api/docs/"})
 #: The names under which this machine alone is known, with any port.
 OWN_HOST = re.compile(rb"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]{1,5})?", re.IGNORECASE)
-DECISIVE = (b"host", b"origin", b"authorization", b"x-api-key", b"sec-fetch-site", b"sec-fetch-mode")
+DECISIVE = (b"host", b"origin", b"authorization", b"x-api-key", b"sec-fetch-site", b"sec-fetch-mode", b"sec-fetch-dest")
 CORS_METHODS = b"GET, POST, PUT, PATCH, DELETE"
 CORS_MAX_AGE_S = b"600"
 
@@ -44,6 +54,7 @@ class Access:
         self._app = app
         self._key = settings.admin_key.encode() if settings.admin_key is not None else None
         self._caller = hashlib.sha256(self._key).hexdigest() if self._key is not None else THIS_MACHINE
+        self._wrong_keys = WrongKeys(settings.wrong_key_delay_s)
         self._origins = frozenset(origin.encode("latin-1") for origin in settings.cors_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -62,6 +73,8 @@ class Access:
         try:
             self._check(scope, headers, origin)
         except ModelyardError as error:
+            if isinstance(error, Unauthorized) and (b"authorization" in headers or b"x-api-key" in headers):
+                await self._hold_back(scope)
             await error_response(error, scope["path"])(scope, receive, send)
             return
         scope[CALLER] = self._caller
@@ -88,11 +101,21 @@ class Access:
             )
         if origin is None and headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site"):
             mode = headers.get(b"sec-fetch-mode")
-            # A link that somebody follows to the documentation is no danger; anything else from another page is.
-            if scope["method"] not in ("GET", "HEAD") or mode != b"navigate":
+            # A link that somebody follows to the documentation is no danger; anything else from another page is. What
+            # is no page would be shown, or saved, or start work, without anybody having asked this server for it.
+            is_followed = mode == b"navigate" and headers.get(b"sec-fetch-dest", b"document") == b"document"
+            if scope["method"] not in ("GET", "HEAD") or not is_followed or scope["path"] not in PAGES:
                 raise OriginNotAllowed(
-                    "Another page's request. MODELYARD_CORS_ORIGINS names the pages that may call this server."
+                    "Another page's request. Links from other pages lead to /api/docs only; type other addresses. "
+                    "MODELYARD_CORS_ORIGINS names the pages that may call this server."
                 )
+
+    async def _hold_back(self, scope: Scope) -> None:
+        address = (scope.get("client") or ("an unknown address",))[0]
+        delay_s = self._wrong_keys.another_from(address)
+        log.warning("a wrong key came from %s, for %s", address, ascii(scope["path"][:200]))
+        if delay_s:
+            await asyncio.sleep(delay_s)
 
     def _has_key(self, headers: dict[bytes, bytes]) -> bool:
         assert self._key is not None

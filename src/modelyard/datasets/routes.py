@@ -224,6 +224,7 @@ async def get_rows(
     },
 )
 async def download_dataset(
+    request: Request,
     dataset_id: DatasetId,
     sessions: Sessions,
     storage: Storage,
@@ -252,11 +253,12 @@ async def download_dataset(
     headers["Content-Length"] = str(length)
     if part is not None:
         headers["Content-Range"] = f"bytes {start}-{start + length - 1}/{dataset.size_bytes}"
+    status = 206 if part is not None else 200
+    if request.method == "HEAD":
+        return Response(status_code=status, headers=headers, media_type=MEDIA_TYPE)
     blocks = storage.get(dataset.data_key, start=start, length=length)
     first = await anext(blocks, b"")  # a store that is away is an answer, not a stream that breaks
-    return StreamingResponse(
-        _rest(first, blocks), status_code=206 if part is not None else 200, headers=headers, media_type=MEDIA_TYPE
-    )
+    return StreamingResponse(_rest(first, blocks), status_code=status, headers=headers, media_type=MEDIA_TYPE)
 
 
 async def _rest(first: bytes, blocks: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:

@@ -27,7 +27,10 @@ BUILT_IN: Mapping[str, str] = {"default": "generate", "Compressa-LLM": "generate
 DEFAULT = "default"
 #: How the addresses of what can be asked of an alias end: no alias may end so.
 ACTIONS = ("/rollback", "/history")
-_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._:/-]{0,126}[A-Za-z0-9._:-])?")
+_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._:/-]{0,126}[A-Za-z0-9_:-])?")
+#: Parts that do not reach the server as they were sent: clients and proxies take `.` and `..` for steps, join slashes,
+#: and some lose the dots at an end.
+_LOST = re.compile(r"//|\.(?:/|$)")
 
 
 async def all_aliases(session: AsyncSession) -> Sequence[Alias]:
@@ -149,9 +152,9 @@ def check_name(name: str) -> None:
     if name.endswith(ACTIONS):
         raise Unprocessable(f"'{name[:200]}' cannot be an alias: {name.rpartition('/')[2]} is what is asked of one.",
                             param="name")  # fmt: skip
-    if not _NAME.fullmatch(name):
+    if not _NAME.fullmatch(name) or _LOST.search(name):
         raise Unprocessable(
             f"'{name[:200]}' cannot be an alias: use 1 to 128 of A-Z, a-z, 0-9, '.', '_', ':', '/' and '-', with a "
-            "letter or digit first and no '/' last.",
+            "letter or digit first, no '/' last, and between slashes neither nothing nor a '.' at the end.",
             param="name",
         )

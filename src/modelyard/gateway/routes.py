@@ -18,9 +18,11 @@ from modelyard.gateway import schemas
 from modelyard.gateway.listing import OpenAIListRoute, openai_list, openai_model
 from modelyard.gateway.relay import ANY_TASK, Endpoint, Gateway
 from modelyard.gateway.schemas import Json, ServedModelOut, ServedModelsOut
-from modelyard.http import EitherSlashRoute, documented, router
+from modelyard.http import ANTHROPIC_PATHS, EitherSlashRoute, documented, documented_as_anthropic, router
 
 BASES = ("/v1", "/api/v1")
+#: What vLLM has at the root, where its own clients look for it.
+AT_ROOT = ("tokenize", "detokenize")
 PASSED_ERRORS = (400, 404, 413, 502, 503)
 
 
@@ -190,14 +192,16 @@ class PassedRoute(EitherSlashRoute):
 
 def _add(passed: Passed, base: str) -> None:
     forward = Forward(passed.endpoint)
-    answers: dict[int | str, dict[str, Any]] = {200: passed.answer, **documented(*PASSED_ERRORS)}
+    path = f"{base}/{passed.endpoint.name}"
+    describe = documented_as_anthropic if path in ANTHROPIC_PATHS else documented
+    answers: dict[int | str, dict[str, Any]] = {200: passed.answer, **describe(*PASSED_ERRORS)}
     api.add_api_route(
-        f"{base}/{passed.endpoint.name}",
+        path,
         lambda: forward,
         methods=["POST"],
         summary=passed.summary,
         description=passed.description,
-        name=f"{base[1:]}/{passed.endpoint.name}".replace("/", "_"),
+        name=path[1:].replace("/", "_"),
         openapi_extra={"requestBody": passed.request},
         responses=answers,
         response_class=Response,
@@ -206,8 +210,8 @@ def _add(passed: Passed, base: str) -> None:
     )
 
 
-for _base in BASES:
-    for _passed in PASSAGES:
+for _passed in PASSAGES:
+    for _base in (*BASES, *([""] if _passed.endpoint.name in AT_ROOT else [])):
         _add(_passed, _base)
 
 
