@@ -20,10 +20,10 @@ def noise(size: int, seed: str = "noise") -> bytes:
     return b"".join(blocks)[:size]
 
 
-def safetensors(data: bytes, header: dict[str, Any] | None = None) -> bytes:
+def safetensors(data: bytes, header: dict[str, Any] | None = None, *, tensor: str = "weight") -> bytes:
     """Return a safetensors file of one tensor of bytes, or with the header given."""
     entry = {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]}
-    raw = as_json(header if header is not None else {"weight": entry})
+    raw = as_json(header if header is not None else {tensor: entry})
     return struct.pack("<Q", len(raw)) + raw + data
 
 
@@ -48,8 +48,8 @@ def sharded(shards: int = 3, size: int = 100_000) -> dict[str, bytes]:
     """Return a model in shards, with the same weights whole and consolidated beside them."""
     files = {name: content for name, content in llama().items() if name != "model.safetensors"}
     names = [f"model-{number:05d}-of-{shards:05d}.safetensors" for number in range(1, shards + 1)]
-    for name in names:
-        files[name] = safetensors(noise(size, name))
+    for number, name in enumerate(names):
+        files[name] = safetensors(noise(size, name), tensor=f"w{number}")
     files["model.safetensors.index.json"] = as_json({"weight_map": {f"w{i}": name for i, name in enumerate(names)}})
     files["consolidated.safetensors"] = safetensors(noise(size))
     files["params.json"] = as_json({"dim": 16})

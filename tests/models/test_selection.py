@@ -2,17 +2,46 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from modelyard.errors import JobFailure
-from modelyard.models.selection import check_index, is_safe_path, select
-from tests.models.repositories import adapter, embedder, llama, sharded
+from modelyard.models.file_names import is_configuration, is_safe_path
+from modelyard.models.selection import MAX_TOLD, Selection, choose
+from tests.models.repositories import adapter, as_json, embedder, llama, sharded
 
+INDEX = "model.safetensors.index.json"
 SHARDS = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
 
 
+def chosen_of(files: Mapping[str, bytes] | list[str]) -> Selection:
+    contents = files if isinstance(files, Mapping) else dict.fromkeys(files, b"{}")
+    return choose(list(contents), contents.__getitem__)
+
+
+def index(*names: str) -> bytes:
+    return as_json({"weight_map": {f"w{number}": name for number, name in enumerate(names)}})
+
+
+def told(chosen: Selection) -> dict[str, str]:
+    return {name: one.reason for one in chosen.left_out for name in one.files}
+
+
+def refused(files: Mapping[str, bytes] | list[str]) -> JobFailure:
+    with pytest.raises(JobFailure) as caught:
+        chosen_of(files)
+    assert caught.value.hint
+    return caught.value
+
+
 def test_a_model_comes_with_configuration_tokenizer_and_template() -> None:
-    chosen = select(llama())
+    chosen = chosen_of(llama())
     assert set(chosen.configuration) == {
         "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
     }  # fmt: skip
@@ -21,49 +50,152 @@ def test_a_model_comes_with_configuration_tokenizer_and_template() -> None:
 
 
 def test_shards_win_over_the_same_weights_in_another_form() -> None:
-    chosen = select(sharded())
+    chosen = chosen_of(sharded())
     assert list(chosen.weights) == SHARDS
-    assert "model.safetensors.index.json" in chosen.configuration
+    assert INDEX in chosen.configuration
     assert "params.json" not in chosen.configuration
+    assert list(chosen_of({**sharded(), "model.safetensors": b""}).weights) == SHARDS
+
+
+def test_a_second_set_of_shards_that_the_index_does_not_name_is_neither_fetched_nor_unsaid() -> None:
+    stale = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    chosen = chosen_of({**sharded(), **dict.fromkeys(stale, b"")})
+    assert list(chosen.weights) == SHARDS
+    assert set(stale) < set(told(chosen))
+
+
+def test_a_model_in_one_shard_keeps_the_index_by_which_transformers_finds_it() -> None:
+    shard = "model-00001-of-00001.safetensors"
+    chosen = chosen_of({"config.json": b"{}", shard: b"", INDEX: index(shard, shard)})
+    assert chosen.weights == (shard,)
+    assert INDEX in chosen.configuration
+    assert chosen.weight_map == {"w0": shard, "w1": shard}
+
+
+def test_an_index_may_name_weights_with_names_of_their_own() -> None:
+    names = ["weights_a.safetensors", "weights_b.safetensors"]
+    chosen = chosen_of(
+        {"config.json": b"{}", **dict.fromkeys([*names, "other.safetensors"], b""), INDEX: index(*names)}
+    )
+    assert list(chosen.weights) == names
+
+
+@pytest.mark.parametrize("missing", SHARDS)
+def test_a_half_uploaded_model_is_refused_with_the_name_of_the_missing_shard(missing: str) -> None:
+    files = {
+        name: content for name, content in sharded().items() if name != missing and name != "consolidated.safetensors"
+    }
+    failure = refused(files)
+    assert failure.code == "bad_index"
+    assert missing in failure.message
+    assert "3 files" in failure.message
+
+
+def test_a_shard_in_a_folder_or_with_an_impossible_name_counts_as_missing() -> None:
+    for name in ("sub/model-00001-of-00001.safetensors", "../x.safetensors", "/etc/passwd", "a\0.safetensors"):
+        files = {"config.json": b"{}", "y.safetensors": b"", name: b"", INDEX: index(name)}
+        assert refused(files).code == "bad_index"
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"weight_map": []}', b'{"weight_map": {"a": 1}}', b"\xff",
+                                     b'{"weight_map": {}}', b"[" * 100_000])  # fmt: skip
+def test_a_malformed_index_is_refused_unless_the_whole_model_is_there_too(content: bytes) -> None:
+    files = {"config.json": b"{}", **dict.fromkeys(SHARDS, b""), INDEX: content}
+    assert refused(files).code in ("bad_index", "bad_configuration")
+    chosen = chosen_of({**files, "model.safetensors": b""})
+    assert chosen.weights == ("model.safetensors",)
+    assert INDEX not in chosen.configuration, "vLLM would look for what it names"
+    assert INDEX in told(chosen)
 
 
 def test_shards_without_their_index_are_not_taken_for_a_model_that_is_there_whole() -> None:
-    assert select(["config.json", "model.safetensors", *SHARDS]).weights == ("model.safetensors",)
+    assert chosen_of(["config.json", "model.safetensors", *SHARDS]).weights == ("model.safetensors",)
+
+
+def test_shards_without_an_index_are_taken_when_their_names_say_that_all_are_there() -> None:
+    assert list(chosen_of(["config.json", *SHARDS]).weights) == SHARDS
+    failure = refused(["config.json", *SHARDS[1:]])
+    assert failure.code == "incomplete_weights"
+    assert SHARDS[1] in failure.message
+
+
+def test_of_two_sets_of_shards_without_an_index_the_whole_one_is_taken_and_two_whole_ones_are_refused() -> None:
+    others = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    assert list(chosen_of(["config.json", *SHARDS, others[0]]).weights) == SHARDS
+    assert refused(["config.json", *SHARDS, *others]).code == "ambiguous_weights"
 
 
 def test_consolidated_weights_are_taken_when_there_are_no_others() -> None:
-    chosen = select(["params.json", "tekken.json", "consolidated.safetensors"])
+    chosen = chosen_of(["params.json", "tekken.json", "consolidated.safetensors"])
     assert chosen.weights == ("consolidated.safetensors",)
     assert set(chosen.configuration) == {"params.json", "tekken.json"}
 
 
-def test_weights_under_another_name_are_taken_when_there_are_no_others() -> None:
-    assert select(["config.json", "gptq_model-4bit-128g.safetensors"]).weights == ("gptq_model-4bit-128g.safetensors",)
+@pytest.mark.parametrize("name", ["gptq_model-4bit-128g.safetensors", "model (1).safetensors", "modèle.safetensors",
+                                  "[final] model{2}.safetensors", "模型.safetensors",
+                                  "model's #1 & best!.safetensors"])  # fmt: skip
+def test_weights_under_another_name_are_taken_when_there_are_no_others(name: str) -> None:
+    assert chosen_of(["config.json", name]).weights == (name,)
+
+
+@pytest.mark.parametrize("name", ["model\n.safetensors", "..model.safetensors", ".hidden.safetensors",
+                                  "a\\b.safetensors", "x" * 300 + ".safetensors",
+                                  "mod\u202eel.safetensors"])  # fmt: skip
+def test_weights_whose_name_cannot_be_a_files_are_refused_by_name(name: str) -> None:
+    failure = refused(["config.json", name])
+    assert failure.code == "no_weights"
+    assert repr(name[:80]) in failure.message
+    assert name[:120] in told(chosen_of([*llama(), name])) or name.startswith(".")
+
+
+def test_weights_whose_names_differ_in_case_only_are_refused() -> None:
+    failure = refused(["config.json", "a.safetensors", "A.safetensors"])
+    assert failure.code == "ambiguous_weights"
 
 
 def test_modules_of_an_embedding_model_come_along_as_safetensors_only() -> None:
-    chosen = select(embedder())
+    chosen = chosen_of(embedder())
     assert set(chosen.weights) == {"model.safetensors", "2_Dense/model.safetensors"}
     assert {"modules.json", "1_Pooling/config.json", "2_Dense/config.json", "vocab.txt"} <= set(chosen.configuration)
 
 
 def test_an_adapter_is_told_from_a_model_by_whose_weights_are_there() -> None:
-    assert select(adapter()).adapter
-    assert select({**adapter(), "config.json": b"{}"}).adapter
-    assert not select({**llama(), "adapter_config.json": b"{}"}).adapter
+    assert chosen_of(adapter()).adapter
+    assert "adapter_config.json" in chosen_of(adapter()).configuration
+    assert chosen_of({**adapter(), "config.json": b"{}"}).adapter
+    assert not chosen_of({**llama(), "adapter_config.json": b"{}"}).adapter
+
+
+def test_an_adapters_configuration_beside_a_model_is_left_out() -> None:
+    # transformers would load the model that it names, with this one as an adapter on top.
+    assert "adapter_config.json" not in chosen_of({**llama(), "adapter_config.json": b"{}"}).configuration
 
 
 NEVER = [
     "modeling_x.py", "pytorch_model.bin", "model.pt", "model.gguf", "onnx/model.onnx", "original/params.json",
     "trainer_state.json", "optimizer.pt", "checkpoint-5/model.safetensors", "../../etc/passwd.json", "/etc/x.json",
-    "a/../b.json", ".hidden.json", "runs/events", "README.md", "x\n.json",
+    "a/../b.json", ".hidden.json", "runs/events", "README.md", "x\n.json", "README.json", "train_sample.json",
+    "deepspeed_config.json", "params.json", "all_results.json", "pytorch_model.bin.index.json", "model_index.json",
+    "training_args.json", "ds_config.json", "tokenizer_old.json", "1_Pooling/../config.json",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NEVER)
 def test_what_nobody_needs_is_never_fetched(name: str) -> None:
-    chosen = select([*llama(), name])
+    chosen = chosen_of([*llama(), name])
     assert name not in (*chosen.configuration, *chosen.weights)
+
+
+def test_what_was_left_out_is_told_with_its_reason_in_bounded_words() -> None:
+    notes = [f"notes-{number:05d}.json" for number in range(5000)]
+    chosen = chosen_of([*llama(), *notes, "README.json", "model-00001-of-00002.safetensors", "x\n.safetensors"])
+    reasons = {one.reason: one for one in chosen.left_out}
+    assert len(told(chosen)) <= MAX_TOLD * len(reasons)
+    assert reasons["no engine, tokenizer or trainer reads it"].count == 5001
+    assert "pytorch_model.bin" in told(chosen)
+    assert "model-00001-of-00002.safetensors" in told(chosen)
+    assert "x\n.safetensors" in told(chosen)
+    assert not {"README.md", ".gitattributes"} & set(told(chosen)), "nobody misses these"
 
 
 @pytest.mark.parametrize(
@@ -77,31 +209,55 @@ def test_what_nobody_needs_is_never_fetched(name: str) -> None:
         ([], "no_weights"),
         (["model.safetensors"], "missing_configuration"),
         (["config.json", "sub/model.safetensors"], "no_weights"),
+        (["config.json", "sub/model.safetensors", "sub/optimizer.pt"], "no_weights"),
+        (["config.json", "training_args.bin"], "no_weights"),
     ],
 )
 def test_a_repository_without_usable_weights_is_refused(files: list[str], code: str) -> None:
-    with pytest.raises(JobFailure) as caught:
-        select(files)
-    assert caught.value.code == code
-    assert caught.value.hint
+    assert refused(files).code == code
 
 
-def test_an_index_must_name_files_that_are_there() -> None:
-    check_index({"a": SHARDS[0], "b": SHARDS[1]}, SHARDS)
-    malformed: list[object] = [{"a": 1}, None, []]
-    for weight_map in (*malformed, {"a": "model-00009-of-00009.safetensors"}, {"a": "../../x"}):
-        with pytest.raises(JobFailure) as caught:
-            check_index(weight_map, SHARDS)
-        assert caught.value.code == "bad_index"
+def test_every_vocabulary_that_transformers_tokenizers_name_is_fetched() -> None:
+    spec = find_spec("transformers")
+    if spec is None or spec.origin is None:
+        pytest.skip("transformers is not installed")
+    source = "\n".join(path.read_text() for path in Path(spec.origin).parent.glob("models/*/tokenization_*.py"))
+    tables = "".join(re.findall(r"VOCAB_FILES_NAMES\s*=\s*\{[^}]*\}", source))
+    names = set(re.findall(r'_file": "([^"]+)"', tables))
+    assert len(names) > 20
+    assert {name for name in names if not is_configuration(name)} == set()
 
 
-@pytest.mark.parametrize("path", ["a.json", "1_Pooling/config.json", "a b.json", "a/b/c/d.json", "x+y@2.json"])
+@pytest.mark.parametrize(
+    "path", ["a.json", "1_Pooling/config.json", "a b.json", "a/b/c/d.json", "x+y@2.json", "é/(1).json"]
+)
 def test_ordinary_paths_are_safe(path: str) -> None:
     assert is_safe_path(path)
 
 
 @pytest.mark.parametrize(
-    "path", ["", "/a", "a//b", "a/../b", "..", ".git/config", "a/.b", "a\\b", "a\0b", "a/b/c/d/e.json", "x" * 256, "a/"]
-)
+    "path", ["", "/a", "a//b", "a/../b", "..", ".git/config", "a/.b", "a\\b", "a\0b", "a/b/c/d/e.json", "x" * 256, "a/",
+             "~/x", "-rf", "a ", " a", "a.", "\udc80", "é" * 128, "a\u2028b", "a\u202eb"]
+)  # fmt: skip
 def test_other_paths_are_not(path: str) -> None:
     assert not is_safe_path(path)
+
+
+@given(st.text(max_size=300) | st.text(alphabet="./\\a~- \0", max_size=12))
+def test_a_safe_path_stays_below_the_folder_that_it_is_joined_to(path: str) -> None:
+    if is_safe_path(path):
+        joined = Path("/store", path)
+        assert str(joined) == f"/store/{path}"
+        assert Path("/store") in joined.parents
+        assert ".." not in joined.parts
+
+
+@given(st.lists(st.text(max_size=40) | st.sampled_from([*NEVER, *SHARDS, INDEX, "config.json", "model.safetensors"])),
+       st.binary(max_size=60))  # fmt: skip
+def test_a_choice_or_a_refusal_comes_of_whatever_a_listing_names(paths: list[str], content: bytes) -> None:
+    try:
+        chosen = choose(paths, lambda _: content)
+    except JobFailure:
+        return
+    assert {*chosen.configuration, *chosen.weights} <= set(paths)
+    assert all(is_safe_path(path) for path in (*chosen.configuration, *chosen.weights))

@@ -3,7 +3,8 @@
 It resolves the revision, chooses the files, checks the disk, fetches and scans the configuration (so that a bad
 model is refused before gigabytes of it arrive), fetches and checks the weights, and moves the whole folder into place
 by one rename. It writes progress lines and one result file: `{"commit", "size_bytes", "adapter", "base_model_id",
-"task", "path"}` or `{"failure": {"code", "message", "hint", "evidence", "transient"}}`. It never touches the database.
+"task", "path", "left_out"}` or `{"failure": {"code", "message", "hint", "evidence", "transient"}}`. It never touches
+the database.
 
 Killing it at any moment loses nothing: what has arrived lies in the partial folder, nothing is buffered here, and the
 default action of SIGTERM is the quickest way out. A lock on the partial folder, which the kernel gives back, keeps
@@ -12,6 +13,7 @@ a second child from the same files.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -23,6 +25,7 @@ import time
 import traceback
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,8 @@ from modelyard import evidence
 from modelyard.errors import JobFailure
 from modelyard.models import ids, scan, transfer
 from modelyard.models.download_spec import GIB, Spec
-from modelyard.models.selection import ADAPTER_CONFIG, INDEX, Selection, check_index, select
+from modelyard.models.selection import ADAPTER_CONFIG, Selection, choose
+from modelyard.models.shards import check_tensors
 from modelyard.models.transfer import Progress, Source, SourceFile, TryAgain
 
 log = logging.getLogger("modelyard.download")
@@ -40,7 +44,8 @@ LOCK_WAIT_S = 30.0
 # Nothing of a model that was refused for one of these is worth keeping for another try.
 REFUSALS = frozenset(
     {"remote_code", "bad_configuration", "bad_weights", "bad_index", "pickle_only", "unsupported_format", "no_weights",
-     "missing_configuration", "unsupported_adapter", "adapter_without_base"}
+     "incomplete_weights", "ambiguous_weights", "lfs_pointer", "missing_configuration", "unsupported_adapter",
+     "adapter_without_base"}
 )  # fmt: skip
 
 
@@ -54,11 +59,13 @@ def download(spec: Spec, progress: Progress) -> dict[str, Any]:
     source = _source(spec, progress)
     progress.update(phase="resolve")
     commit, paths = transfer.patiently(lambda: source.resolve(spec.revision))
-    chosen = select(paths)
-    with ThreadPoolExecutor(CONNECTIONS) as pool:
-        files = list(pool.map(lambda path: transfer.patiently(lambda: source.describe(path)), _all(chosen)))
     blobs = partial / "files"
     blobs.mkdir(parents=True, exist_ok=True, mode=0o700)
+    fetched = _Fetched(source, commit, blobs, progress)
+    chosen = choose(paths, fetched.read)
+    fetched.weight_map = chosen.weight_map or {}
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        files = list(pool.map(lambda path: transfer.patiently(lambda: source.describe(path)), _all(chosen)))
     target = models / ids.folder_name(spec.model_id) / commit
     if _is_whole(target, files):
         _count_all(progress, files)
@@ -66,7 +73,6 @@ def download(spec: Spec, progress: Progress) -> dict[str, Any]:
         _discard(target, partial)
         _check_space(spec, files, sum(transfer.present_bytes(file, commit, blobs) for file in files))
         progress.update(phase="configuration", total=sum(file.size for file in files))
-        fetched = _Fetched(source, commit, blobs, progress)
         fetched.configuration([file for file in files if file.path in chosen.configuration])
         _scan_whole(fetched, chosen)
         progress.update(phase="weights")
@@ -81,21 +87,21 @@ class _Fetched:
 
     def __init__(self, source: Source, commit: str, blobs: Path, progress: Progress) -> None:
         self.blobs: dict[str, Path] = {}
+        self.weight_map: dict[str, str] = {}
         self._source = source
         self._commit = commit
         self._folder = blobs
         self._progress = progress
 
+    def read(self, path: str) -> bytes:
+        """Fetch one configuration file ahead of the others, and return what it holds."""
+        self._fetch_configuration(transfer.patiently(lambda: self._source.describe(path)))
+        return self.blobs[path].read_bytes()
+
     def configuration(self, files: Iterable[SourceFile]) -> None:
         """Fetch configuration files and scan each."""
         for file in files:
-            if file.size > scan.MAX_CONFIG_BYTES:
-                raise JobFailure(
-                    "bad_configuration",
-                    f"{file.path} has {file.size} bytes: too many for a configuration file.",
-                    "Tell the model's authors, or try another revision.",
-                )
-            self._fetch(file)
+            self._fetch_configuration(file)
             scan.scan_configuration(file.path, self.blobs[file.path].read_bytes())
 
     def weights(self, files: list[SourceFile]) -> None:
@@ -103,25 +109,42 @@ class _Fetched:
         pool = ThreadPoolExecutor(CONNECTIONS)
         try:
             # Not a `with`: after a failure nobody waits for the other downloads; the process ends, they resume later.
-            distinct = _shared_once(files, self._commit)
+            # The smallest first: a pointer in the place of weights is seen before gigabytes have arrived.
+            distinct = sorted(_shared_once(files, self._commit), key=lambda file: file.size)
             for future in as_completed([pool.submit(self._fetch_weights, file) for file in distinct]):
                 future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         for file in files:
-            self.blobs.setdefault(file.path, self._folder / transfer.blob_name(file, self._commit))
+            if file.path not in self.blobs:
+                self.blobs[file.path] = self._folder / transfer.blob_name(file, self._commit)
+                self._scan_weights(file.path)
 
     def json(self, path: str) -> dict[str, Any]:
         """Return a configuration file that holds an object; empty if there is none."""
         blob = self.blobs.get(path)
         return scan.read_json(path, blob.read_bytes()) if blob is not None else {}
 
+    def _fetch_configuration(self, file: SourceFile) -> None:
+        if file.size > scan.MAX_CONFIG_BYTES:
+            raise JobFailure(
+                "bad_configuration",
+                f"{file.path} has {file.size} bytes: too many for a configuration file.",
+                "Tell the model's authors, or try another revision.",
+            )
+        self._fetch(file)
+
     def _fetch_weights(self, file: SourceFile) -> None:
         self._fetch(file)
-        scan.scan_safetensors(self.blobs[file.path], file.path)
+        self._scan_weights(file.path)
+
+    def _scan_weights(self, path: str) -> None:
+        check_tensors(self.weight_map, path, scan.scan_safetensors(self.blobs[path], path))
 
     def _fetch(self, file: SourceFile) -> None:
-        self.blobs[file.path] = transfer.fetch(self._source, file, self._commit, self._folder, self._progress)
+        blob = transfer.fetch(self._source, file, self._commit, self._folder, self._progress)
+        scan.refuse_pointer(blob, file.path)
+        self.blobs[file.path] = blob
 
 
 def _shared_once(files: list[SourceFile], commit: str) -> list[SourceFile]:
@@ -154,8 +177,6 @@ def _scan_whole(fetched: _Fetched, chosen: Selection) -> None:
     """Check what takes more than one file to see."""
     if chosen.adapter:
         scan.scan_adapter(fetched.json(ADAPTER_CONFIG))
-    if INDEX in chosen.configuration:
-        check_index(fetched.json(INDEX).get("weight_map"), chosen.weights)
 
 
 def _check_space(spec: Spec, files: list[SourceFile], present: int) -> None:
@@ -251,6 +272,7 @@ def _describe(target: Path, chosen: Selection, files: list[SourceFile], commit: 
         "base_model_id": base,
         "task": "generate" if chosen.adapter else str(scan.task_of(set(_all(chosen)), config("config.json"))),
         "path": str(target.relative_to(models)),
+        "left_out": [asdict(one) for one in chosen.left_out],
     }
 
 
@@ -281,7 +303,7 @@ def _result(spec: Spec, progress: Progress) -> dict[str, Any]:
         result = download(spec, progress)
     except JobFailure as failure:
         if failure.code in REFUSALS or not any((partial / "files").glob("*")):
-            shutil.rmtree(partial, ignore_errors=True)
+            _forget(partial)
         return _failure(failure)
     except OSError as error:
         log.exception("the disk failed")
@@ -298,6 +320,14 @@ def _result(spec: Spec, progress: Progress) -> dict[str, Any]:
         )
     shutil.rmtree(partial, ignore_errors=True)
     return result
+
+
+def _forget(partial: Path) -> None:
+    """Delete what has arrived, from under the threads that still fetch: after the rename they find no folder."""
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(partial / "files", partial / "refused")
+    for _ in range(3):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _disk_failure(error: OSError, spec: Spec) -> JobFailure:

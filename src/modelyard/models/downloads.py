@@ -71,6 +71,9 @@ class Downloads:
             await actions.add(session, model_id, revision, result)
         await asyncio.to_thread(shutil.rmtree, job.folder / "hub", ignore_errors=True)
         await job.event(f"{model_id} is in the store, at commit {result['commit']}.", data=result)
+        left_out = result.get("left_out") or []
+        if left_out:
+            await job.event(_told(left_out), data={"left_out": left_out})
 
     async def _attempts(self, job: JobContext) -> dict[str, Any]:
         """Run children until one brings the model, or nothing helps any more."""
@@ -184,6 +187,15 @@ class _Teller:
             self._phase = phase
         if state is not None and state["total"]:
             await self._job.progress(max(0, min(state["done"], state["total"])), state["total"], "bytes")
+
+
+def _told(left_out: list[dict[str, Any]]) -> str:
+    """Return one sentence on what was not fetched."""
+    kinds = []
+    for one in left_out:
+        more = ", ..." if one["count"] > len(one["files"]) else ""
+        kinds.append(f"{', '.join(one['files'])}{more} ({one['reason']})")
+    return f"Left out: {'; '.join(kinds)}."
 
 
 def _leave_if_interrupted(job: JobContext) -> None:

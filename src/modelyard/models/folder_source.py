@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from modelyard.errors import JobFailure
-from modelyard.models.selection import select
+from modelyard.models.scan import refuse_pointer
+from modelyard.models.selection import choose
 from modelyard.models.transfer import BLOCK, Progress, SourceFile, digest_of
 
 
@@ -37,9 +38,9 @@ class FolderSource:
             )
         digest = hashlib.sha1(usedforsecurity=False)
         names = sorted(self._walk())
-        chosen = select(names)
-        for path in sorted({*chosen.configuration, *chosen.weights}):
-            file = self._inside(self._folder / path)
+        chosen = choose(names, self._read)
+        files = {path: self._file(path) for path in sorted({*chosen.configuration, *chosen.weights})}
+        for path, file in files.items():
             self._files[path] = SourceFile(path, file.stat().st_size, digest_of(file, self._progress))
             digest.update(f"{path}\0{self._files[path].digest}\n".encode())
         return digest.hexdigest(), names
@@ -56,12 +57,27 @@ class FolderSource:
             content.seek(offset)
             yield offset, iter(lambda: content.read(BLOCK), b"")
 
+    def _read(self, path: str) -> bytes:
+        return self._file(path).read_bytes()
+
+    def _file(self, path: str) -> Path:
+        file = self._inside(self._folder / path)
+        if not file.is_file():
+            raise JobFailure(
+                "missing_file",
+                f"'{path}' is a link to a file that is not there.",
+                "Put the file itself in its place (cp -L copies what links point to).",
+            )
+        refuse_pointer(file, path)
+        return file
+
     def _walk(self) -> Iterator[str]:
         for folder, folders, names in os.walk(self._inside(self._folder), followlinks=False):
             folders[:] = [name for name in folders if not name.startswith(".")]
             for name in names:
                 path = Path(folder, name)
-                if not name.startswith(".") and path.is_file():
+                # A link to nothing is named too: where it is needed, that is the reason.
+                if not name.startswith(".") and (path.is_file() or path.is_symlink()):
                     yield str(path.relative_to(self._inside(self._folder)))
 
     def _inside(self, path: Path) -> Path:

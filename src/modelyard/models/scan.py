@@ -28,6 +28,9 @@ MAX_DEPTH = 64
 VOCABULARIES = frozenset(
     {"tokenizer.json", "vocab.json", "tekken.json", "added_tokens.json", "model.safetensors.index.json"}
 )
+#: What a file begins with that git has put in the place of the real one; it has some 130 bytes.
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+MAX_POINTER_BYTES = 1024
 
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -112,8 +115,27 @@ def task_of(files: set[str], config: Mapping[str, Any]) -> Task:
     return Task.EMBED if _EMBEDDING_ARCHITECTURES.intersection(names) else Task.GENERATE
 
 
-def scan_safetensors(path: Path, name: str) -> None:
-    """Refuse a weights file whose header and size disagree. Reads the header only.
+def refuse_pointer(path: Path, name: str) -> None:
+    """Refuse a file that is only git's note of where the real one lies.
+
+    Raises:
+        JobFailure: `lfs_pointer`.
+    """
+    if os.stat(path).st_size > MAX_POINTER_BYTES:
+        return
+    with open(path, "rb") as file:
+        if not file.read(len(LFS_POINTER)).startswith(LFS_POINTER):
+            return
+    raise JobFailure(
+        "lfs_pointer",
+        f"{name} is a Git LFS pointer, not the file: run git lfs pull.",
+        "Run it in the clone that the files were copied from (after git lfs install), and copy them again; if a hub "
+        "has them so, tell the model's authors, or try another revision.",
+    )
+
+
+def scan_safetensors(path: Path, name: str) -> frozenset[str]:
+    """Refuse a weights file whose header and size disagree, and return its tensors' names. Reads the header only.
 
     Raises:
         JobFailure: `bad_weights`.
@@ -127,11 +149,11 @@ def scan_safetensors(path: Path, name: str) -> None:
         if length > MAX_HEADER_BYTES or length + 8 > size:
             raise _bad_weights(name, f"declares a header of {length} bytes in a file of {size}")
         raw = file.read(length)
-    check_header(name, raw, size - 8 - length)
+    return check_header(name, raw, size - 8 - length)
 
 
-def check_header(name: str, raw: bytes, data_bytes: int) -> None:
-    """Check that the tensors of a safetensors header cover `data_bytes` exactly.
+def check_header(name: str, raw: bytes, data_bytes: int) -> frozenset[str]:
+    """Check that the tensors of a safetensors header cover `data_bytes` exactly, and return their names.
 
     Raises:
         JobFailure: `bad_weights`.
@@ -154,6 +176,7 @@ def check_header(name: str, raw: bytes, data_bytes: int) -> None:
         expected = end
     if expected != data_bytes:
         raise _bad_weights(name, f"describes {expected} bytes of tensors and has {data_bytes}")
+    return frozenset(tensor for _, _, tensor in spans)
 
 
 def _span(name: str, tensor: str, entry: object) -> tuple[int, int]:

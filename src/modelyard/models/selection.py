@@ -1,33 +1,44 @@
 """Which files of a repository are needed: weights as safetensors once, configuration, tokenizer, chat template.
 
-Pure: it looks at a list of names and answers with names, or refuses with a reason (`JobFailure`). Pickled weights,
-Python files, training state, and the same weights in a second format are never chosen.
+Pure: it looks at names (and at the index, which says what belongs to a model in shards) and answers with names, or
+refuses with a reason (`JobFailure`). Pickled weights, Python files, training state, and the same weights in a second
+format are never chosen; what was left out and might be missed is told with its reason.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
 
 from modelyard.errors import JobFailure
+from modelyard.models import shards
+from modelyard.models.file_names import MODULE_FOLDER, is_configuration, is_safe_path
+from modelyard.models.scan import read_json
+from modelyard.models.shards import INDEX, listed
 
-INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+SINGLE = "model.safetensors"
+#: How many names of a kind are told of what was left out.
+MAX_TOLD = 5
 
-_CONFIGURATION = (
-    "*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "additional_chat_templates/*.jinja",
-)  # fmt: skip
-_NOT_CONFIGURATION = (
-    "*.index.json", "trainer_state.json", "all_results.json", "*_results.json", "training_args*.json", "params.json",
-    "onnx_config.json", "openvino_config.json", "model_index.json",
-)  # fmt: skip
-_MODULE_FOLDER = re.compile(r"[0-9]+_[A-Za-z]+/[^/]+\.(?:json|safetensors)")
-_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5", ".npz")
-_SAFE_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+@=, -]*(?:/[A-Za-z0-9_][A-Za-z0-9_.+@=, -]*){0,3}")
+# Pickled too, but of a training: whoever has only these has no weights at all.
+_TRAINING_STATE = ("training_args.bin", "optimizer.", "scheduler.", "rng_state", "scaler.pt")
+
+_UNSAFE = "the name cannot be a file's name here"
+_OTHER_FORM = "the same weights are there in another form, or nothing names them"
+_NO_READER = "no engine, tokenizer or trainer reads it"
+_PICKLED_REASON = "pickled weights, code, or a format that is not loaded"
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Files that were not chosen, for one reason: how many, and the first names."""
+
+    reason: str
+    count: int
+    files: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -37,26 +48,42 @@ class Selection:
     configuration: tuple[str, ...]
     weights: tuple[str, ...]
     adapter: bool
+    #: Tensor to file, where an index says so: checked against each shard when it is there.
+    weight_map: dict[str, str] | None = None
+    left_out: tuple[LeftOut, ...] = ()
 
 
-def is_safe_path(path: str) -> bool:
-    """Whether a name from a repository may become a path below a folder of ours."""
-    return len(path) <= 255 and _SAFE_PATH.fullmatch(path) is not None and ".." not in path
+def choose(paths: Collection[str], read: Callable[[str], bytes]) -> Selection:
+    """Choose the files to fetch from all files of a repository; `read` brings the one that says which weights belong.
+
+    Raises:
+        JobFailure: as `select` says, and `bad_index`: the index is malformed, or names files that are not there.
+    """
+    chosen = select(paths)
+    if INDEX in chosen.configuration:
+        chosen = _as_indexed(chosen, read)
+    _distinct(chosen.weights)
+    return replace(chosen, left_out=_left_out(paths, chosen))
 
 
 def select(paths: Collection[str]) -> Selection:
-    """Choose the files to fetch from all files of a repository.
+    """Choose by names alone. With an index among `configuration`, `weights` is what it may name: see `choose`.
 
     Raises:
-        JobFailure: `pickle_only`, `unsupported_format`, `no_weights` or `missing_configuration`.
+        JobFailure: `pickle_only`, `unsupported_format`, `no_weights`, `incomplete_weights`, `ambiguous_weights` or
+            `missing_configuration`.
     """
-    usable = sorted(path for path in paths if is_safe_path(path))
+    usable = sorted({path for path in paths if is_safe_path(path)})
     # Some adapters come with their base's config.json: what tells is whose weights are there.
     adapter = ADAPTER_CONFIG in usable and not any(_is_model_weights(path) for path in usable)
-    weights = _weights(usable, adapter)
-    configuration = [path for path in usable if _is_configuration(path)]
-    if INDEX in usable and len(weights) > 1:
+    weights = _adapter_weights(usable, paths) if adapter else _model_weights(usable, paths)
+    configuration = [path for path in usable if is_configuration(path)]
+    if adapter:
+        configuration.append(ADAPTER_CONFIG)
+    elif INDEX in usable and _indexable(weights):
         configuration.append(INDEX)
+    # transformers takes an adapter_config.json beside a model's weights for an order to load another model below it:
+    # it is left out of a model.
     if weights[0].startswith("consolidated") and "params.json" in usable:
         configuration.append("params.json")
     elif not adapter and "config.json" not in configuration:
@@ -68,60 +95,81 @@ def select(paths: Collection[str]) -> Selection:
     return Selection(tuple(configuration), tuple(weights), adapter)
 
 
-def check_index(weight_map: object, weights: Iterable[str]) -> None:
-    """Compare the index of a sharded model with the shards that were chosen.
-
-    Raises:
-        JobFailure: `bad_index`: it is malformed, or names files that are not there.
-    """
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise JobFailure("bad_index", f"{INDEX} has no map from weights to files.", _OTHER_REVISION)
-    missing = sorted(set(weight_map.values()) - set(weights))
-    if missing:
-        named = ", ".join(repr(name[:80]) for name in missing[:3])
-        raise JobFailure(
-            "bad_index", f"{INDEX} names {len(missing)} files that are not in the repository: {named}.", _OTHER_REVISION
-        )
-
-
-_OTHER_REVISION = "Tell its authors, or try another revision."
-
-
-def _is_configuration(path: str) -> bool:
-    if _MODULE_FOLDER.fullmatch(path):
-        return path.endswith(".json")
-    patterns = _CONFIGURATION if "/" not in path else _CONFIGURATION[-1:]
-    if any(fnmatchcase(path, pattern) for pattern in _NOT_CONFIGURATION):
-        return False
-    return any(fnmatchcase(path, pattern) for pattern in patterns)
+def _as_indexed(chosen: Selection, read: Callable[[str], bytes]) -> Selection:
+    """Keep of the weights what the index names; the whole model beside a bad index, where there is one."""
+    modules = [path for path in chosen.weights if "/" in path]
+    try:
+        weight_map = shards.weight_map_of(read_json(INDEX, read(INDEX)))
+        named = shards.check_shards(weight_map, [path for path in chosen.weights if "/" not in path])
+    except JobFailure as failure:
+        if SINGLE not in chosen.weights or failure.code not in ("bad_index", "bad_configuration"):
+            raise
+        # Kept, it would make vLLM look for the shards.
+        configuration = tuple(path for path in chosen.configuration if path != INDEX)
+        return replace(chosen, configuration=configuration, weights=(SINGLE, *modules))
+    return replace(chosen, weights=(*named, *modules), weight_map=weight_map)
 
 
 def _is_model_weights(path: str) -> bool:
     return "/" not in path and path.endswith(".safetensors") and not path.startswith("adapter_")
 
 
-def _weights(usable: list[str], adapter: bool) -> list[str]:
-    if adapter:
-        found = [path for path in usable if path == ADAPTER_WEIGHTS]
-        return found or _refuse(usable)
+def _indexable(weights: Iterable[str]) -> bool:
+    return any("/" not in path and not path.startswith("consolidated") for path in weights)
+
+
+def _adapter_weights(usable: list[str], paths: Collection[str]) -> list[str]:
+    return [path for path in usable if path == ADAPTER_WEIGHTS] or _refuse(usable, paths)
+
+
+def _model_weights(usable: list[str], paths: Collection[str]) -> list[str]:
     top = [path for path in usable if _is_model_weights(path)]
-    shards = [path for path in top if (match := _SHARD.fullmatch(path)) and match[1] == "model"]
-    single = [path for path in top if path == "model.safetensors"]
+    other = [path for path in top if not path.startswith("consolidated")]
     # The same weights may be there whole, in shards and in Mistral's format (consolidated): one of them will do.
-    if INDEX in usable and shards:
-        found = shards
-    elif single:
-        found = single
+    if INDEX in usable and other:
+        found = other
+    elif SINGLE in top:
+        found = [SINGLE]
+    elif other:
+        found, _ = shards.whole_sets(other)
     else:
-        other = [path for path in top if not path.startswith("consolidated")]
-        found = other or [path for path in top if path.startswith("consolidated")]
+        found = top
     if not found:
-        return _refuse(usable)
-    return found + [path for path in usable if _MODULE_FOLDER.fullmatch(path) and path.endswith(".safetensors")]
+        return _refuse(usable, paths)
+    return found + [path for path in usable if MODULE_FOLDER.fullmatch(path) and path.endswith(".safetensors")]
 
 
-def _refuse(usable: list[str]) -> list[str]:
-    if any(path.endswith(_PICKLED) for path in usable):
+def _distinct(weights: Iterable[str]) -> None:
+    """Refuse names that are one file on a disk that ignores case."""
+    seen: dict[str, str] = {}
+    for path in weights:
+        first = seen.setdefault(path.casefold(), path)
+        if first != path:
+            raise JobFailure(
+                "ambiguous_weights",
+                f"The repository has two weights files whose names differ in case only: {listed([first, path])}.",
+                "Choose another revision, or import a folder with one of them.",
+            )
+
+
+def _refuse(usable: list[str], paths: Collection[str]) -> list[str]:
+    unsafe = sorted(path for path in paths if path.endswith(".safetensors") and not is_safe_path(path))
+    if unsafe:
+        raise JobFailure(
+            "no_weights",
+            f"The only weights in safetensors format have names that cannot be a file's name here: {listed(unsafe)}.",
+            "Names may hold printable characters, up to three folders, neither '..' nor a leading dot: rename them in "
+            "a copy, and import that.",
+        )
+    below = [path for path in usable if path.endswith(".safetensors") and "/" in path]
+    if below:
+        folders = sorted({path.rpartition("/")[0] for path in below})
+        raise JobFailure(
+            "no_weights",
+            f"The repository has weights in safetensors format only in folders of their own: {listed(folders)}.",
+            "What is at the top is loaded. Copy one of the folders into the import directory, and add that.",
+        )
+    if any(path.endswith(_PICKLED) and not path.rpartition("/")[2].startswith(_TRAINING_STATE) for path in usable):
         raise JobFailure(
             "pickle_only",
             "The weights are only there in a pickled format, which can run code when it is loaded; "
@@ -140,3 +188,26 @@ def _refuse(usable: list[str]) -> list[str]:
         "The repository has no weights in safetensors format.",
         "Check the name: it must be a model, not a data set, a tokenizer or an empty repository.",
     )
+
+
+def _left_out(paths: Collection[str], chosen: Selection) -> tuple[LeftOut, ...]:
+    """Return what was not chosen and might be missed, by reason. Texts, pictures and folders of others are not told."""
+    taken = {*chosen.configuration, *chosen.weights}
+    named: dict[str, list[str]] = {}
+    for path in sorted(set(paths) - taken):
+        reason = _reason(path)
+        if reason:
+            named.setdefault(reason, []).append(path[:120])
+    return tuple(LeftOut(reason, len(files), tuple(files[:MAX_TOLD])) for reason, files in named.items())
+
+
+def _reason(path: str) -> str:
+    if not is_safe_path(path):
+        return "" if path.startswith(".") else _UNSAFE
+    if path.endswith((*_PICKLED, ".py", ".gguf")):
+        return _PICKLED_REASON
+    if "/" in path:
+        return ""
+    if path.endswith(".safetensors") or path == INDEX:
+        return _OTHER_FORM
+    return _NO_READER if path.endswith(".json") else ""

@@ -1,0 +1,111 @@
+"""The index of a model in shards: which files it names, and whether they hold what it promises.
+
+Pure. transformers and vLLM load what `model.safetensors.index.json` names and nothing else; so that is what a model
+is, however many other shards lie beside it, and a shard or a tensor that isn't there makes a model that is not whole.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+
+from modelyard.errors import JobFailure
+
+INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"(.+)-(\d{1,6})-of-(\d{1,6})\.safetensors")
+_OTHER_REVISION = "Tell its authors, or try another revision."
+
+
+def weight_map_of(index: Mapping[str, object]) -> dict[str, str]:
+    """Return the map from tensors to files of a parsed index.
+
+    Raises:
+        JobFailure: `bad_index`: there is none, or it is malformed.
+    """
+    found = index.get("weight_map")
+    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+        raise JobFailure("bad_index", f"{INDEX} has no map from weights to files.", _OTHER_REVISION)
+    return found
+
+
+def check_shards(weight_map: Mapping[str, str], present: Collection[str]) -> list[str]:
+    """Return the shards that the index names, all of which are there.
+
+    Raises:
+        JobFailure: `bad_index`: some are not in the repository.
+    """
+    named = set(weight_map.values())
+    missing = sorted(named.difference(present))
+    if missing:
+        raise JobFailure(
+            "bad_index",
+            f"{INDEX} names {len(named)} files, of which {len(missing)} are not in the repository: "
+            f"{listed(missing)}. The model is not whole.",
+            "Wait until its authors have uploaded all of it, or try another revision; for a folder of your own, copy "
+            "the rest.",
+        )
+    return sorted(named)
+
+
+def check_tensors(weight_map: Mapping[str, str], shard: str, tensors: Collection[str]) -> None:
+    """Check that a shard holds every tensor that the index promises to be in it.
+
+    Raises:
+        JobFailure: `bad_index`.
+    """
+    missing = sorted({tensor for tensor, file in weight_map.items() if file == shard}.difference(tensors))
+    if missing:
+        raise JobFailure(
+            "bad_index",
+            f"{INDEX} says that {shard} holds {listed(missing)}"
+            f"{f' and {len(missing) - 3} tensors more' if len(missing) > 3 else ''}, and it does not. "
+            "The model is not whole.",
+            _OTHER_REVISION,
+        )
+
+
+def whole_sets(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Sort weights that no index describes into those that make a whole and shards of a set that is not whole.
+
+    A shard's own name says how many there should be. Names that are no shard's count as whole.
+
+    Raises:
+        JobFailure: `incomplete_weights`: shards are missing, and nothing else is there; `ambiguous_weights`: several
+            whole sets of the same weights, with nothing to say which of them is the model.
+    """
+    whole: list[str] = []
+    sets: dict[tuple[str, int], dict[int, str]] = defaultdict(dict)
+    for name in names:
+        match = _SHARD.fullmatch(name)
+        if match is None:
+            whole.append(name)
+        else:
+            sets[match[1], int(match[3])][int(match[2])] = name
+    complete = {key: shards for key, shards in sets.items() if set(shards) == set(range(1, key[1] + 1))}
+    stems = [stem for stem, _ in complete]
+    doubled = sorted(stem for stem in set(stems) if stems.count(stem) > 1)
+    if doubled:
+        raise JobFailure(
+            "ambiguous_weights",
+            f"The repository has several sets of shards of {listed(doubled)} and no {INDEX} to say which is the model.",
+            "Choose another revision, or import a folder with one of the sets.",
+        )
+    partial = sorted(name for key, shards in sets.items() if key not in complete for name in shards.values())
+    whole += [name for shards in complete.values() for name in shards.values()]
+    if partial and not whole:
+        (stem, total), shards = next((key, found) for key, found in sets.items() if key not in complete)
+        missing = total - len(shards)
+        raise JobFailure(
+            "incomplete_weights",
+            f"Of the {total} shards of {stem} that their names announce, {missing} are not in the repository: "
+            f"there are only {listed(sorted(shards.values()))}.",
+            "Wait until its authors have uploaded all of it, or try another revision; for a folder of your own, copy "
+            "the rest.",
+        )
+    return sorted(whole), partial
+
+
+def listed(names: Collection[str], most: int = 3) -> str:
+    """Return some names in quotes, cut, for a message."""
+    return ", ".join(repr(name[:80]) for name in list(names)[:most]) + (", ..." if len(names) > most else "")
