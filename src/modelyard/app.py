@@ -16,8 +16,7 @@ from uuid import UUID
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
-from sqlalchemy.exc import DataError, InterfaceError, OperationalError, SQLAlchemyError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.exc import DataError, SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import Match, Route
@@ -39,7 +38,6 @@ from modelyard.deploy.routing import Routing
 from modelyard.deploy.supervisor import Supervisor
 from modelyard.docs import add_docs
 from modelyard.errors import (
-    DatabaseUnavailable,
     InvalidJson,
     MethodNotAllowed,
     ModelyardError,
@@ -55,7 +53,7 @@ from modelyard.finetune.plan_routes import api as finetune_plan_api
 from modelyard.finetune.routes import api as finetune_api
 from modelyard.finetune.stand_aside import bring_back_forgotten
 from modelyard.finetune.trainings import Trainings
-from modelyard.foundation import Foundation, first_line
+from modelyard.foundation import Foundation
 from modelyard.gateway.envelope import ClientGone
 from modelyard.gateway.metrics import Metrics
 from modelyard.gateway.raw import RawLane
@@ -70,6 +68,7 @@ from modelyard.jobs.runner import JobRunner
 from modelyard.models import actions as models
 from modelyard.models.downloads import Downloads
 from modelyard.models.routes import api as models_api
+from modelyard.outages import explain, first_line, is_passing
 from modelyard.processes import Children
 from modelyard.storage import open_storage
 
@@ -125,7 +124,7 @@ def create_app(foundation: Foundation) -> FastAPI:
             },
             {models.DOWNLOAD: settings.max_downloads, finetunes.KIND: settings.max_finetunes},
             settings.jobs_dir,
-            {finetunes.KIND: finetunes.ended},
+            {finetunes.KIND: finetunes.ended, deployments.KIND: deployments.ended},
         )
         errands = Errands(settings, children)
 
@@ -142,7 +141,7 @@ def create_app(foundation: Foundation) -> FastAPI:
         app.state.gateway = Gateway(routing, engines, Metrics(app.state.registry), settings.max_body_mib * MIB)
         app.state.raw_lane = RawLane(app.state.gateway, sessions, settings)
         async with sessions.begin() as session:
-            await deployments.end_forgotten(session)
+            await deployments.reconcile(session)
             await models.sweep(session, settings.models_dir, await finetunes.unpublished(session))
             await bring_back_forgotten(session)
             forgotten = await datasets.leftovers(session)
@@ -297,9 +296,9 @@ async def _answer_database(request: Request, error: Exception) -> Response:
     path = request.url.path
     if isinstance(error, DataError):
         return error_response(Unprocessable(f"A value is not one that can be kept: {first_line(error)}."), path)
-    if isinstance(error, OperationalError | InterfaceError | PoolTimeout):
+    if is_passing(error):
         log.error("the database did not answer %s %s: %s", request.method, path, first_line(error))
-        return error_response(DatabaseUnavailable(), path)
+        return error_response(explain(error), path)
     raise error
 
 

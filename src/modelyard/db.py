@@ -27,6 +27,12 @@ from sqlalchemy.types import TypeDecorator
 
 BUSY_TIMEOUT_MS = 15_000
 READERS = 4
+#: A machine that vanished must show as a lost connection within seconds: one of them holds the server's lock, and what
+#: waits for an answer would wait for hours.
+_LOST_CONNECTIONS = {
+    "connect_timeout": 5, "keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+}  # fmt: skip
 
 
 class Base(DeclarativeBase):
@@ -128,9 +134,8 @@ async def exclusively(session: AsyncSession, what: str) -> None:
 def _engines(url: URL) -> tuple[AsyncEngine, AsyncEngine]:
     if url.get_backend_name() != "sqlite":
         # prepare_threshold=None: named prepared statements break behind pgbouncer.
-        engine = create_async_engine(
-            url, pool_size=8, max_overflow=8, pool_pre_ping=True, connect_args={"prepare_threshold": None}
-        )
+        arguments = {"prepare_threshold": None, **_LOST_CONNECTIONS}
+        engine = create_async_engine(url, pool_size=8, max_overflow=8, pool_pre_ping=True, connect_args=arguments)
         return engine, engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
     how = {"pool_timeout": 60, "max_overflow": 0, "connect_args": {"factory": RollingBack}}
     writer = create_async_engine(url, pool_size=1, **how)
@@ -163,9 +168,7 @@ def sync_engine(url: URL) -> Engine:
     Alembic changes a table by making another in its place.
     """
     if url.get_backend_name() != "sqlite":
-        # A machine that vanished must show as a lost connection within seconds: one of them holds the server's lock.
-        alive = {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3, "tcp_user_timeout": 10_000}
-        return create_engine(url.set(drivername="postgresql+psycopg"), connect_args={"connect_timeout": 5, **alive})
+        return create_engine(url.set(drivername="postgresql+psycopg"), connect_args=_LOST_CONNECTIONS)
     engine = create_engine(url.set(drivername="sqlite"))
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "connect", _ignore_foreign_keys)

@@ -343,10 +343,13 @@ class Unavailable(ModelyardError):
 
 
 class DatabaseUnavailable(Unavailable):
+    """The database does not answer; `database_locked`, `database_full` and `database_read_only` are codes of it."""
+
     code = "database_unavailable"
 
-    def __init__(self) -> None:
-        super().__init__("The database does not answer. The server's log has the cause; GET /ready tells when it does.")
+    def __init__(self, message: str = "", *, code: str | None = None) -> None:
+        away = "The database does not answer. The server's log has the cause; GET /ready tells when it does."
+        super().__init__(message or away, code=code)
 
 
 class EngineStarting(Unavailable):

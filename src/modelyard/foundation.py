@@ -19,6 +19,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from modelyard.db import database_url, sync_engine
 from modelyard.errors import StartRefused
+from modelyard.outages import first_line
 from modelyard.processes import ServerLock
 from modelyard.settings import Settings
 
@@ -228,13 +229,6 @@ def shown(url: URL) -> str:
     """Return the address as a user would write it, without the password."""
     plain = url.difference_update_query(("password", "sslpassword")).set(drivername=url.get_backend_name())
     return plain.render_as_string(hide_password=True)
-
-
-def first_line(error: SQLAlchemyError) -> str:
-    """Return what the database itself said, without the statement and its values."""
-    cause = getattr(error, "orig", None) or error
-    lines = str(cause).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(cause).__name__
 
 
 def migrations_dir() -> Path:

@@ -220,9 +220,12 @@ async def deploy_yard(
     routing = Routing(sessions, settings.engine_wake_timeout_s)
     children = Children(foundation.owner_lock, settings.grace_s)
     supervisor = Supervisor(settings, sessions, children, routing)
-    runner = JobRunner(sessions, {actions.KIND: supervisor.serve, **(functions or {})}, {}, settings.jobs_dir)
+    runner = JobRunner(
+        sessions, {actions.KIND: supervisor.serve, **(functions or {})}, {}, settings.jobs_dir,
+        {actions.KIND: actions.ended},
+    )  # fmt: skip
     async with sessions.begin() as session:
-        await actions.end_forgotten(session)
+        await actions.reconcile(session)
     await children.end_strays(await runner.folders_in_use())
     await supervisor.check_before_serving()
     running = tasks.spawn("runner", runner.run(), eternal=True)

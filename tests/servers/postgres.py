@@ -19,10 +19,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NoReturn
-from urllib.parse import quote
+from urllib.parse import parse_qs, quote, urlsplit
 
 import psycopg
 
@@ -31,6 +31,8 @@ from tests.servers.lifetime import MISSING, end_with_parent, launched
 Variant = Literal["any", "system", "pip"]
 
 START_TIMEOUT_S = 60.0
+#: A file in the server's folder: as long as it is there, the guard leaves a server that has ended alone.
+AWAY = "away"
 
 
 @contextmanager
@@ -42,6 +44,53 @@ def running(variant: Variant = "any") -> Iterator[str]:
     """
     with launched("tests.servers.postgres", variant) as url:
         yield url
+
+
+class Outages:
+    """Has a server of `running` go away and come back, by the URL of one of its databases. Not for a shared server."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._folder = Path(parse_qs(urlsplit(url).query)["host"][0])
+
+    def stop(self) -> None:
+        """End the server as an administrator's restart does, its connections with it."""
+        pid = self._pid()
+        (self._folder / AWAY).touch()
+        os.kill(pid, signal.SIGINT)
+        while (self._folder / "data" / "postmaster.pid").exists():
+            time.sleep(0.01)
+
+    def start(self) -> None:
+        """Have it come back, and wait until it answers."""
+        (self._folder / AWAY).unlink(missing_ok=True)
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            try:
+                psycopg.connect(self._url, connect_timeout=5).close()
+                return
+            except psycopg.OperationalError:
+                assert time.monotonic() < deadline, "PostgreSQL did not come back"
+            time.sleep(0.02)
+
+    def freeze(self) -> None:
+        """Have it neither answer nor close anything."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Have it go on where it was frozen."""
+        self._signal(signal.SIGCONT)
+
+    def _pid(self) -> int:
+        return int((self._folder / "data" / "postmaster.pid").read_text("utf-8").split()[0])
+
+    def _signal(self, number: signal.Signals) -> None:
+        # The postmaster first: it starts what serves a connection. Each of these has a process group of its own.
+        pid = self._pid()
+        os.kill(pid, number)
+        for one in Path(f"/proc/{pid}/task/{pid}/children").read_text("utf-8").split():
+            with suppress(ProcessLookupError):
+                os.kill(int(one), number)
 
 
 def binaries(variant: Variant) -> Path | None:
@@ -138,8 +187,9 @@ def main(variant: Variant) -> None:
             "listen_addresses": "", "unix_socket_directories": str(folder), "fsync": "off",
             "synchronous_commit": "off", "full_page_writes": "off", "max_connections": "200", "shared_buffers": "32MB",
         }  # fmt: skip
-        with log.open("wb") as output:
-            server = subprocess.Popen(
+
+        def start() -> subprocess.Popen[bytes]:
+            return subprocess.Popen(
                 [found / "postgres", "-D", data, *(f"--{name}={value}" for name, value in options.items())],
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
@@ -150,11 +200,17 @@ def main(variant: Variant) -> None:
                 preexec_fn=lambda: end_with_parent(signal.SIGQUIT),
                 **identity,
             )
-        url = f"postgresql://postgres@/postgres?host={quote(str(folder), safe='')}"
-        _wait_until_ready(server, url, log)
-        sys.stdout.write(f"{url}\n")
-        sys.stdout.flush()
-        status = server.wait()
+
+        with log.open("wb") as output:
+            server = start()
+            url = f"postgresql://postgres@/postgres?host={quote(str(folder), safe='')}"
+            _wait_until_ready(server, url, log)
+            sys.stdout.write(f"{url}\n")
+            sys.stdout.flush()
+            while (status := server.wait()) == 0 and (folder / AWAY).exists():
+                while (folder / AWAY).exists():
+                    time.sleep(0.01)
+                server = start()
         raise RuntimeError(f"PostgreSQL ended by itself ({status}): {log.read_text('utf-8')}")
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

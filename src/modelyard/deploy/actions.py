@@ -15,7 +15,7 @@ from modelyard.deploy import succession
 from modelyard.deploy.tables import LIVE, Deployment, DeploymentModel, DeploymentState, Strategy, Wanted
 from modelyard.errors import ModelNotFound, NothingDeployed, Unprocessable
 from modelyard.jobs import actions as jobs
-from modelyard.jobs.tables import ACTIVE, Job
+from modelyard.jobs.tables import ACTIVE, Job, JobStatus
 from modelyard.models import actions as models
 from modelyard.models.tables import Model
 
@@ -280,17 +280,59 @@ async def model_rows(session: AsyncSession, deployment: Deployment) -> tuple[Mod
     return found[deployment.model_id], [found[adapter_id] for adapter_id in deployment.adapter_ids]
 
 
-async def end_forgotten(session: AsyncSession) -> None:
-    """Write off live deployments whose job has ended. For the start of a server, before anything runs."""
+async def ended(session: AsyncSession, job_id: UUID) -> None:
+    """Write off the deployment of a job that ends, if it has not ended itself: their rows never disagree.
+
+    For the transaction that writes the job's end.
+    """
+    deployment = (await session.scalars(select(Deployment).where(Deployment.job_id == job_id))).one_or_none()
+    if deployment is not None and deployment.state in LIVE:
+        await _write_off(session, deployment)
+
+
+async def reconcile(session: AsyncSession) -> list[UUID]:
+    """Write off live deployments whose job has ended, and want those again that failed while they were wanted.
+
+    For the start of a server, before anything runs. Earlier servers left such rows when the database was away.
+
+    Returns:
+        The jobs of those that are wanted again.
+    """
     forgotten = (
-        select(Deployment)
+        select(Deployment, Job)
         .join(Job, Job.id == Deployment.job_id)
         .where(Deployment.state.in_(LIVE), Job.status.not_in(ACTIVE))
+        # The last that was current is wanted last, so that it is so again.
+        .order_by(Deployment.current_at, Deployment.number)
     )
-    for deployment in (await session.scalars(forgotten)).all():
-        deployment.wanted = Wanted.DOWN
-        deployment.state = DeploymentState.FAILED
-        deployment.ended_at = utcnow()
-        for name, value in no_engine().items():
-            setattr(deployment, name, value)
-        await release(session, deployment.id)
+    found = [(one, job) for one, job in (await session.execute(forgotten)).all()]
+    wanted = [
+        one for one, job in found
+        if one.wanted == Wanted.UP and job.status == JobStatus.FAILED and not job.interrupt_requested
+    ]  # fmt: skip
+    for deployment, _ in found:
+        await _write_off(session, deployment)
+    await session.flush()
+    known = set(await session.scalars(select(Model.model_id)))
+    jobs_of_them = []
+    for one in wanted:
+        if one.model_id not in known:
+            continue
+        adapter_ids = [adapter_id for adapter_id in one.adapter_ids if adapter_id in known]
+        wish = Wish(one.model_id, adapter_ids, one.options, Strategy(one.strategy), True, one.idle_timeout_s)
+        job, _ = await deploy(session, wish)
+        again = await of_job(session, job.id)
+        again.restores = one.id if one.has_served else None
+        message = "Wanted again: it was in service when its job failed, and nobody had asked for its end."
+        await jobs.append_event(session, job.id, message, data={"before": str(one.job_id)})
+        jobs_of_them.append(job.id)
+    return jobs_of_them
+
+
+async def _write_off(session: AsyncSession, deployment: Deployment) -> None:
+    deployment.wanted = Wanted.DOWN
+    deployment.state = DeploymentState.FAILED
+    deployment.ended_at = utcnow()
+    for name, value in no_engine().items():
+        setattr(deployment, name, value)
+    await release(session, deployment.id)

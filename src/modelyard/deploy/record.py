@@ -2,11 +2,16 @@
 
 Only its service writes through this. Where what is written depends on what is wanted, wishes are kept out meanwhile:
 on PostgreSQL a wish beside such a transaction would be lost, or hold a model for ever.
+
+Every method waits while the database is away (`@patient`), and the engine goes on serving meanwhile. So each may be
+done twice: the connection may be lost between a commit and its answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar, cast
 from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -17,22 +22,50 @@ from modelyard.deploy.loading import AdapterRefused
 from modelyard.deploy.tables import MOVES, Deployment, DeploymentState, Wanted
 from modelyard.errors import JobFailure
 from modelyard.jobs import actions as jobs
+from modelyard.jobs.runner import JobContext
 from modelyard.jobs.tables import Job
 from modelyard.models.tables import Model
 from modelyard.states import move
+
+M = TypeVar("M", bound=Callable[..., Awaitable[Any]])
+
+
+def patient(method: M) -> M:
+    """Have a method of the record wait while the database is away."""
+
+    @functools.wraps(method)
+    async def patiently(self: Record, *args: object, **kwargs: object) -> Any:
+        async def once() -> Any:
+            before = self.row
+            try:
+                return await method(self, *args, **kwargs)
+            except BaseException:
+                self.row = before  # a row of a transaction that was rolled back cannot be read any more
+                raise
+
+        return await self.context.patiently(once)
+
+    return cast(M, patiently)
 
 
 class Record:
     """One deployment's row. `changed` is called after each commit, `stir` where others must look at theirs."""
 
     def __init__(
-        self, sessions: Sessions, row: Deployment, changed: Callable[[], None], stir: Callable[[], None]
+        self,
+        context: JobContext,
+        sessions: Sessions,
+        row: Deployment,
+        changed: Callable[[], None],
+        stir: Callable[[], None],
     ) -> None:
+        self.context = context
         self.row = row
         self._sessions = sessions
         self._changed = changed
         self._stir = stir
 
+    @patient
     async def look(self, *, may_let_go: bool) -> list[Model]:
         """Read the row; return the adapters that are wanted, if it is. Lets go of needless adapters where it may."""
         adapters: list[Model] = []
@@ -47,11 +80,13 @@ class Record:
                 await actions.let_go_of_adapters(session, await self._of(session))
         return adapters
 
+    @patient
     async def wants(self, adapter_ids: list[str]) -> bool:
         """Whether exactly these adapters are wanted now."""
         async with self._sessions.read() as session:
             return (await self._of(session)).adapter_ids == adapter_ids
 
+    @patient
     async def write(self, **values: object) -> None:
         """Write columns."""
         async with self._sessions.begin() as session:
@@ -60,12 +95,14 @@ class Record:
                 setattr(self.row, name, value)
         self._changed()
 
+    @patient
     async def move(self, to: DeploymentState, reason: str, **values: object) -> None:
         """Write a state and its columns; being there already only writes the columns."""
         async with self._sessions.begin() as session:
             await self._move(session, to, reason, **values)
         self._changed()
 
+    @patient
     async def become_ready(self, reason: str, **values: object) -> bool:
         """Let requests in, and have those leave that it replaces; return False if it is not wanted any more."""
         async with self._sessions.begin() as session:
@@ -79,6 +116,7 @@ class Record:
         self._stir()
         return True
 
+    @patient
     async def make_room(self) -> list[UUID]:
         """Have those leave that it replaces before it starts, if it is wanted; return their jobs."""
         async with self._sessions.begin() as session:
@@ -92,6 +130,7 @@ class Record:
         self._stir()
         return touched
 
+    @patient
     async def take_back(self, refused: AdapterRefused, adapter_ids: list[str], asked: list[str]) -> None:
         """Want only the adapters that work, unless others than those asked for are wanted meanwhile."""
         async with self._sessions.begin() as session:
@@ -104,6 +143,7 @@ class Record:
                 self.row = row
         self._changed()
 
+    @patient
     async def stop(self, wanted: Wanted) -> None:
         """Write that it is not wanted any more, and ends."""
         async with self._sessions.begin() as session:
@@ -114,6 +154,7 @@ class Record:
             await self._move(session, DeploymentState.STOPPING, "no longer wanted", wanted=wanted)
         self._changed()
 
+    @patient
     async def end(self, to: DeploymentState, reason: str, wanted: Wanted, failure: JobFailure | None = None) -> None:
         """Write the end with its cause, and let go of the models."""
         values = {"wanted": wanted, "ended_at": utcnow(), **actions.no_engine()}
@@ -130,6 +171,7 @@ class Record:
         self._changed()
         self._stir()
 
+    @patient
     async def failure(self) -> JobFailure | None:
         """Return the cause that was written with the end."""
         async with self._sessions.read() as session:
@@ -140,6 +182,7 @@ class Record:
             job.failure_code, job.failure_message or "", job.failure_hint or "", job.failure_evidence or ()
         )
 
+    @patient
     async def restore_what_left(self) -> Job | None:
         """Want back what made room for it since it was last ready; return the new job."""
         async with self._sessions.begin() as session:

@@ -24,6 +24,7 @@ from modelyard.deploy.fitting import Fitting
 from modelyard.deploy.loading import Adapter, AdapterRefused
 from modelyard.deploy.readiness import Readiness
 from modelyard.deploy.record import Record
+from modelyard.deploy.routing import FRESH_S
 from modelyard.deploy.steps import ChildState, Facts, Room, Step, next_step
 from modelyard.deploy.tables import Deployment, DeploymentState, Wanted
 from modelyard.deploy.vllm_args import socket_path
@@ -56,7 +57,7 @@ class Service:
         self.yard = supervisor
         self.settings = supervisor.settings
         self.context = context
-        self.record = Record(supervisor.sessions, row, supervisor.routing.changed, supervisor.stir)
+        self.record = Record(context, supervisor.sessions, row, supervisor.routing.changed, supervisor.stir)
         self.child: Child | None = None
         self.client: EngineClient | None = None
         self.requests = Requests(supervisor.routing, supervisor.settings.engine_drain_timeout_s)
@@ -157,8 +158,12 @@ class Service:
 
     async def _facts(self) -> Facts:
         self.stirred = self.yard.stirred
+        asked_at = time.monotonic()
         rows = await self.record.look(may_let_go=not self.requests.are_leaving)
         row = self.row
+        if row.state == DeploymentState.DRAINING and time.monotonic() - asked_at > FRESH_S:
+            # While the database was away, requests came as before it: the routing knew no better.
+            self.requests.begin_draining()
         if row.wanted == Wanted.UP:
             self.adapters = [Adapter(one.model_id, self.settings.models_dir / one.path) for one in rows]
         wanted = Wanted(row.wanted)
@@ -176,13 +181,16 @@ class Service:
             has_served=self.has_served,
             restarts=row.restarts,
             max_restarts=self.settings.engine_max_restarts,
-            room=await self.fitting.room(row) if due and delay_over else Room.THERE,
+            room=await self._room() if due and delay_over else Room.THERE,
             delay_over=delay_over,
             adapters_differ=[one["adapter_id"] for one in row.loaded] != row.adapter_ids,
             drained=self.requests.drained and row.state == DeploymentState.DRAINING,
             unasked=self.requests.unasked(row.idle_timeout_s) and not row.wake_requested,
             awaited=row.wake_requested,
         )
+
+    async def _room(self) -> Room:
+        return await self.context.patiently(lambda: self.fitting.room(self.row))
 
     def _leaves(self) -> Wanted:
         """Return how it leaves: an interrupted job is down, whatever its row said."""
@@ -223,10 +231,11 @@ class Service:
         private = scratch.new_path()
         url = f"unix:{socket_path(private)}"
         async with self.yard.sharing_memory:
-            if await self.fitting.room(self.row) != Room.THERE:  # another one was quicker
+            if await self._room() != Room.THERE:  # another one was quicker
                 return
-            command, memory_bytes = await self.fitting.command(
-                self.row, self.settings.engine_python or Path(sys.executable), private
+            python = self.settings.engine_python or Path(sys.executable)
+            command, memory_bytes = await self.context.patiently(
+                lambda: self.fitting.command(self.row, python, private)
             )
             await self.record.move(
                 DeploymentState.STARTING, f"attempt {number}", engine_url=url, memory_bytes=memory_bytes, loaded=[]

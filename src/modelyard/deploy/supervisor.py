@@ -46,8 +46,7 @@ class Supervisor:
             JobInterrupted: it was taken out of service, and nothing of it runs.
             JobFailure: it was given up, and nothing of it runs.
         """
-        async with self.sessions.read() as session:
-            row = await actions.of_job(session, context.id)
+        row = await context.patiently(lambda: self._row(context))
         # What the client to engines needs takes a while to load the first time: not in the way of requests.
         await asyncio.to_thread(importlib.import_module, "aiohttp")
         service = Service(self, context, row)
@@ -55,6 +54,10 @@ class Supervisor:
             await service.run()
         finally:
             await service.close()
+
+    async def _row(self, context: JobContext) -> Deployment:
+        async with self.sessions.read() as session:
+            return await actions.of_job(session, context.id)
 
     async def check_before_serving(self) -> None:
         """Correct what the table says of engines that ended while no server looked. For the start of a server.

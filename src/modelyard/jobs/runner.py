@@ -8,7 +8,8 @@ function of its kind. The contract of such a function:
   beginning: a job that is interrupted while it waits is called all the same, to clear what its request prepared;
 - it is cancelled: the server stops in good order. It ends its child and lets the cancellation through; the job stays
   RUNNING, and the function is called again at the next start, as it is after a crash of the server;
-- it may be called again at any point of its work, with the same spec and the same folder.
+- it may be called again at any point of its work, with the same spec and the same folder; that is done, too, when
+  what it raises is an outage of the database (`outages`), which it has not waited out itself (`context.patiently`).
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from modelyard import tasks
+from modelyard import outages, tasks
 from modelyard.db import Sessions, utcnow
 from modelyard.errors import IllegalMove, JobFailure
 from modelyard.jobs import actions
@@ -33,6 +34,7 @@ from modelyard.jobs.tables import ACTIVE, MOVES, Job, JobStatus
 from modelyard.states import move
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # A wake-up that got lost must not stop the yard: the runner also looks by itself this often.
 LOOK_AGAIN_S = 2.0
@@ -63,10 +65,21 @@ class JobContext:
         self._progress_at = 0.0
 
     async def event(self, message: str, *, level: str = "info", data: dict[str, Any] | None = None) -> None:
-        """Append to the job's event list, and tell those who follow it."""
-        async with self._sessions.begin() as session:
-            await actions.append_event(session, self.id, message, level=level, data=data)
+        """Append to the job's event list, and tell those who follow it. Waits while the database is away."""
+
+        async def append() -> None:
+            async with self._sessions.begin() as session:
+                await actions.append_event(session, self.id, message, level=level, data=data)
+
+        await self.patiently(append)
         self._news.tell(self.id)
+
+    async def patiently(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do work on the database, which may be repeated, and wait while that is away; an event tells of it after."""
+        return await outages.wait_out(f"job {self.name} ({self.id})", work, self._tell_of)
+
+    async def _tell_of(self, outage: outages.Outage) -> None:
+        await self.event(f"{outage}; what runs went on meanwhile.", level="warning", data={"seconds": outage.seconds})
 
     async def progress(self, done: int, total: int, unit: str) -> None:
         """Write how far the job is; calls that come too soon after another are dropped, the last one is not."""
@@ -212,7 +225,7 @@ class JobRunner:
         to, reason = JobStatus.FINISHED, "done"
         try:
             context.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            await self._functions[context.kind](context)
+            await self._call(context)
         except JobInterrupted:
             to, reason = JobStatus.KILLED, "interrupted"
         except JobFailure as error:
@@ -233,6 +246,18 @@ class JobRunner:
         await self._settle(context, to, reason, failure)
         self._running.pop(context.id, None)
         self.wake()
+
+    async def _call(self, context: JobContext) -> None:
+        """Call the job's function, and again where an outage of the database ended it: its contract allows that."""
+        while True:
+            try:
+                return await self._functions[context.kind](context)
+            except SQLAlchemyError as error:
+                if not outages.is_passing(error):
+                    raise
+                said = outages.first_line(error)
+                log.warning("job %s (%s) is begun again: the database is away (%s)", context.name, context.id, said)
+                await asyncio.sleep(LOOK_AGAIN_S)
 
     async def _settle(self, context: JobContext, to: JobStatus, reason: str, failure: JobFailure | None) -> None:
         """Write how a job ended, as often as it takes: a database that is away must not leave it RUNNING."""

@@ -1,0 +1,214 @@
+"""A database that goes away and comes back, in each of its ways, ends nothing that serves and loses nothing wanted."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import signal
+import sqlite3
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from sqlalchemy import update
+
+from modelyard.deploy.tables import Deployment
+from modelyard.jobs.tables import Job
+from tests.deploy.yard import DeployYard, deploy_yard
+from tests.eventually import eventually
+from tests.fixtures import missing
+from tests.servers import postgres
+from tests.servers.lifetime import ServerMissing
+
+pytestmark = pytest.mark.timeout(120)
+
+#: How long the database is away: for longer than any pause between two tries.
+AWAY_S = 3.0
+
+
+@pytest.fixture(scope="module")
+def own_postgres() -> Iterator[str]:
+    """A server of this module's own, which may go away."""
+    try:
+        with postgres.running() as url:
+            yield url
+    except ServerMissing as error:
+        missing("postgres", str(error))
+
+
+class Outage:
+    """A database and one way in which it goes away for a while."""
+
+    def __init__(
+        self, url: str, go: Callable[[], None], come_back: Callable[[], None], seconds: float, is_told: bool = True
+    ) -> None:
+        self.url = url
+        self.go, self.come_back = go, come_back
+        self.seconds = seconds
+        #: Whether what waits for it gets an error, which an event tells of.
+        self.is_told = is_told
+
+
+@pytest.fixture(
+    params=[
+        "sqlite_locked",
+        "sqlite_full",
+        pytest.param("postgres_restarted", marks=pytest.mark.postgres),
+        pytest.param("postgres_away", marks=pytest.mark.postgres),
+        pytest.param("postgres_frozen", marks=pytest.mark.postgres),
+    ]
+)
+def outage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Outage]:
+    kind: str = request.param
+    if kind.startswith("sqlite"):
+        monkeypatch.setattr("modelyard.db.BUSY_TIMEOUT_MS", 200)
+        path = tmp_path / "test.db"
+        made = _locked(path) if kind == "sqlite_locked" else _full(path)
+        yield made
+        made.come_back()
+        return
+    server: str = request.getfixturevalue("own_postgres")
+    name = f"test_{uuid.uuid4().hex}"
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(f'CREATE DATABASE "{name}"')
+    outages = postgres.Outages(server)
+    url = server.replace("/postgres?", f"/{name}?")
+    if kind == "postgres_frozen":
+        made = Outage(url, outages.freeze, outages.thaw, AWAY_S, is_told=False)
+    else:
+        seconds = 0.4 if kind == "postgres_restarted" else AWAY_S
+        made = Outage(url, outages.stop, outages.start, seconds, is_told=seconds == AWAY_S)
+    yield made
+    outages.thaw() if kind == "postgres_frozen" else outages.start()
+
+
+def _locked(path: Path) -> Outage:
+    """Another program writes, as one that restores a backup does."""
+    holder = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+
+    def come_back() -> None:
+        if holder.in_transaction:
+            holder.execute("ROLLBACK")
+
+    def go() -> None:
+        holder.execute("BEGIN IMMEDIATE")
+
+    return Outage(f"sqlite:///{path}", go, come_back, AWAY_S)
+
+
+def _full(path: Path) -> Outage:
+    """No file of this process may grow, which SQLite takes for a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    log = path.with_name(path.name + "-wal")
+
+    def go() -> None:
+        # Begun anew, the log grows with the next write: it never shrinks by itself, and old room is used again.
+        with sqlite3.connect(path) as connection:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (log.stat().st_size, hard))
+
+    return Outage(f"sqlite:///{path}", go, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard)), AWAY_S)
+
+
+def engine_of(yard: DeployYard, model_id: str) -> int:
+    """Return the pid of the engine that was started last."""
+    return int(yard.record(model_id, "start")[-1]["pid"])
+
+
+async def test_an_outage_of_the_database_leaves_a_healthy_engine_as_it_is(tmp_path: Path, outage: Outage) -> None:
+    async with deploy_yard(tmp_path / "data", database_url=outage.url) as yard:
+        await yard.add_model("org/tiny")
+        job_id = await yard.deploy("org/tiny")
+        before = await yard.becomes(job_id, "READY")
+        engine = engine_of(yard, "org/tiny")
+
+        await asyncio.to_thread(outage.go)
+        for _ in range(10):
+            yard.supervisor.stir()
+            yard.runner.wake()
+            await asyncio.sleep(outage.seconds / 10)
+        await asyncio.to_thread(outage.come_back)
+        yard.supervisor.stir()
+
+        # Whoever looks at its row takes up wishes again: one is fulfilled, by the same engine.
+        await yard.add_adapter("org/poems", "org/tiny")
+        assert await yard.deploy("org/tiny", ["org/poems"]) == job_id
+
+        async def loaded() -> bool:
+            return [one["adapter_id"] for one in (await yard.deployment(job_id)).loaded] == ["org/poems"]
+
+        await eventually(loaded, "a wish after the outage is fulfilled")
+        after = await yard.deployment(job_id)
+        assert (after.state, after.engine_url) == ("READY", before.engine_url)
+        assert engine_of(yard, "org/tiny") == engine
+        assert (await yard.job(job_id)).status == "RUNNING"
+
+
+async def test_an_engine_that_dies_during_an_outage_is_started_again_after_it(tmp_path: Path, outage: Outage) -> None:
+    async with deploy_yard(tmp_path / "data", database_url=outage.url) as yard:
+        await yard.add_model("org/tiny")
+        job_id = await yard.deploy("org/tiny")
+        before = await yard.becomes(job_id, "READY")
+        engine = engine_of(yard, "org/tiny")
+
+        await asyncio.to_thread(outage.go)
+        os.kill(engine, signal.SIGKILL)
+        await asyncio.sleep(outage.seconds)
+        await asyncio.to_thread(outage.come_back)
+
+        async def again() -> bool:
+            row = await yard.deployment(job_id)
+            return row.state == "READY" and row.engine_url != before.engine_url
+
+        await eventually(again, "another engine serves")
+        assert engine_of(yard, "org/tiny") != engine
+        assert (await yard.job(job_id)).status == "RUNNING"
+        said = [one.message for one in await yard.events(job_id)]
+        assert not outage.is_told or any(one.startswith("The database was away for ") for one in said), said
+
+
+async def test_what_serves_while_its_job_has_failed_is_wanted_again_by_the_next_server(
+    tmp_path: Path, database_url: str
+) -> None:
+    """Such rows were written by earlier servers, when their database was away for some seconds."""
+    async with deploy_yard(tmp_path / "data", database_url=database_url) as yard:
+        await yard.add_model("org/tiny")
+        await yard.add_model("org/other")
+        job_id, other = await yard.deploy("org/tiny"), await yard.deploy("org/other", keep_others=True)
+        await yard.becomes(job_id, "READY")
+        await yard.becomes(other, "READY")
+    async with deploy_yard(tmp_path / "data", database_url=database_url) as yard:
+        await yard.becomes(job_id, "READY")
+        await yard.becomes(other, "READY")
+        await yard.interrupt(other)
+        await yard.ended(other)
+        async with yard.sessions.begin() as session:
+            await session.execute(update(Job).where(Job.id == job_id).values(status="FAILED"))
+            gone = update(Deployment).where(Deployment.job_id == other)
+            await session.execute(gone.values(state="READY", wanted="UP", ended_at=None))
+    async with deploy_yard(tmp_path / "data", database_url=database_url) as yard:
+        assert (await yard.deployment(job_id)).state == "FAILED"
+        assert (await yard.deployment(other)).state == "FAILED"
+        again = await yard.routing.where("org/tiny")
+        assert again is not None
+        await yard.becomes(again.deployment.job_id, "READY")
+        assert await yard.routing.where("org/other") is None  # its end had been asked for
+
+
+async def test_a_fault_of_the_server_itself_ends_the_deployment_and_its_job_together(
+    tmp_path: Path, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fault(*_: object) -> None:
+        raise RuntimeError("a fault")
+
+    async with deploy_yard(tmp_path / "data", database_url=database_url) as yard:
+        await yard.add_model("org/tiny")
+        monkeypatch.setattr("modelyard.deploy.record.Record.end", fault)
+        monkeypatch.setattr("modelyard.deploy.service.Service._probe", fault)
+        job_id = await yard.deploy("org/tiny")
+        assert (await yard.ended(job_id)).failure is not None
+        row = await yard.deployment(job_id)
+        assert (row.state, row.wanted, row.engine_url) == ("FAILED", "DOWN", None)
