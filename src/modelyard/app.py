@@ -68,6 +68,7 @@ from modelyard.jobs.runner import JobRunner
 from modelyard.models import actions as models
 from modelyard.models.downloads import Downloads
 from modelyard.models.routes import api as models_api
+from modelyard.models.tokenizer_child import TokenizerChildren
 from modelyard.outages import explain, first_line, is_passing
 from modelyard.processes import Children
 from modelyard.storage import open_storage
@@ -135,6 +136,7 @@ def create_app(foundation: Foundation) -> FastAPI:
         app.state.errands = errands
         app.state.sessions = sessions
         app.state.storage = storage
+        app.state.tokenizer_children = TokenizerChildren()
         app.state.runner = runner
         app.state.hang_up = hang_up
         app.state.routing = routing

@@ -4,6 +4,9 @@ For computation that would hold up the server (Python computes in one thread at 
 that pass through the server anyway. A filter has no keeper, no folder and no life of its own: a server that ends,
 however it ends, closes the pipe, and the filter ends with it. What it writes on its standard error is the server's log.
 Everything here is done in the event loop, in small steps; no thread waits for a pipe.
+
+A filter that reads a stranger's file in a native parser gets `Limits`: the kernel ends it when it asks for more memory
+or processor time than it is given, and what it writes beside its answer is dropped.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from modelyard.processes import Outcome, child_environment
 from modelyard.storage.streams import to_the_end
@@ -26,19 +30,49 @@ STALL_S = 120.0
 _ANSWER_BYTES = 64 * 1024
 
 
+#: Threads that a library of a limited filter may start: each takes address space.
+LIMITED_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a filter may take: address space, processor time over all its threads, and time without a sign of life."""
+
+    memory_bytes: int
+    cpu_s: int
+    stall_s: float
+
+
 class FilterFailed(Exception):
-    """The filter ended without an answer, or does not go on; says how."""
+    """The filter ended without an answer, or does not go on; says how. `outcome` is None where it does not go on."""
+
+    def __init__(self, message: str, outcome: Outcome | None = None) -> None:
+        super().__init__(message)
+        self.outcome = outcome
 
 
 class Filter:
     """A running filter: `feed` it, then `finish`; `close` it whatever happened."""
 
-    def __init__(self, program: str) -> None:
+    def __init__(self, program: str, limits: Limits | None = None) -> None:
         """Start Python with the text of a program, which finds the modules that this process finds.
 
         Raises:
             OSError: no process can be started.
         """
+        self._stall_s = limits.stall_s if limits is not None else None
+        first = "import sys; sys.path[:] = sys.argv[1:]"
+        actions: list[tuple[int, int, int] | tuple[int, int, str, int, int]] = []
+        extra = {}
+        if limits is not None:
+            # Set by the child itself, in which nothing of a stranger has been read yet: posix_spawn has no way to.
+            first += (
+                f"; import resource as r; r.setrlimit(r.RLIMIT_AS, ({limits.memory_bytes}, {limits.memory_bytes}))"
+                f"; r.setrlimit(r.RLIMIT_CPU, ({limits.cpu_s}, {limits.cpu_s + 5})); r.setrlimit(r.RLIMIT_CORE, (0, 0))"
+            )
+            threads = str(LIMITED_THREADS)
+            extra = {"RAYON_NUM_THREADS": threads, "OMP_NUM_THREADS": threads, "MALLOC_ARENA_MAX": threads}
+            actions = [(os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0)]
         theirs, mine = os.pipe()
         self._into: int | None = mine
         try:
@@ -53,9 +87,9 @@ class Filter:
             self.pid = os.posix_spawn(
                 sys.executable,
                 # -I -S: neither the environment nor a site's own files steer it; where modules are is said here.
-                [sys.executable, "-I", "-S", "-c", f"import sys; sys.path[:] = sys.argv[1:]; {program}", *sys.path],
-                child_environment(),
-                file_actions=[(os.POSIX_SPAWN_DUP2, theirs, 0), (os.POSIX_SPAWN_DUP2, theirs_too, 1)],
+                [sys.executable, "-I", "-S", "-c", f"{first}; {program}", *sys.path],
+                child_environment(extra),
+                file_actions=[(os.POSIX_SPAWN_DUP2, theirs, 0), (os.POSIX_SPAWN_DUP2, theirs_too, 1), *actions],
                 setsid=True,  # a Ctrl-C is the server's
                 setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
                 setsigmask=(),
@@ -105,7 +139,7 @@ class Filter:
             answer.append(piece)
         outcome = await self._ended()
         if not outcome.succeeded:
-            raise FilterFailed(outcome.describe())
+            raise FilterFailed(outcome.describe(), outcome)
         return b"".join(answer)
 
     async def close(self) -> None:
@@ -146,7 +180,7 @@ class Filter:
         ready = asyncio.Event()
         watch(descriptor, ready.set)
         try:
-            async with asyncio.timeout(STALL_S):
+            async with asyncio.timeout(STALL_S if self._stall_s is None else self._stall_s):
                 await ready.wait()
         except TimeoutError:
             raise FilterFailed(f"it {otherwise}") from None

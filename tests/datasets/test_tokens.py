@@ -8,6 +8,8 @@ from typing import Any
 from modelyard.datasets.tokens import max_length
 from tests.datasets.forms import FORM_HEADERS, chat, jsonl, upload
 from tests.datasets.test_routes import UPLOAD, objects, until
+from tests.hostile_tokenizers import greedy, panicking
+from tests.models.repositories import llama
 from tests.server import Server, serving
 
 
@@ -51,3 +53,28 @@ def test_tokens_are_those_of_the_models_own_tokenizer_and_are_kept(tmp_path: Pat
         assert server.get(f"{path}?model_id=local:tiny").json()["tokens"]["total"] == 7
         assert server.delete(f"/api/v1/datasets/{dataset['id']}").status == 200
         assert objects(server) == []
+
+
+def test_a_hostile_tokenizer_is_refused_and_harms_nobody(tmp_path: Path) -> None:
+    imports = tmp_path / "imports"
+    hostile = {"greedy": greedy(), "panicking": panicking(), "broken": b"{}"}
+    for name, content in hostile.items():
+        for path, file in (llama() | {"tokenizer.json": content}).items():
+            (imports / name / path).parent.mkdir(parents=True, exist_ok=True)
+            (imports / name / path).write_bytes(file)
+    with serving(tmp_path / "data", MODELYARD_IMPORT_DIR=str(imports)) as server:
+        dataset = server.request("POST", UPLOAD, body=upload(jsonl(chat("a", "b"))), headers=FORM_HEADERS).json()
+        codes = {}
+        for name in hostile:
+            add(server, name)
+            refused = server.get(f"/api/v1/datasets/{dataset['id']}/report?model_id=local:{name}")
+            codes[name] = (refused.status, refused.error_code)
+            assert f"local:{name}" in refused.json()["error"]["message"]
+        assert codes == {
+            "greedy": (422, "bad_tokenizer"),
+            "panicking": (422, "no_tokenizer"),
+            "broken": (422, "no_tokenizer"),
+        }
+        assert server.get("/health").status == 200
+        maps = Path(f"/proc/{server.pid}/maps").read_text()
+        assert "tokenizers" not in maps, "the library is never in the server itself"

@@ -19,6 +19,7 @@ from modelyard.jobs.tables import JobStatus
 from modelyard.models import actions as models
 from tests.deploy.yard import DeployYard, deploy_yard, sockets_of, traces_of
 from tests.eventually import eventually
+from tests.hostile_tokenizers import greedy, panicking
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("on_each_database")]
 
@@ -58,6 +59,21 @@ async def test_a_deployment_is_ready_once_its_engine_has_generated_a_token(tmp_p
 
         # What is so is written before what is said of it.
         await eventually(says_so, "it says that it is ready")
+
+
+@pytest.mark.parametrize(("content", "said"), [(greedy(), "killed by SIGABRT"), (panicking(), "PanicException")])
+async def test_a_hostile_tokenizer_is_refused_before_an_engine_reads_it(
+    tmp_path: Path, content: bytes, said: str
+) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        folder = await yard.add_model("org/odd")
+        (folder / "tokenizer.json").write_bytes(content)
+        job = await yard.ended(await yard.deploy("org/odd"))
+        assert job.failure is not None
+        assert (job.status, job.failure.code) == (JobStatus.FAILED, "bad_tokenizer")
+        assert said in job.failure.message
+        assert yard.record("org/odd") == [], "no engine has read it"
+        assert (await yard.deployment(job.id)).state == "FAILED"
 
 
 async def test_an_interrupt_ends_the_engine_and_leaves_nothing_behind(tmp_path: Path) -> None:

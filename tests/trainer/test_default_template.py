@@ -13,11 +13,10 @@ from tokenizers.processors import TemplateProcessing
 from modelyard.demo.tiny_llama import make_llama
 from modelyard.trainer.default_template import (
     CHATML_TEMPLATE,
-    PLAIN_TEMPLATE,
     default_template,
-    has_chat_template,
     stop_ids_of,
 )
+from modelyard.trainer.model_files import PLAIN_TEMPLATE, has_chat_template
 
 CHATML, PLAIN = CHATML_TEMPLATE.replace("{BOS}", ""), PLAIN_TEMPLATE.replace("{BOS}", "")
 

@@ -161,6 +161,7 @@ async def _hearing_out(body: _Body) -> AsyncGenerator[None]:
 
 @api.get("/{dataset_id:uuid}/report", summary="Get a dataset's report", responses=documented(404, 422, 503))
 async def get_report(
+    request: Request,
     dataset_id: DatasetId,
     sessions: Sessions,
     storage: Storage,
@@ -184,6 +185,7 @@ async def get_report(
         figures = await tokens.tokens_of(
             sessions,
             storage,
+            request.app.state.tokenizer_children,
             dataset,
             folder=settings.models_dir / model.path,
             model_id=model.model_id,

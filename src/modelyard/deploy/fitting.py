@@ -25,9 +25,10 @@ from modelyard.deploy.vllm_args import AdapterFiles, ModelFiles, engine_command
 from modelyard.errors import JobFailure, Unprocessable
 from modelyard.models import config_file
 from modelyard.models.tables import Model
+from modelyard.models.tokenizer_child import BAD, HINT, TokenizerChildren
 from modelyard.processes import Command
 from modelyard.settings import Settings
-from modelyard.trainer.default_template import default_template, has_chat_template
+from modelyard.trainer.model_files import BOS, PLAIN_TEMPLATE, has_chat_template
 
 #: States in which an engine has taken its memory, so that it will give it back.
 HOLDING = (DeploymentState.READY, DeploymentState.DRAINING, DeploymentState.STOPPING)
@@ -39,9 +40,12 @@ class Fitting:
     def __init__(self, settings: Settings, sessions: Sessions) -> None:
         self._settings = settings
         self._sessions = sessions
+        self._children = TokenizerChildren()
         self.message = ""
         #: A folder of the store never changes, and to check one is to read all of it.
         self._checked: dict[Path, AdapterFiles] = {}
+        #: By a model's folder: the chat template that it gets if it has none.
+        self._templates: dict[Path, str] = {}
 
     async def room(self, row: Deployment) -> Room:
         """Return whether the deployment's engine may start.
@@ -77,8 +81,26 @@ class Fitting:
         # Nobody leaves for what then cannot start all the same: the command refuses it, with the numbers.
         return Room.THERE
 
+    async def try_tokenizer(self, row: Deployment) -> None:
+        """Load and use the model's tokenizer in a child with limits, once: an engine has none, and would stall or die.
+
+        Raises:
+            JobFailure: `bad_tokenizer` or `no_process`.
+        """
+        async with self._sessions.read() as session:
+            model, _ = await actions.model_rows(session, row)
+        folder = self._settings.models_dir / model.path
+        if not await asyncio.to_thread((folder / "tokenizer.json").exists):
+            self._templates[folder] = PLAIN_TEMPLATE.replace(BOS, "")
+        if folder not in self._templates:
+            program = f"from modelyard.trainer.tokenizer_trial import main; main({str(folder)!r})"
+            found = await self._children.ask(model.model_id, program)
+            if "refusal" in found:
+                raise JobFailure(BAD, f"The tokenizer of {model.model_id} cannot be read: {found['refusal']}.", HINT)
+            self._templates[folder] = found["template"]
+
     async def command(self, row: Deployment, python: Path, scratch: Path) -> tuple[Command, int]:
-        """Return the engine's command, and the bytes of memory that it gets.
+        """Return the engine's command, and the bytes of memory that it gets. `try_tokenizer` comes before.
 
         Raises:
             JobFailure: it does not fit, or the files cannot be read or served.
@@ -95,7 +117,7 @@ class Fitting:
             cache = self._settings.data_dir / "cache"
             # Adapters are trained with the same one.
             lacks = files.task == "generate" and not has_chat_template(files.path)
-            template = default_template(files.path) if lacks else None
+            template = self._templates[files.path] if lacks else None
             try:
                 command = engine_command(python, files, adapter_files, options, machine, scratch, cache, template)
             except JobFailure as failure:

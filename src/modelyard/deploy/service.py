@@ -230,6 +230,7 @@ class Service:
         number, folder = attempts.following(self.context.folder)
         private = scratch.new_path()
         url = f"unix:{socket_path(private)}"
+        await self.fitting.try_tokenizer(self.row)
         async with self.yard.sharing_memory:
             if await self._room() != Room.THERE:  # another one was quicker
                 return

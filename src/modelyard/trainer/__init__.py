@@ -1,11 +1,12 @@
 """The trainer: a child that fine-tunes a LoRA adapter and says how it goes; `python -m modelyard.trainer SPEC`.
 
-Only `spec`, the file between server and child, and `default_template` are imported by the server. Everything else runs
+Only `spec`, the file between server and child, and `model_files` are imported by the server. Everything else runs
 in the child, on torch, transformers and PEFT, with the hub offline and without a secret: it reads a dataset's file and
 a model's folder, and writes into folders that the server gave it.
 
 - what is learnt: `rendering` (a conversation as text, and what of it is learnt), `labels` (the same as tokens),
-  `rows` (which rows, and which are held back), `default_template` (for models without one; read by the server, too)
+  `rows` (which rows, and which are held back), `default_template` (for models without one),
+  `tokenizer_trial` (whether the tokenizer can be used at all, in a child with limits of its own)
 - how: `model` (the base and its adapter), `batches` (which rows when), `packing` (whether several may share a line),
   `sizing` (how many in a forward pass), `loop` (the training) by `stepping` (inside transformers' Trainer), `curve`
   (what it measured), `checkpoints` (whole or not there), `memory` (what there is), `ranks` (several processes that

@@ -22,7 +22,7 @@ from datetime import datetime
 from typing import Any
 
 from modelyard.errors import JobFailure
-from modelyard.trainer.default_template import PLAIN_TEMPLATE
+from modelyard.trainer.model_files import PLAIN_TEMPLATE
 
 #: The engine hands content over as a list of parts when the template goes through it as one.
 _LOOPS_OVER_CONTENT = re.compile(

@@ -1,0 +1,44 @@
+"""A model's files of settings and its chat template, as the server reads them too: nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+_PLACES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+_KEY = "chat_template"
+MAX_BYTES = 16 * 1024 * 1024
+#: Where a default template has the tokenizer's first token, if it has one.
+BOS = "{BOS}"
+#: The default template of a model whose tokenizer tells nothing.
+PLAIN_TEMPLATE = (
+    "{BOS}{% for message in messages %}"
+    "{{ message['role'] + ': ' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{{ '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether the model in a folder brings a chat template. Blocks."""
+    return any((folder / name).exists() for name in _PLACES) or bool(
+        read_settings(folder, "tokenizer_config").get(_KEY)
+    )
+
+
+def read_settings(folder: Path, name: str) -> dict[str, Any]:
+    """Return a file of settings, empty where it is absent or unreadable. Blocks."""
+    try:
+        found = json.loads(_bytes_of(folder / f"{name}.json"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _bytes_of(path: Path) -> bytes:
+    """Return the first 16 MiB: a file that is cut is no JSON, and a larger one holds no settings."""
+    with open(path, "rb") as file:
+        return file.read(MAX_BYTES)
