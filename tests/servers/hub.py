@@ -132,6 +132,15 @@ def is_lfs(name: str) -> bool:
     return name.endswith(LFS_SUFFIXES)
 
 
+@dataclass
+class Saying:
+    """What a hub says to every request that asks for a listing, instead of the truth."""
+
+    body: bytes
+    headers: Mapping[str, str]
+    status: int = 200
+
+
 class Hub:
     """The server, for use as a context manager. `endpoint` is what HF_ENDPOINT must say."""
 
@@ -139,9 +148,14 @@ class Hub:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[Request] = []
         self.leaked_tokens = 0
+        #: Requests that reached the second origin.
+        self.strayed = 0
         self.listings = 0
         self.closing = threading.Event()
         self._faults: dict[tuple[str, str], Fault] = {}
+        self.sayings: dict[str, Saying] = {}
+        #: Headers that are added to every answer about a file of a repository.
+        self.file_headers: dict[str, dict[str, str]] = {}
         self._lock = threading.Lock()
         self._main = _Server(("127.0.0.1", port), self, is_cdn=False)
         self._cdn = _Server(("127.0.0.1", 0), self, is_cdn=True)
@@ -177,6 +191,18 @@ class Hub:
         """Plant a fault on a file's content, or with file '' on the repository's listing."""
         with self._lock:
             self._faults[repo, file] = fault
+
+    def say(self, repo: str, body: bytes, headers: Mapping[str, str] | None = None, *, status: int = 200) -> None:
+        """Answer the listing of a repository with exactly this."""
+        with self._lock:
+            self.sayings[repo] = Saying(body, headers or {}, status)
+
+    def listing(self, repo: str, revision: str = "main") -> dict[str, Any]:
+        """Return the true listing of a repository, to be made untrue."""
+        found = self.repositories[repo].find(revision)
+        assert found is not None
+        siblings = [_sibling(name, content, True) for name, content in sorted(found[1].items())]
+        return {"id": repo, "sha": found[0], "siblings": siblings}
 
     def behave(self) -> None:
         """Take every fault away."""
@@ -237,6 +263,9 @@ class _Handler(BaseHTTPRequestHandler):
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         if self.server.is_cdn:
             hub.leaked_tokens += bool(token)
+            hub.strayed += 1
+            if not url.path.startswith("/cdn/"):
+                return self._error(404, "", "Not Found")
             _, _, repo, commit, file = url.path.split("/", 4)
             repo = unquote(repo)
             found = hub.repositories[repo].find(commit)
@@ -268,6 +297,9 @@ class _Handler(BaseHTTPRequestHandler):
             repo, found_part, revision = rest.partition(part)
             if found_part:
                 break
+        saying = hub.sayings.get(repo)
+        if saying is not None:
+            return self._send(saying.status, saying.body, saying.headers)
         fault = hub.fault(repo, "")
         if fault is not None and fault.kind == "status":
             return self._error(fault.status, "", "planted")
@@ -302,15 +334,15 @@ class _Handler(BaseHTTPRequestHandler):
         if file not in files:
             return self._error(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": commit})
         content = files[file]
-        headers = {"X-Repo-Commit": commit}
+        headers = {"X-Repo-Commit": commit, **self.server.hub.file_headers.get(repo, {})}
         if not is_lfs(file):
             return self._content(repo, file, content, {**headers, "ETag": f'"{blob_id(content)}"'}, token)
         location = f"{self.server.hub.cdn}/cdn/{quote(repo, safe='')}/{commit}/{quote(file)}?Signature=abc"
         headers |= {"Location": location, "X-Linked-Size": str(len(content)),
                     "X-Linked-ETag": f'"{sha256_of(content)}"'}  # fmt: skip
         if entry.xet is not None and content in entry.xet.hashes:
-            headers["X-Xet-Hash"] = entry.xet.hashes[content]
-            headers["X-Xet-Refresh-Route"] = f"{self.server.hub.endpoint}/api/models/{repo}/xet-read-token/{commit}"
+            refresh = f"{self.server.hub.endpoint}/api/models/{repo}/xet-read-token/{commit}"
+            headers = {"X-Xet-Hash": entry.xet.hashes[content], "X-Xet-Refresh-Route": refresh} | headers
         return self._send(302, b"", headers)
 
     def _xet_token(self, repo: str) -> None:

@@ -1,9 +1,11 @@
 """The Hugging Face hub as a source of files: the only module that imports huggingface_hub, in the child only.
 
-The client's own `hf_hub_download` starts a file over in each process, so this uses the parts below it: `HfApi` for
-the listing, `get_hf_file_metadata` for a file, its session for the content, with a range. Files in xet storage come
-through hf_xet's ordered stream at an offset, and by plain HTTP after the first failure of that or with
-HF_HUB_DISABLE_XET=1. Endpoint, proxies and certificates are the client's business (HF_ENDPOINT and so on).
+The client's own `hf_hub_download` starts a file over in each process, so this uses the parts below it:
+`get_hf_file_metadata` for a file, its session for the listing (which `listing` reads) and for content, with a range.
+Files in xet storage come through hf_xet's ordered stream at an offset, and by plain HTTP after the first failure of
+that or with HF_HUB_DISABLE_XET=1. Endpoint, proxies and certificates are the client's business (HF_ENDPOINT and so on).
+
+A hub's word is not taken for a path, a place or a number unseen. The token goes to the endpoint and nowhere else.
 """
 
 from __future__ import annotations
@@ -14,17 +16,22 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import quote, urlsplit
 
-from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 from huggingface_hub.utils._runtime import is_xet_available
+from huggingface_hub.utils._xet import is_valid_xet_hash
 
 from modelyard.errors import JobFailure
+from modelyard.models.listing import BadListing, Entry, decompressed, is_size, parse, refused
 from modelyard.models.transfer import NETWORK_HINT, SourceFile, TryAgain
 
 log = logging.getLogger(__name__)
 
+# Headers of an error answer that tell what is wrong.
+_ERROR_HEADERS = ("X-Error-Code", "X-Error-Message", "X-Request-Id")
 TIMEOUT_S = float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT") or 20.0)
 
 
@@ -34,9 +41,8 @@ class HubSource:
     def __init__(self, model_id: str, token: str | None) -> None:
         self._model_id = model_id
         self._token = token
-        self._api = HfApi(token=token or False)
         self._commit: str = ""
-        self._listed: dict[str, Any] = {}
+        self._listed: dict[str, Entry] = {}
         self._xet = is_xet_available() and not constants.HF_HUB_DISABLE_XET
         self._xet_lock = threading.Lock()
         self._xet_group: Any = None
@@ -44,34 +50,33 @@ class HubSource:
 
     def resolve(self, revision: str) -> tuple[str, list[str]]:
         """Return the commit and the names of its files, from one request."""
-        with self._explained(revision):
-            try:
-                info = self._api.model_info(self._model_id, revision=revision, files_metadata=True, timeout=TIMEOUT_S)
-            except (ValueError, TypeError, KeyError) as error:
-                raise _no_hub() from error
-        if not info.sha or info.siblings is None:
-            raise _no_hub()
-        self._commit = str(info.sha)
-        self._listed = {entry.rfilename: entry for entry in info.siblings}
+        # Not HfApi.model_info, which decompresses without a bound and believes every type.
+        url = f"{constants.ENDPOINT}/api/models/{self._model_id}/revision/{quote(revision, safe='')}"
+        headers = build_hf_headers(token=self._token or False) | {"Accept-Encoding": "gzip"}
+        stream = get_session().stream("GET", url, params={"blobs": "true"}, headers=headers, timeout=TIMEOUT_S)
+        try:
+            with self._explained(revision), stream as response:
+                _raise_for_status(response)
+                encoding = response.headers.get("Content-Encoding", "").strip().lower()
+                listing = parse(decompressed(response.iter_raw(), encoding))
+        except BadListing as error:
+            raise refused(error, constants.ENDPOINT, self._model_id) from error
+        self._commit, self._listed = listing.commit, listing.files
         return self._commit, list(self._listed)
 
     def describe(self, path: str) -> SourceFile:
         """Return size and digest as listed; a file's own headers tell what the listing (of some mirrors) does not."""
         entry = self._listed[path]
-        size: int | None
-        digest: str | None
-        if entry.lfs is not None:
-            size, digest = entry.lfs.size, f"sha256:{entry.lfs.sha256}"
-        else:
-            size, digest = entry.size, f"git:{entry.blob_id}" if entry.blob_id else None
-        if size is not None and digest is not None and not (self._xet and entry.lfs is not None):
+        size, digest = entry.size, entry.digest
+        if size is not None and digest is not None and not (self._xet and entry.large):
             return SourceFile(path, size, digest)
         with self._explained(self._commit, path):
             found = get_hf_file_metadata(self._url(path), token=self._token or False, timeout=TIMEOUT_S)
         size = found.size if size is None else size
-        if size is None:
+        if size is None or not is_size(size):
             raise JobFailure("bad_hub", f"{constants.ENDPOINT} does not tell the size of {path}.", "Check HF_ENDPOINT.")
-        return SourceFile(path, size, digest or _digest_from_etag(found.etag), found.xet_file_data)
+        handle = found.xet_file_data if self._xet and _is_trusted(found.xet_file_data) else None
+        return SourceFile(path, size, digest or _digest_from_etag(found.etag), handle)
 
     @contextmanager
     def open(self, file: SourceFile, offset: int) -> Iterator[tuple[int, Iterator[bytes]]]:
@@ -86,8 +91,12 @@ class HubSource:
         # The session follows the redirect to the storage, and leaves the token behind when the host changes.
         stream = get_session().stream("GET", self._url(file.path), headers=headers, timeout=TIMEOUT_S)
         with self._explained(self._commit, file.path), stream as response:
-            hf_raise_for_status(response)
-            yield _start_of(response), response.iter_bytes()
+            _raise_for_status(response)
+            if response.headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity"):
+                raise JobFailure(
+                    "bad_hub", f"The hub sends {file.path} compressed, which was not asked for.", "Check HF_ENDPOINT."
+                )
+            yield _start_of(response, offset), response.iter_raw()
 
     def _url(self, path: str) -> str:
         return str(hf_hub_url(self._model_id, path, revision=self._commit))
@@ -116,6 +125,8 @@ class HubSource:
             if self._xet_group is None:
                 headers = build_hf_headers(token=self._token or False)
                 info = refresh_xet_connection_info(file_data=file.handle, headers=headers)
+                if not is_xet_storage(info.endpoint, constants.ENDPOINT):
+                    raise ValueError(f"the hub names {info.endpoint[:80]!r} as the place of its storage")
                 self._xet_group = get_xet_session().new_download_stream_group(
                     endpoint=info.endpoint,
                     token=info.access_token,
@@ -156,14 +167,6 @@ def explain(error: Exception, model_id: str, revision: str, *, has_token: bool) 
     if "Connect" in name or "Proxy" in name:
         return TryAgain("no_network", f"{constants.ENDPOINT} cannot be reached ({error}).", NETWORK_HINT)
     return TryAgain("connection_lost", f"The connection to the hub was lost ({name}).", NETWORK_HINT)
-
-
-def _no_hub() -> JobFailure:
-    return JobFailure(
-        "bad_hub",
-        f"{constants.ENDPOINT} does not answer like a Hugging Face hub.",
-        "Check HF_ENDPOINT; a captive portal or a proxy may be answering in the hub's place.",
-    )
 
 
 def _gated(model_id: str, has_token: bool) -> JobFailure:
@@ -214,7 +217,58 @@ def _digest_from_etag(etag: str | None) -> str | None:
     return None
 
 
-def _start_of(response: Any) -> int:
+def _start_of(response: Any, asked: int) -> int:
+    """Return where the answer's bytes start: where they were asked for, or at 0."""
     if response.status_code != 206:
         return 0
-    return int(response.headers["Content-Range"].removeprefix("bytes ").partition("-")[0])
+    start = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
+    if start not in ("0", str(asked)):
+        raise JobFailure(
+            "bad_hub", f"Asked for bytes from {asked}, the hub sends others ({start[:20]!r}).", "Check HF_ENDPOINT."
+        )
+    return int(start)
+
+
+def _raise_for_status(response: Any) -> None:
+    """Raise the client's exception for an error answer, by its status and headers; its body is not read.
+
+    The client itself would decompress the body without a bound, and trip over JSON that is no object.
+    """
+    if response.status_code >= 400:
+        headers = {name: response.headers[name] for name in _ERROR_HEADERS if name in response.headers}
+        hf_raise_for_status(type(response)(response.status_code, headers=headers, json={}, request=response.request))
+
+
+def _is_trusted(handle: Any) -> bool:
+    """Whether a file's place in xet storage is a hash, and is looked up at the hub itself, which gets the token."""
+    return (
+        handle is not None and is_valid_xet_hash(handle.file_hash) and is_at(handle.refresh_route, constants.ENDPOINT)
+    )
+
+
+def is_at(url: str, endpoint: str) -> bool:
+    """Whether a URL leads to the scheme, host and port of the endpoint."""
+    one, other = _origin(url), _origin(endpoint)
+    return one is not None and one == other
+
+
+def is_xet_storage(url: str, endpoint: str) -> bool:
+    """Whether a hub may name this as the servers of its storage.
+
+    The client also takes `local://FOLDER`, and makes and reads that folder: only a hub on this machine may name one.
+    """
+    if url.startswith("https://"):
+        return True
+    found = _origin(endpoint)
+    return (
+        url.startswith(("http://", "local://")) and found is not None and found[1] in ("127.0.0.1", "::1", "localhost")
+    )
+
+
+def _origin(url: str) -> tuple[str, str, int] | None:
+    try:
+        parts = urlsplit(url)
+        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme, 0)
+    except ValueError:
+        return None
+    return (parts.scheme, parts.hostname or "", port) if parts.hostname else None

@@ -197,8 +197,13 @@ def _left_out(paths: Collection[str], chosen: Selection) -> tuple[LeftOut, ...]:
     for path in sorted(set(paths) - taken):
         reason = _reason(path)
         if reason:
-            named.setdefault(reason, []).append(path[:120])
+            named.setdefault(reason, []).append(_shown(path))
     return tuple(LeftOut(reason, len(files), tuple(files[:MAX_TOLD])) for reason, files in named.items())
+
+
+def _shown(path: str) -> str:
+    """Return a name that any log and database can hold."""
+    return path[:120] if path.isprintable() else repr(path[:120])[1:-1]
 
 
 def _reason(path: str) -> str:
