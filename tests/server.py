@@ -35,10 +35,12 @@ ENGINE_PYTHON = Path(__file__).parent / "servers" / "engine_python"
 STOP_PATIENCE_S = 30.0
 PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ")
 # The server cannot be asked to end with the tests, so the kernel is: the wish outlives the exec.
-WITH_TESTS = """import ctypes, os, sys
+WITH_TESTS = """import ctypes, os, resource, sys
 ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)
 os.getppid() == int(sys.argv[1]) or os._exit(1)
-os.execv(sys.argv[2], sys.argv[2:])"""
+files = int(sys.argv[2])
+files and resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+os.execv(sys.argv[3], sys.argv[3:])"""
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,11 @@ class Answer:
 class Server:
     """One data folder and the server on it, which may be started, killed and started again."""
 
-    def __init__(self, data_dir: Path, settings: Mapping[str, str]) -> None:
+    def __init__(self, data_dir: Path, settings: Mapping[str, str], files: int = 0) -> None:
+        """`files`: how many it may have open at most; 0 is as many as the tests may."""
         self.data_dir = data_dir
         self.settings = dict(settings)
+        self._files = files
         self.port = 0
         self.process: subprocess.Popen[bytes] | None = None
         self._scratch = data_dir.with_name(data_dir.name + "-server")
@@ -101,7 +105,7 @@ class Server:
         said = self._scratch / "stdout.txt"
         with said.open("wb") as stdout, self._log.open("ab") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", WITH_TESTS, str(os.getpid()),
+                [sys.executable, "-I", "-S", "-c", WITH_TESTS, str(os.getpid()), str(self._files),
                  sys.executable, "-m", "modelyard", "serve"],
                 stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, cwd=self._scratch,
                 env=environment(MODELYARD_DATA_DIR=str(self.data_dir), MODELYARD_PORT="0") | self.settings,
@@ -270,7 +274,13 @@ class Server:
 @contextmanager
 def serving(data_dir: Path, /, **settings: str) -> Iterator[Server]:
     """Start a server on the data folder for the block, with settings such as `MODELYARD_GRACE_S="5"`."""
-    server = Server(data_dir, settings)
+    with running(Server(data_dir, settings)) as server:
+        yield server
+
+
+@contextmanager
+def running(server: Server) -> Iterator[Server]:
+    """Start a server for the block."""
     try:
         server.start()
         yield server

@@ -42,8 +42,10 @@ from modelyard.errors import (
     MethodNotAllowed,
     ModelyardError,
     NotFound,
+    OutOfFiles,
     TooLarge,
     Unprocessable,
+    is_out_of_files,
 )
 from modelyard.finetune import actions as finetunes
 from modelyard.finetune.accelerator import Accelerator
@@ -197,6 +199,7 @@ def create_app(foundation: Foundation) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(SQLAlchemyError, _answer_database)
+    app.add_exception_handler(OSError, _answer_os_error)
     app.add_exception_handler(ClientGone, _answer_nobody)
     app.add_exception_handler(Exception, _answer_unexpected)
     return app
@@ -307,6 +310,13 @@ async def _answer_database(request: Request, error: Exception) -> Response:
 async def _answer_nobody(_request: Request, _error: Exception) -> Response:
     # What was done for a client was given up when it went away: there is nobody who could read of it.
     return Response(status_code=CLIENT_GONE)
+
+
+async def _answer_os_error(request: Request, error: Exception) -> Response:
+    if not is_out_of_files(error):
+        raise error
+    log.error("no file could be opened for %s %s: %s", request.method, request.url.path, error)
+    return error_response(OutOfFiles(), request.url.path)
 
 
 async def _answer_unexpected(request: Request, _error: Exception) -> Response:

@@ -21,6 +21,7 @@
     │   ├── NoFinetune              404 no_finetune
     │   └── NothingDeployed         404 nothing_deployed
     ├── MethodNotAllowed            405 method_not_allowed
+    ├── RequestTooSlow              408 request_timeout
     ├── Conflict                    409 conflict
     │   ├── IllegalMove             409 illegal_move
     │   ├── JobFinished             409 job_finished
@@ -36,11 +37,14 @@
     ├── Unprocessable               422 invalid_value
     │   ├── InvalidDataset          422 invalid_dataset     (with the report, where there is one)
     │   └── NotTrainable            422 not_trainable
+    ├── HeadersTooLarge             431 headers_too_large
     ├── BadGateway                  502 engine_failed
     └── Unavailable                 503 unavailable         (with Retry-After)
         ├── DatabaseUnavailable     503 database_unavailable
         ├── EngineStarting          503 engine_starting
-        └── StorageUnavailable      503 storage_unavailable
+        ├── StorageUnavailable      503 storage_unavailable
+        ├── OutOfFiles              503 too_many_open_files
+        └── TooManyConnections      503 too_many_connections
 
 The application maps the tree to HTTP once (`http.error_response`). A message speaks to the user (what,
 where, what to do), the code to a program (stable), and the log line with its cause to the operator.
@@ -51,6 +55,7 @@ answer to a request.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -215,6 +220,13 @@ class MethodNotAllowed(ModelyardError):
     code = "method_not_allowed"
 
 
+class RequestTooSlow(ModelyardError):
+    """The client did not send the rest of its request in time."""
+
+    status = 408
+    code = "request_timeout"
+
+
 class Conflict(ModelyardError):
     status = 409
     code = "conflict"
@@ -331,6 +343,19 @@ class BadGateway(ModelyardError):
     code = "engine_failed"
 
 
+class HeadersTooLarge(ModelyardError):
+    """The request line and the headers are longer than is allowed, or more."""
+
+    status = 431
+    code = "headers_too_large"
+
+    def __init__(self, limit_kib: int) -> None:
+        super().__init__(
+            f"The request's address and headers are more than {limit_kib} KiB or 256 headers. "
+            "MODELYARD_MAX_HEADER_KIB sets the limit of this server."
+        )
+
+
 class Unavailable(ModelyardError):
     """Not now: `retry_after_s` becomes the Retry-After header."""
 
@@ -354,6 +379,31 @@ class DatabaseUnavailable(Unavailable):
 
 class EngineStarting(Unavailable):
     code = "engine_starting"
+
+
+class OutOfFiles(Unavailable):
+    code = "too_many_open_files"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The server has as many files and connections open as its limit allows. Try again; if this goes on, raise "
+            "the limit (ulimit -n, or LimitNOFILE of a systemd unit)."
+        )
+
+
+def is_out_of_files(error: BaseException) -> bool:
+    """Return whether an error means that this process, or the machine, has too many files open."""
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+
+
+class TooManyConnections(Unavailable):
+    code = "too_many_connections"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            f"All {limit} connections that this server takes are in use: close some. "
+            "MODELYARD_MAX_CONNECTIONS and the limit of open files (ulimit -n) set how many there are."
+        )
 
 
 class StorageUnavailable(Unavailable):

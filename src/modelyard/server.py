@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import logging
+import resource
 import signal
 import socket
 import sys
 from types import FrameType
+from typing import Any
 
 import uvicorn
 import uvloop
@@ -22,6 +25,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from modelyard.app import create_app
+from modelyard.connections import Connection, Connections, Limits
 from modelyard.errors import StartRefused
 from modelyard.foundation import Foundation
 from modelyard.log_limits import limit_repeats
@@ -30,6 +34,14 @@ from modelyard.settings import Settings
 #: How long open streams may go on when the server stops, in seconds.
 SHUTDOWN_S = 5
 BACKLOG = 2048
+#: The most files that the server asks the system for; some systems allow a thousand million.
+MOST_FILES = 1 << 20
+#: Open files that the server keeps for itself: database, logs, children, engines.
+OWN_FILES = 256
+#: What a client's connection takes: itself, and an engine's connection or a file.
+FILES_FOR_A_CONNECTION = 2
+
+log = logging.getLogger(__name__)
 
 
 def serve(settings: Settings) -> int:
@@ -49,10 +61,38 @@ def serve(settings: Settings) -> int:
     try:
         listener = _listen(settings.host, settings.port)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_Server(create_app(foundation)).serve(sockets=[listener]))
+            connections = Connections(_limits(settings, _raise_file_limit()))
+            runner.run(_Server(create_app(foundation), connections).serve(sockets=[listener]))
     finally:
         foundation.close()
     return 0 if foundation.failure is None else 1
+
+
+def _raise_file_limit() -> int:
+    """Allow this process, and its children, as many open files as it may allow itself; return how many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft == resource.RLIM_INFINITY or soft >= most:
+        return most
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return most
+
+
+def _limits(settings: Settings, files: int) -> Limits:
+    possible = max((files - OWN_FILES) // FILES_FOR_A_CONNECTION, 1)
+    if possible < settings.max_connections:
+        log.warning(
+            "at most %s client connections, not %s (MODELYARD_MAX_CONNECTIONS): %s open files are allowed; "
+            "raise the limit with ulimit -n or LimitNOFILE",
+            possible, settings.max_connections, files,
+        )  # fmt: skip
+    return Limits(
+        max_connections=min(possible, settings.max_connections),
+        header_bytes=settings.max_header_kib * 1024,
+        header_timeout_s=settings.header_timeout_s,
+        body_timeout_s=settings.body_timeout_s,
+        idle_timeout_s=settings.keep_alive_s,
+    )
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -88,12 +128,14 @@ def _without_a_word(app: FastAPI) -> ASGIApp:
 class _Server(uvicorn.Server):
     """uvicorn's server, which says where it listens once it answers and ends with a status of our own."""
 
-    def __init__(self, app: FastAPI) -> None:
+    def __init__(self, app: FastAPI, connections: Connections) -> None:
         self._app = app
+        self._connections = connections
+        protocol: Any = functools.partial(Connection, connections)
         super().__init__(
             uvicorn.Config(
                 _without_a_word(app),
-                http="httptools",
+                http=protocol,
                 ws="none",
                 log_config=None,
                 log_level="warning",
@@ -112,6 +154,11 @@ class _Server(uvicorn.Server):
         for listener in sockets or ():
             url = f"http://{_address(*listener.getsockname()[:2])}"
             print(f"Modelyard listens on {url} (documentation: {url}/api/docs)", flush=True)
+
+    async def on_tick(self, counter: int) -> bool:
+        # Ten times a second.
+        self._connections.sweep()
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._app.state.hang_up()

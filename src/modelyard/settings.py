@@ -63,6 +63,16 @@ class Settings(BaseSettings):
     """Origins of the pages, apps and extensions that may call, comma-separated: https://chat.example.org, app://notes."""
     wrong_key_delay_s: float = Field(default=1.0, ge=0.0, le=60.0)
     """Longest that the answer to a wrong key is held back, after some from the same address, in seconds. 0: never."""
+    max_connections: int = Field(default=4096, ge=1, le=1_000_000)
+    """Client connections at the same time; more get 503. Fewer where open files are limited (256 kept, 2 for each)."""
+    max_header_kib: int = Field(default=64, ge=1, le=1024)
+    """Largest address and headers of a request together, in KiB; more is 431, as are more than 256 headers."""
+    header_timeout_s: float = Field(default=10.0, ge=0.1, le=3600.0)
+    """Seconds in which the headers of a request must have come; otherwise 408."""
+    body_timeout_s: float = Field(default=60.0, ge=0.1, le=86400.0)
+    """Seconds in which a request's body must grow by a KiB or end; otherwise 408, uploads included."""
+    keep_alive_s: float = Field(default=5.0, ge=0.1, le=3600.0)
+    """Seconds after which a connection without a request is closed."""
     max_body_mib: int = Field(default=32, ge=1, le=4096)
     """Largest body of a request to an engine, in MiB."""
     max_dataset_gib: float = Field(default=10.0, gt=0.0, le=150.0)

@@ -19,6 +19,7 @@ import pytest
 
 from modelyard.deploy.engine_client import EngineClient, Health, newest_adapters, total
 from tests.eventually import eventually
+from tests.no_files import no_files_left
 from tests.server import ENGINE_PYTHON
 
 #: Slow enough to look at, and to be left alone: such a stream ends with its engine.
@@ -96,6 +97,13 @@ async def test_an_adapter_is_served_under_its_name_from_loading_to_unloading() -
         wrong = await yard.client.generates("a@1", "generate", 5.0)
         assert wrong is not None
         assert (wrong.status, wrong.is_final) == (404, True)
+
+
+async def test_an_engine_that_cannot_be_asked_for_want_of_a_file_is_not_called_silent() -> None:
+    async with engine() as yard:
+        with no_files_left():
+            assert await yard.client.health() == Health.GOOD
+        assert await yard.client.health() == Health.GOOD
 
 
 async def test_loading_and_unloading_may_be_repeated() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import re
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.gateway.conftest import Running, wait_until
+from tests.no_files import no_files_left
 
 CHAT = {"model": "acme/tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8}
 STREAM = {**CHAT, "stream": True}
@@ -182,6 +184,21 @@ def test_an_engine_that_is_not_there_is_a_502(gateway: Running) -> None:
     status, data, _ = ask(gateway, "/v1/chat/completions", STREAM)
     assert (status, json.loads(data)["error"]["type"]) == (502, "server_error")
     assert "acme/tiny" in json.loads(data)["error"]["message"]
+
+
+def test_a_server_without_a_file_for_the_engines_connection_says_so_and_blames_no_engine(gateway: Running) -> None:
+    gateway.engine()
+    connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=30)
+    with contextlib.closing(connection):
+        connection.request("GET", "/no/such/path")
+        assert connection.getresponse().read()
+        with no_files_left():
+            connection.request("POST", "/v1/chat/completions", json.dumps(CHAT), {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            answer = response.status, response.read(), response.headers
+    assert error_of(answer) == (503, "too_many_open_files")
+    assert answer[2]["Retry-After"]
+    assert ask(gateway, "/v1/chat/completions", CHAT)[0] == 200
 
 
 def test_an_engine_that_came_back_is_used_again(gateway: Running) -> None:

@@ -18,6 +18,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from modelyard.errors import is_out_of_files
+
 HEALTH_TIMEOUT_S = 5.0
 MESSAGE_CHARACTERS = 500
 #: What an engine says (400) when its answer holds NaN or infinity, which JSON cannot.
@@ -93,8 +95,9 @@ class EngineClient:
             timeout = self._timeout(total=HEALTH_TIMEOUT_S)
             async with self._http.get("/health", timeout=timeout) as response:
                 return Health.GOOD if response.status == 200 else Health.BAD
-        except self._errors:
-            return Health.SILENT
+        except self._errors as error:
+            # Without a file of our own to ask with nothing is known of the engine, and it must not be ended for that.
+            return Health.GOOD if is_out_of_files(error) else Health.SILENT
 
     async def generates(self, name: str, task: str, timeout_s: float) -> Wrong | None:
         """Have the engine do its work once, with a short input; return what is wrong, or None if it works.

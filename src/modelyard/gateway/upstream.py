@@ -20,6 +20,8 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from modelyard.errors import OutOfFiles, is_out_of_files
+
 #: Engines drop a connection that idles for 5 s; one that is given up sooner is not dropped under a new request.
 KEEP_ALIVE_S = 3.0
 CONNECT_TIMEOUT_S = 10.0
@@ -229,6 +231,7 @@ class Call:
         Raises:
             EngineUnreachable: no answer came.
             EngineBrokeOff: the call was given up meanwhile.
+            OutOfFiles: this server has no file left for a connection.
         """
         request = b"".join(
             (b"POST ", path.encode(), b" HTTP/1.1\r\nHost: engine\r\nContent-Length: ", str(len(body)).encode(),
@@ -247,6 +250,8 @@ class Call:
         try:
             connection = await _connect(self._url)
         except (OSError, TimeoutError) as error:
+            if is_out_of_files(error):
+                raise OutOfFiles from error  # this says nothing of the engine
             raise EngineUnreachable(str(error) or "it took no connection in time") from error
         try:
             await self._ask(connection, request)

@@ -1,0 +1,394 @@
+"""Limits on one client connection, before and beside the key check: bytes of headers, time, requests in a row.
+
+uvicorn's protocol class reads headers of any size for any time, and loses a body behind `Upgrade: h2c`. The class here
+counts and times what comes, and answers 431, 408 or 503 itself, in the one envelope of all errors. `Connections` knows
+all of them: how many are open, whose time is up (`sweep`, called by the server a few times a second: no request pays
+for a timer), and what was refused, of which the log has a line a minute at most.
+
+A refused client may still be sending: closed at once, its connection would be reset and the answer lost with it. So
+what it sends is read and thrown away for a moment.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import math
+from collections import Counter
+from dataclasses import dataclass
+from http import HTTPStatus
+from time import monotonic
+from typing import Any
+
+import httptools
+import msgspec
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from modelyard.errors import (
+    BadRequest,
+    HeadersTooLarge,
+    ModelyardError,
+    RequestTooSlow,
+    TooManyConnections,
+    Unavailable,
+)
+
+log = logging.getLogger(__name__)
+
+#: The most headers that a request may have.
+MOST_HEADERS = 256
+#: Requests that may wait behind the one that is answered; a connection with more of them ends after those.
+MOST_PIPELINED = 16
+#: A body must grow by this much (or end) within the time that is allowed without any of it: a byte a minute is none.
+LEAST_BODY_BYTES = 1024
+#: How long a client that was refused may go on sending, in seconds, and how many may do so at a time.
+LINGER_S = 2.0
+MOST_LINGERING = 64
+#: How long the rest of a body may go on coming that nobody wants: its request is answered.
+DRAIN_S = 30.0
+#: An answer of which its client takes nothing for so long is given up.
+UNREAD_S = 600.0
+#: Refusals are logged so often, in seconds.
+REPORT_EVERY_S = 60.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What every connection may do. Times in seconds."""
+
+    max_connections: int
+    header_bytes: int
+    header_timeout_s: float
+    body_timeout_s: float
+    idle_timeout_s: float
+
+
+class Phase(enum.Enum):
+    """What a connection waits for from its client."""
+
+    #: The first byte of a request.
+    IDLE = enum.auto()
+    #: The rest of its headers.
+    HEAD = enum.auto()
+    #: The rest of its body.
+    BODY = enum.auto()
+    #: Nothing: it was refused, and what still comes is thrown away.
+    DEAF = enum.auto()
+
+
+class Connections:
+    """All client connections of a server."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self._open: set[Connection] = set()
+        self._lingering: set[Connection] = set()
+        self._refused: Counter[str] = Counter()
+        self._last_from = ""
+        self._reported_at = -math.inf
+
+    def admit(self, connection: Connection) -> bool:
+        """Count a new connection; return False if it is one too many."""
+        if len(self._open) >= self.limits.max_connections:
+            return False
+        self._open.add(connection)
+        return True
+
+    def linger(self, connection: Connection) -> bool:
+        """Let a refused connection read on for a moment; return False if too many do."""
+        self._open.discard(connection)
+        if len(self._lingering) >= MOST_LINGERING:
+            return False
+        self._lingering.add(connection)
+        return True
+
+    def forget(self, connection: Connection) -> None:
+        """Take a connection off the books: it is closed."""
+        self._open.discard(connection)
+        self._lingering.discard(connection)
+
+    def note(self, code: str, client: tuple[str, int] | None) -> None:
+        """Count a refusal for the log."""
+        self._refused[code] += 1
+        self._last_from = client[0] if client else ""
+
+    def sweep(self) -> None:
+        """End what has had its time, and report what was refused."""
+        now = monotonic()
+        for connection in [*self._open, *self._lingering]:
+            connection.check_time(now)
+        if self._refused and now - self._reported_at >= REPORT_EVERY_S:
+            self._reported_at = now
+            counts = ", ".join(f"{code} {count}" for code, count in sorted(self._refused.items()))
+            log.warning("refused connections or requests: %s (the last from %s)", counts, self._last_from)
+            self._refused.clear()
+
+
+class _Refused(Exception):
+    """Raised within a callback of the parser, so that it stops."""
+
+
+class Connection(HttpToolsProtocol):
+    """One client connection; uvicorn makes it."""
+
+    def __init__(self, connections: Connections, **uvicorns: Any) -> None:
+        super().__init__(**uvicorns)
+        self._connections = connections
+        self._limits = connections.limits
+        self._phase = Phase.IDLE
+        self._deadline: float | None = None
+        self._head_bytes = 0
+        self._head_size = 0
+        self._length = self._coding = b""
+        self._fresh_body_bytes = 0
+        self._framing_bytes = 0
+        self._had_body = False
+        self._is_resumed = False
+        self._unread_since: float | None = None
+        self._refusal: ModelyardError | None = None
+        self._running: RequestResponseCycle | None = None
+
+    # The transport's side.
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._deadline = monotonic() + self._limits.header_timeout_s
+        if not self._connections.admit(self):
+            self._refuse(TooManyConnections(self._limits.max_connections))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._connections.forget(self)
+        running = self._running
+        super().connection_lost(exc)
+        if running is not None and running is not self.cycle and not running.response_complete:
+            # uvicorn tells only the last request of a connection that its client is gone.
+            running.disconnected = True
+            running.message_event.set()
+
+    def data_received(self, data: bytes) -> None:
+        phase = self._phase
+        if phase is Phase.DEAF:
+            return
+        if phase is Phase.BODY:
+            self._had_body = False
+        else:
+            if not self._head_bytes:
+                self._deadline = monotonic() + self._limits.header_timeout_s
+            self._head_bytes += len(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._decline_upgrade(data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self._stop_parsing()
+        if self._phase is Phase.BODY:
+            self._watch_body(len(data), phase is Phase.BODY)
+        elif self._phase is not Phase.DEAF and self._head_bytes > self._limits.header_bytes:
+            self._refuse(HeadersTooLarge(self._limits.header_bytes // 1024))
+
+    def pause_writing(self) -> None:
+        self._unread_since = monotonic()
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        self._unread_since = None
+        super().resume_writing()
+
+    # The parser's side.
+
+    def on_message_begin(self) -> None:
+        if self._is_resumed:
+            return
+        super().on_message_begin()
+        self._deadline = monotonic() + self._limits.header_timeout_s
+        self._phase = Phase.HEAD
+        self._head_size = 0
+        self._length = self._coding = b""
+
+    def on_url(self, url: bytes) -> None:
+        if not self._is_resumed:
+            self._head_size += len(url)
+            self.url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._phase is not Phase.HEAD:
+            return  # behind a body in chunks, where access was decided long ago
+        name = name.lower()
+        self._head_size += len(name) + len(value) + 4
+        if self._head_size > self._limits.header_bytes or len(self.headers) >= MOST_HEADERS:
+            self._refusal = HeadersTooLarge(self._limits.header_bytes // 1024)
+            raise _Refused
+        if name == b"content-length":
+            self._length = value
+        elif name == b"transfer-encoding":
+            self._coding += value
+        elif name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        if self._is_resumed:
+            return
+        if (refusal := self._fault_in_head()) is not None:
+            self._refusal = refusal
+            raise _Refused
+        if len(self.pipeline) >= MOST_PIPELINED:
+            raise _Refused
+        super().on_headers_complete()
+        self._phase = Phase.BODY
+        self._deadline = None
+        self._head_bytes = 0
+        self._fresh_body_bytes = self._framing_bytes = 0
+
+    def on_body(self, body: bytes) -> None:
+        self._had_body = True
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if self.parser.should_upgrade() and self._has_body():
+            return  # the parser thinks that another protocol follows; `_decline_upgrade` reads the body
+        super().on_message_complete()
+        self._phase = Phase.IDLE
+        self._deadline = None
+        if self.cycle.response_complete and not self.pipeline:
+            self._deadline = monotonic() + self._limits.idle_timeout_s
+
+    # The application's side.
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def on_response_complete(self) -> None:
+        # uvicorn's own arms a timer for each answer, and none where the answer came before the end of the body.
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        elif self._phase is Phase.BODY:
+            self._deadline = monotonic() + DRAIN_S
+        elif self._phase is Phase.IDLE:
+            self._deadline = monotonic() + self._limits.idle_timeout_s
+
+    # Time.
+
+    def check_time(self, now: float) -> None:
+        """End the connection, or the request on it, if its client has had its time."""
+        if self._unread_since is not None and now - self._unread_since > UNREAD_S:
+            self._connections.note("answer_not_read", self.client)
+            self.transport.abort()
+        elif self._deadline is None:
+            if self.transport.is_closing():
+                self._deadline = now + UNREAD_S
+        elif now >= self._deadline:
+            self._end_of_time(now)
+
+    def _end_of_time(self, now: float) -> None:
+        if self._phase is Phase.DEAF or self.transport.is_closing():
+            self.transport.abort()
+        elif self._phase is Phase.IDLE and not self._head_bytes:
+            self._phase, self._deadline = Phase.DEAF, now + LINGER_S
+            self.transport.close()
+        elif self.flow.read_paused or (self._phase is Phase.BODY and self.cycle.waiting_for_100_continue):
+            # It is us who do not read yet.
+            self._deadline = now + self._limits.body_timeout_s
+        elif self._phase is Phase.BODY:
+            self._refuse(RequestTooSlow(f"Too little of the body came within {self._limits.body_timeout_s:g} s."))
+        else:
+            self._refuse(RequestTooSlow(f"The headers were not complete within {self._limits.header_timeout_s:g} s."))
+
+    def _watch_body(self, received: int, is_all_body: bool) -> None:
+        """Push the deadline of a body that comes, unless what comes is next to nothing, or nobody wants it any more."""
+        self._fresh_body_bytes += received
+        if self._deadline is None or (self._fresh_body_bytes >= LEAST_BODY_BYTES and not self.cycle.response_complete):
+            self._fresh_body_bytes = 0
+            self._deadline = monotonic() + self._limits.body_timeout_s
+        if is_all_body and not self._had_body:
+            # The frame of chunks without any content: their extensions, or trailers, whose parts the parser keeps.
+            self._framing_bytes += received
+            if self._framing_bytes > self._limits.header_bytes:
+                self._refuse(HeadersTooLarge(self._limits.header_bytes // 1024))
+        else:
+            self._framing_bytes = 0
+
+    # Refusals.
+
+    def _fault_in_head(self) -> ModelyardError | None:
+        """Return why a request is none that may be answered: two who read it could take it for different ones."""
+        if self._head_size > self._limits.header_bytes:
+            return HeadersTooLarge(self._limits.header_bytes // 1024)
+        version = self.parser.get_http_version()
+        if version not in ("1.0", "1.1"):
+            return BadRequest(f"HTTP/{version} is not spoken here, but HTTP/1.1.", code="http_version")
+        if self._coding and (version == "1.0" or self._coding.lower() != b"chunked"):
+            return BadRequest("The only Transfer-Encoding here is chunked, in HTTP/1.1.", code="transfer_encoding")
+        if self.parser.get_method() == b"CONNECT":
+            return BadRequest("This server is no proxy.", code="not_a_proxy")
+        return None
+
+    def _has_body(self) -> bool:
+        return bool(self._coding) or self._length.strip(b"0 ") != b""
+
+    def _decline_upgrade(self, rest: bytes) -> None:
+        """Go on in HTTP/1.1 with a request that offered another protocol, as a server may; its body is its body."""
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        try:
+            if self._phase is Phase.BODY:
+                framing = b"transfer-encoding: chunked" if self._coding else b"content-length: " + self._length
+                self._is_resumed = True
+                try:
+                    self.parser.feed_data(b"POST / HTTP/1.1\r\n" + framing + b"\r\n\r\n")
+                finally:
+                    self._is_resumed = False
+            if rest:
+                self.parser.feed_data(rest)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._decline_upgrade(rest[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self._stop_parsing()
+
+    def _stop_parsing(self) -> None:
+        refusal, self._refusal = self._refusal, None
+        if refusal is None and len(self.pipeline) >= MOST_PIPELINED and self._phase is Phase.HEAD:
+            self._end_after_answers()
+            return
+        self._refuse(refusal or BadRequest("This is not HTTP that can be read.", code="malformed_request"))
+
+    def _end_after_answers(self) -> None:
+        """Read no more, and close the connection when what it asked so far is answered."""
+        self._phase, self._deadline = Phase.DEAF, None
+        self.cycle.keep_alive = False
+
+    def _refuse(self, error: ModelyardError) -> None:
+        """Answer with an error, unless another answer is on its way, and end the connection."""
+        self._connections.note(error.code, self.client)
+        is_about_body = self._phase is Phase.BODY
+        is_answering = self.cycle is not None and not self.cycle.response_complete
+        if is_answering and not is_about_body:
+            self._end_after_answers()
+            return
+        self._phase, self._deadline = Phase.DEAF, monotonic() + LINGER_S
+        may_answer = not is_about_body or (is_answering and not self.cycle.response_started and not self.pipeline)
+        if is_answering:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if not may_answer or not self._connections.linger(self):
+            self.transport.close()
+            return
+        self.flow.resume_reading()
+        self.transport.write(_as_bytes(error))
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+
+
+def _as_bytes(error: ModelyardError) -> bytes:
+    body = msgspec.json.encode(error.envelope())
+    retry = f"retry-after: {error.retry_after_s}\r\n" if isinstance(error, Unavailable) else ""
+    head = (
+        f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(body)}\r\n{retry}connection: close\r\n\r\n"
+    )
+    return head.encode() + body
