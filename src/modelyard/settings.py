@@ -129,6 +129,8 @@ class Settings(BaseSettings):
     """Seconds without a request after which an engine is ended until the next request. Empty: never."""
     engine_wake_timeout_s: float = Field(default=300.0, ge=0.1)
     """Longest that a request waits for the engine of an idle deployment, in seconds."""
+    engine_busy_timeout_s: float = Field(default=600.0, ge=0.0)
+    """Longest that an engine which works but does not answer is left alone, in seconds; an idle one gets a minute."""
     engine_drain_timeout_s: float = Field(default=120.0, ge=0.0)
     """Longest that an engine which leaves is kept for the requests that it still has, in seconds."""
 
@@ -143,7 +145,7 @@ class Settings(BaseSettings):
     tensorboard_dir: Path | None = None
     """Folder for the curves of trainings in TensorBoard's format, one folder per training. Empty: none are written."""
 
-    generate_num_beams: int = Field(default=1, ge=1, le=10)
+    generate_num_beams: int = Field(default=1, ge=1, le=32)
     """Raw prompts: beams of a beam search; 1 is none. This and the next seven are what a request may leave out."""
     generate_do_sample: bool = True
     """Raw prompts: draw each token by its probability. false: always the likeliest."""

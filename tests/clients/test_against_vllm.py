@@ -42,6 +42,7 @@ INTENDED: dict[str, frozenset[str]] = {
     "media": OWN_WORDS,
     # Of two answers with different statuses nothing else is compared.
     "types": frozenset({"status"}),
+    "bounds": frozenset({"status"}),
 }
 #: Named in the README as well, and tested here below or in test_openai_errors.py.
 ELSEWHERE = {"names", "headers", "paths", "moments"}
@@ -131,7 +132,8 @@ CASES = [
     _chat("a text for a number", temperature="hot"),
     _chat("a bad temperature", temperature=-1),
     _chat("a bad n", n=0),
-    _chat("too many log-probabilities", logprobs=True, top_logprobs=500),
+    _chat("too many log-probabilities", "bounds", logprobs=True, top_logprobs=500),
+    _chat("as many log-probabilities as may be", logprobs=True, top_logprobs=20),
     _chat("a bad JSON schema", response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": 5}}),
     _chat("a prompt that is too long", messages=[{"role": "user", "content": LONG}]),
     _chat("a prompt that is too long, streamed", messages=[{"role": "user", "content": LONG}], stream=True),
@@ -151,6 +153,7 @@ CASES = [
     _text("beam search", use_beam_search=True, n=2, max_tokens=4),
     _text("beam search, streamed", use_beam_search=True, n=2, stream=True),
     _text("prompt log-probabilities", prompt_logprobs=1),
+    _text("all log-probabilities", "bounds", logprobs=-1),
     _text("an empty prompt", prompt=""),
     _text("no prompt", prompt=None),
     _text("token ids that there are not", prompt=[10_000_000]),

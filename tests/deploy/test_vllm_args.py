@@ -91,6 +91,11 @@ def test_an_embedding_engine_pools_in_full_precision_on_a_cpu() -> None:
     assert value(argv(embedding, dtype="bfloat16"), "--dtype") == "bfloat16"
 
 
+def test_beam_searches_may_look_at_every_token_of_what_generates() -> None:
+    assert value(argv(), "--max-logprobs") == "-1"
+    assert "--max-logprobs" not in argv(replace(MODEL, task="embed"))
+
+
 def test_the_length_is_what_fits_unless_it_is_named() -> None:
     assert value(argv(), "--max-model-len") == "-1"
     assert value(argv(max_model_len=512), "--max-model-len") == "512"

@@ -50,6 +50,25 @@ def test_fields_that_the_gateway_does_not_know_are_left_to_the_engine() -> None:
     assert envelope.model == "a"
 
 
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (b'{"logprobs": 21}', "logprobs"),
+        (b'{"logprobs": -1}', "logprobs"),
+        (b'{"top_logprobs": 1000000, "logprobs": true}', "top_logprobs"),
+        (b'{"prompt_logprobs": 20.5}', "prompt_logprobs"),
+        (b'{"use_beam_search": true, "n": 11}', "n"),
+    ],
+)
+def test_log_probabilities_have_vllms_bound_although_engines_are_started_without(body: bytes, param: str) -> None:
+    with pytest.raises(BadRequest, match="at most") as caught:
+        parse(body)
+    assert caught.value.param == param
+    for fine in (b'{"logprobs": 20}', b'{"logprobs": true, "top_logprobs": 20}', b'{"logprobs": "x"}', b'{"n": 11}',
+                 b'{"use_beam_search": true, "n": 10, "prompt_logprobs": 0}'):  # fmt: skip
+        parse(fine)
+
+
 @pytest.mark.parametrize("field", sorted(REFUSED))
 def test_a_field_that_no_engine_should_see_is_refused_with_its_reason(field: str) -> None:
     with pytest.raises(BadRequest) as caught:

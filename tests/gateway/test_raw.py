@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from modelyard.gateway.raw_work import PROMPTS_AT_ONCE
+from modelyard.gateway.raw_beams import PROMPTS_AT_ONCE
 from tests.gateway.conftest import EngineChild, Target, wait_until
 from tests.gateway.lane import BATCH, CATS, DOGS, GREEDY, ONE, Lane, lane
 
@@ -163,19 +163,21 @@ def test_without_a_seed_in_the_settings_every_drawing_is_new(yard: Lane) -> None
 @pytest.mark.parametrize("streams", [True, False])
 def test_beams_are_searched_whole_and_their_text_is_that_of_all_tokens(yard: Lane, streams: bool) -> None:
     engine = yard.engine()
-    config = {"num_beams": 4, "length_penalty": 1.5, "top_k": 50}
+    config = {**GREEDY, "num_beams": 4, "length_penalty": 1.5}
     answer = yard.one(generation_config=config, stream_response=streams)
     assert (answer.status, answer.text) == (200, CATS + END), "with its first space and its ending token"
     assert "content-length" in answer.headers, "beams are not streamed"
-    asked = completions(engine)[-1]
-    assert (asked["use_beam_search"], asked["n"], asked["length_penalty"]) == (True, 4, 1.5)
+    first, second = completions(engine)[:2]
+    assert (first["logprobs"], first["max_tokens"], len(first["prompt"])) == (8, 1, 1)
+    assert first["prompt"][0] == [256, *b"cats?"]
+    assert len(second["prompt"]) == 4, "one request for all beams"
     full = yard.text("b", generation_config=config, only_new_tokens=False)
     assert full == "<s>cats?" + CATS + END
 
 
 def test_a_beam_search_that_stopped_goes_on(yard: Lane) -> None:
     yard.engine()
-    pieces = [yard.text(generation_config={"num_beams": 2, "max_new_tokens": TORN[-1]})]
+    pieces = [yard.text(generation_config={**GREEDY, "num_beams": 2, "max_new_tokens": TORN[-1]})]
     while not pieces[-1].endswith(END):
         pieces.append(yard.post(ONE, {"request_id": "a"}).text)
     assert "".join(pieces) == CATS + END
@@ -233,10 +235,11 @@ def test_a_batch_that_goes_on_shows_everything_so_far_where_it_is_asked_for_in_f
 
 def test_a_batch_takes_beams(yard: Lane) -> None:
     engine = yard.engine()
-    answer = yard.batch(("x", "cats?"), ("y", "dogs?"), generation_config={"num_beams": 3})
+    answer = yard.batch(("x", "cats?"), ("y", "dogs?"), generation_config={**GREEDY, "num_beams": 3})
     assert [one["response"] for one in answer.json()] == [CATS + END, DOGS + END]
     assert answer.status == 200
-    assert len(completions(engine)) == 1
+    asked = completions(engine)
+    assert [len(one["prompt"]) for one in asked[:3]] == [2, 6, 6], "a step of all beams of all texts is one request"
 
 
 def test_a_batch_may_have_more_prompts_than_the_engine_takes_at_once(yard: Lane) -> None:
@@ -298,8 +301,8 @@ def test_unknown_keys_are_ignored_and_whole_numbers_do_as_floats(yard: Lane) -> 
 @pytest.mark.parametrize(
     ("name", "value", "range_"),
     [
-        ("num_beams", 0, "at least 1 and at most 10"),
-        ("num_beams", 11, "at least 1 and at most 10"),
+        ("num_beams", 0, "at least 1 and at most 32"),
+        ("num_beams", 33, "at least 1 and at most 32"),
         ("temperature", -0.1, "at least 0 and at most 2"),
         ("temperature", 2.5, "at least 0 and at most 2"),
         ("top_p", 0, "above 0 and at most 1"),
@@ -322,13 +325,44 @@ def test_a_value_out_of_its_range_is_an_error_that_names_the_field_and_the_range
         assert f"it is {value}" in answer.text
 
 
-@pytest.mark.parametrize(("name", "value"), [("temperature", 0.5), ("top_p", 0.9), ("repetition_penalty", 1.2)])
-def test_what_a_beam_search_cannot_heed_is_refused_with_it(yard: Lane, name: str, value: float) -> None:
-    yard.engine()
-    answer = yard.one(generation_config={"num_beams": 2, name: value})
-    assert answer.status == 400
-    assert f"generation_config.{name} must be 1 or left out where num_beams is above 1" in answer.text
-    assert yard.text(generation_config={"num_beams": 2, name: 1}) == CATS + END
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"do_sample": False, "temperature": 0.5, "top_p": 0.9, "top_k": 3},
+        {"do_sample": False, "repetition_penalty": 1.01},
+        {"do_sample": False, "repetition_penalty": 0.99},
+        {"do_sample": True, "temperature": 0},
+        {"do_sample": True, "temperature": 0.1, "top_k": 2},
+        {"do_sample": True, "temperature": 0.1, "top_k": 0, "top_p": 0.9},
+        {"do_sample": True, "top_k": 50, "top_p": 0.5, "repetition_penalty": 1.01},
+    ],
+    ids=str,
+)
+def test_a_beam_search_heeds_every_field(yard: Lane, config: dict[str, Any]) -> None:
+    engine = yard.engine()
+    answer = yard.one(generation_config={"num_beams": 2, "max_new_tokens": 12, **config})
+    assert (answer.status, answer.text) == (200, CATS[:12])
+    asked = completions(engine)
+    assert all((one["temperature"], one["repetition_penalty"]) == (0, 1) for one in asked), "they are the search's"
+    if config.get("top_k") == 0:
+        assert {one["logprobs"] for one in asked} == {-1}, "any token may be drawn"
+
+
+def test_beams_draw_the_same_with_the_same_seed(tmp_path: Path) -> None:
+    config = {"num_beams": 3, "temperature": 2, "top_k": 0, "max_new_tokens": 6}
+    with lane(tmp_path, generate_seed=3) as yard:
+        yard.engine()
+        texts = [yard.text(name, generation_config=config) for name in "abc"]
+    assert len(set(texts)) == 1
+    with lane(tmp_path) as yard:
+        yard.engine()
+        assert len({yard.text(name, generation_config=config) for name in "abcdef"}) > 1
+
+
+def test_an_engine_without_numbers_is_a_502_and_not_a_traceback(yard: Lane) -> None:
+    yard.engine(no_logprobs=True)
+    answer = yard.one(generation_config={**GREEDY, "num_beams": 2})
+    assert (answer.status, "gave no log probabilities" in answer.text) == (502, True)
 
 
 def test_a_default_length_beyond_the_models_is_lowered_to_it(tmp_path: Path) -> None:
@@ -450,7 +484,7 @@ def test_a_client_that_leaves_ends_the_generation_and_can_go_on_from_there(yard:
 def test_a_client_that_leaves_before_an_answer_in_one_piece_ends_it_too(
     yard: Lane, path: str, config: dict[str, Any]
 ) -> None:
-    engine = yard.engine(chunk_ms=60_000)
+    engine = yard.engine(first_token_ms=60_000)
     one = {"request_id": "a", "prompt": "cats?"}
     body = one | {"stream_response": False} if path == ONE else {"prompts": [one]}
     connection = http.client.HTTPConnection("127.0.0.1", yard.running.port)

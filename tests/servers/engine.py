@@ -12,6 +12,8 @@ A file `misbehave.json` in the model's folder makes it misbehave. All keys are o
   start_delay_s     seconds before it binds its socket
   never             "bind" | "healthy" (/health answers 503) | "complete" (answers /health, generation hangs)
   die_after_s       seconds after binding
+  hangs             {"after_s": 1.0, "for_s": 3.0, "busy": true, "says": text}: it answers nobody for so long, on the
+                    processor all the while or (busy: false) off it, and writes the text to its log before
   die_on_request    number of the generation request (1 is the first) that ends it before a byte is answered
   die_mid_stream    tokens of an answer after which it dies
   exit_code, signal how it dies in service: exit code (default 1) or a signal's number
@@ -20,6 +22,8 @@ A file `misbehave.json` in the model's folder makes it misbehave. All keys are o
   first_token_ms, chunk_ms   pauses before the first token and between tokens
   recites           {"part of a prompt": text, "": text}: completions recite a text, token by token (see recital.py),
                     and end it with "</s>"; a prompt has the first one whose name is in it
+  model_folder      where it says that its model lies
+  no_logprobs       true: it gives none with a recited text
   stream_error      tokens of a recited stream after which it reports an error, as vLLM does
   gives_nan         true: its log probabilities and embeddings are NaN, which its JSON cannot say (400), as in vLLM
   fail_load         text: no adapter loads, and this is the worker's complaint; {"prefix": text}: none named so does
@@ -284,7 +288,8 @@ def _get(engine: Engine, path: str) -> tuple[int, bytes, str]:
     if path == "/version":
         return 200, b'{"version":"0.32.0"}', kind
     if path == "/v1/models":
-        cards: list[tuple[str, str, str | None]] = [(name, engine.model, None) for name in engine.names]
+        root = engine.plan.get("model_folder", engine.model)
+        cards: list[tuple[str, str, str | None]] = [(name, root, None) for name in engine.names]
         cards += [(name, root, engine.names[0]) for name, root in engine.loras.items()]
         data: list[Json] = [
             {"id": name, "object": "model", "created": int(time.time()), "owned_by": "vllm", "root": root,
@@ -500,14 +505,10 @@ async def _recite(link: Connection, engine: Engine, request: Json, sent: list[in
         link.chunk(b"data: [DONE]\n\n")
         link.transport.write(b"0\r\n\r\n")
         return 200
-    if request.get("use_beam_search"):
-        width = request.get("n", 1)
-        pairs = [(part, number) for part in parts for number in range(width)]
-        choices = [part.beam(index, number) for index, (part, number) in enumerate(pairs)]
-    else:
-        choices = [part.choice(index) for index, part in enumerate(parts)]
-        if isinstance(request.get("logprobs"), int):
-            choices = [{**one, "logprobs": {"token_logprobs": [-0.1] * len(one["token_ids"])}} for one in choices]
+    choices = [part.choice(index) for index, part in enumerate(parts)]
+    if isinstance(count := request.get("logprobs"), int) and not engine.plan.get("no_logprobs"):
+        for part, choice in zip(parts, choices, strict=True):
+            choice["logprobs"] = recital.logprobs(part, count)
     usage = _usage(request["prompt"], sum(len(part.ids) for part in parts))
     link.reply(200, json.dumps({**base, "choices": choices, "usage": usage}).encode())
     return 200
@@ -689,6 +690,13 @@ async def _bind(engine: Engine) -> None:
     if seconds := engine.plan.get("die_after_s"):
         await asyncio.sleep(seconds)
         engine.die()
+    if hang := engine.plan.get("hangs"):
+        await asyncio.sleep(hang["after_s"])
+        say(hang.get("says", ""))
+        until = time.monotonic() + hang["for_s"]
+        while (left := until - time.monotonic()) > 0:
+            if not hang["busy"]:
+                time.sleep(left)
     await asyncio.Event().wait()
 
 

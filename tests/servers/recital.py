@@ -3,8 +3,7 @@
 A token is a byte, or one of the special tokens BEGIN and END, so that a text may stop inside a character. What is
 recited is in the plan (`recites`): from tokens that end with a part of it, its next tokens follow, as from a model that
 always takes the likeliest token. Detokenizing is vLLM's, with what it does wrong: the first piece of a stream that
-begins inside a character holds the whole text so far, and a beam's text has neither its ending token nor its first
-space.
+begins inside a character holds the whole text so far.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 BEGIN, END = 256, 257
 SPECIAL = {BEGIN: "<s>", END: "</s>"}
 TORN = "\N{REPLACEMENT CHARACTER}"
-MOST_LOGPROBS = 20
+TOKENS = 258
 
 Json = dict[str, Any]
 
@@ -83,12 +82,18 @@ class Part:
         return {"index": index, "text": "".join(self.pieces), "logprobs": None, "finish_reason": self.reason,
                 "stop_reason": None, "prompt_token_ids": self.prompt_ids, "token_ids": self.ids}  # fmt: skip
 
-    def beam(self, index: int, number: int) -> Json:
-        """Return one of the beams of a prompt: the first is the recital, the others are worse."""
-        ids = self.ids if number == 0 else self.ids[: len(self.ids) // 2]
-        text = decode([token for token in ids if token != END])
-        return {**self.choice(index), "text": text.removeprefix(" "), "token_ids": ids,
-                "finish_reason": self.reason if number == 0 else "length"}  # fmt: skip
+
+def logprobs(part: Part, count: int) -> Json:
+    """Return log probabilities of the tokens of a part: the recital is sure of its text, and no others are alike.
+
+    -1 is all of them. Names are vLLM's for `return_tokens_as_token_ids`.
+    """
+    tops = []
+    for right in part.ids:
+        others = [token for token in range(TOKENS) if token != right]
+        told = [(right, -0.01), *((token, -5.0 - 0.1 * number) for number, token in enumerate(others))]
+        tops.append({f"token_id:{token}": value for token, value in told[: count if count >= 0 else None]})
+    return {"token_logprobs": [-0.01] * len(part.ids), "top_logprobs": tops}
 
 
 def check(request: Json, max_model_len: int) -> None:
@@ -97,12 +102,6 @@ def check(request: Json, max_model_len: int) -> None:
     Raises:
         Invalid: with vLLM's reason.
     """
-    beams = request.get("use_beam_search")
-    if beams and request.get("stream"):
-        raise Invalid("Streaming is not currently supported with beam search")
-    if beams and 2 * request.get("n", 1) > MOST_LOGPROBS:
-        asked = 2 * request["n"]
-        raise Invalid(f"Requested sample logprobs of {asked}, which is greater than max allowed: {MOST_LOGPROBS}")
     for field, least, most in (("temperature", 0, 2), ("top_p", 1e-9, 1), ("top_k", -1, float("inf")),
                                ("repetition_penalty", 1e-9, float("inf"))):  # fmt: skip
         if not least <= (request.get(field) or least) <= most:

@@ -68,6 +68,8 @@ def engine_command(
             "The options say max_loras 0, but the deployment names adapters.",
             "Leave max_loras out, or give at least as many as there are adapters.",
         )
+    # Beam searches of raw prompts look at as many tokens as they need; the gateway keeps others to vLLM's bound.
+    argv += ["--max-logprobs", "-1"] if model.task == "generate" else []
     argv += ["--chat-template", chat_template] if chat_template and model.task == "generate" else []
     env = {
         "VLLM_NO_USAGE_STATS": "1",

@@ -25,9 +25,13 @@ REFUSED = {
     "logits_processors": "it names code",
     "mm_processor_kwargs": "it reaches into how the model's files are loaded",
     "media_io_kwargs": "it reaches into how media are read",
+    "logprob_token_ids": "vLLM 0.32 then takes the log probabilities of other requests in the same step from them, too",
     "kv_transfer_params": "it names other machines",
     "ec_transfer_params": "it names other machines",
 }
+#: How many of the likeliest tokens a request may see at each place; vLLM's own bound, which is off for beam searches.
+MOST_LOGPROBS = 20
+LOGPROBS = ("logprobs", "top_logprobs", "prompt_logprobs")
 TOO_DEEP = "The body is nested too deeply."
 
 
@@ -47,6 +51,12 @@ class Envelope(msgspec.Struct):
     lora_request: Any = None
     prompt_embeds: Any = None
     logits_processors: Any = None
+    logprob_token_ids: Any = None
+    logprobs: Any = None
+    top_logprobs: Any = None
+    prompt_logprobs: Any = None
+    use_beam_search: Any = None
+    n: Any = None
     mm_processor_kwargs: Any = None
     media_io_kwargs: Any = None
     kv_transfer_params: Any = None
@@ -130,6 +140,7 @@ def parse(body: bytes) -> Envelope:
     try:
         envelope = _decoder.decode(body)
         _refuse_fields(envelope)
+        _check_logprobs(envelope)
         _check_media(envelope.messages, "messages")
         _check_media(envelope.input, "input")
     except msgspec.ValidationError as error:
@@ -165,6 +176,17 @@ def _refuse_fields(envelope: Envelope) -> None:
             f"The field 'chat_template_kwargs.chat_template' is not accepted: {REFUSED['chat_template']}.",
             param="chat_template_kwargs",
         )
+
+
+def _check_logprobs(envelope: Envelope) -> None:
+    """Hold requests to vLLM's bound: of a whole vocabulary, a step of one would keep all others waiting."""
+    asked = {name: getattr(envelope, name) for name in LOGPROBS}
+    if envelope.use_beam_search and isinstance(envelope.n, int):
+        asked["n"] = 2 * envelope.n  # so many are looked at in each step
+    for name, count in asked.items():
+        if isinstance(count, int | float) and not 0 <= count <= MOST_LOGPROBS:
+            most = f"{MOST_LOGPROBS // 2} with use_beam_search" if name == "n" else str(MOST_LOGPROBS)
+            raise BadRequest(f"'{name}' must be at least 0 and at most {most}.", param=name)
 
 
 def _check_media(value: Any, where: str) -> None:

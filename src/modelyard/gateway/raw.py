@@ -95,6 +95,8 @@ class RawLane:
         self._origins = frozenset(origin.encode("latin-1") for origin in settings.cors_origins)
         #: How much the model of an engine takes, by the engine's URL, which is another one after every start.
         self._lengths: dict[str, int] = {}
+        #: The tokens that end a text of it, likewise.
+        self._endings: dict[str, frozenset[int]] = {}
 
     async def one(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer POST /api/generate-one.
@@ -195,9 +197,12 @@ class RawLane:
         texts = kept.texts if kept is not None else [Text([]) for _ in request.prompts]
         turns = [Turn(text, prompt.text, prompt.field) for text, prompt in zip(texts, request.prompts, strict=True)]
         config = request.config or (Config.of_kept(kept.config, self._defaults) if kept else self._defaults)
-        return Work(
+        work = Work(
             request, asking, target, config, self._settings.generate_seed, turns, await self._length(asking, target)
         )
+        if config.num_beams > 1:
+            work.eos_ids = await self._ending_ids(asking, target)
+        return work
 
     async def _length(self, asking: Asking, target: Target) -> int:
         if target.url not in self._lengths:
@@ -208,6 +213,16 @@ class RawLane:
             except EngineRefused as error:
                 raise BadGateway(f"The engine of '{target.model_id}' failed: {error.message}") from error
         return self._lengths[target.url]
+
+    async def _ending_ids(self, asking: Asking, target: Target) -> frozenset[int]:
+        if target.url not in self._endings:
+            if len(self._endings) >= LENGTHS_KNOWN:
+                self._endings.clear()
+            try:
+                self._endings[target.url] = await asking.ending_ids()
+            except EngineRefused as error:
+                raise BadGateway(f"The engine of '{target.model_id}' failed: {error.message}") from error
+        return self._endings[target.url]
 
     async def _one(self, visit: Visit, work: Work) -> int:
         [turn], reply = work.turns, visit.reply

@@ -1,4 +1,4 @@
-"""What the raw-prompt lane asks of an engine: tokens of a text, the text of tokens, and texts that go on.
+"""What the raw-prompt lane asks of an engine: tokens of a text, the text of tokens, texts that go on, next tokens.
 
 `Asking` holds all calls that one request makes, so that they end together when the client leaves. It knows vLLM's
 fields and answers and no more: what a text is and where it stands is for `raw` to say.
@@ -6,20 +6,28 @@ fields and answers and no more: what a text is and where it stands is for `raw` 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
+from modelyard.errors import BadGateway
+from modelyard.gateway.beam_search import ALL, Row
 from modelyard.gateway.envelope import ClientGone
 from modelyard.gateway.raw_schemas import Config
 from modelyard.gateway.relay import Target, engine_ended
 from modelyard.gateway.upstream import Call, EngineBrokeOff, Engines, EngineUnreachable
+from modelyard.trainer.default_template import stop_ids_of
 
 HEADERS = ((b"Content-Type", b"application/json"),)
 #: The last event of a stream.
 DONE = b"[DONE]"
+#: A longer answer is read in a thread: of a large vocabulary it may be many megabytes.
+READ_AT_ONCE_BYTES = 64 << 10
+T = TypeVar("T")
 
 
 class EngineRefused(Exception):
@@ -59,9 +67,32 @@ class _Text(msgspec.Struct):
     prompt: str
 
 
+class _Logprobs(msgspec.Struct):
+    top_logprobs: list[dict[str, float]]
+
+
+class _Step(msgspec.Struct):
+    logprobs: _Logprobs
+
+
+class _Steps(msgspec.Struct):
+    choices: list[_Step]
+
+
+class _Card(msgspec.Struct):
+    id: str
+    root: str | None = None
+
+
+class _Cards(msgspec.Struct):
+    data: list[_Card]
+
+
 _completions = msgspec.json.Decoder(_Completion)
 _tokens = msgspec.json.Decoder(_Tokens)
 _texts = msgspec.json.Decoder(_Text)
+_steps = msgspec.json.Decoder(_Steps)
+_cards = msgspec.json.Decoder(_Cards)
 
 Take = Callable[[Choice], Awaitable[None]]
 
@@ -73,18 +104,11 @@ def completion_body(
     body: dict[str, Any] = {
         "model": name, "prompt": prompts, "max_tokens": max_tokens, "stream": stream,
         "return_token_ids": True, "skip_special_tokens": False, "include_stop_str_in_output": True,
-    }  # fmt: skip
-    if config.num_beams > 1:
-        # Temperature 0: beam search draws a token beside the likeliest ones, and with 0 it is one of those.
-        body |= {"use_beam_search": True, "n": config.num_beams, "length_penalty": config.length_penalty,
-                 "temperature": 0.0}  # fmt: skip
-    else:
         # All are sent, since a model's own generation_config.json would fill in what is not.
-        body |= {"temperature": config.temperature if config.do_sample else 0.0, "top_p": config.top_p,
-                 "top_k": max(config.top_k, 0), "min_p": 0.0,
-                 "repetition_penalty": config.repetition_penalty}  # fmt: skip
-        body |= {} if seed is None else {"seed": seed}
-    return msgspec.json.encode(body)
+        "temperature": config.temperature if config.do_sample else 0.0, "top_p": config.top_p,
+        "top_k": max(config.top_k, 0), "min_p": 0.0, "repetition_penalty": config.repetition_penalty,
+    }  # fmt: skip
+    return msgspec.json.encode(body if seed is None else {**body, "seed": seed})
 
 
 class Asking:
@@ -127,6 +151,39 @@ class Asking:
             raise engine_ended(self._model_id)
         return choices
 
+    async def next_tokens(self, texts: Sequence[list[int]], count: int) -> list[Row]:
+        """Return the `count` likeliest next tokens of each text, of ALL every one, by the model's own probabilities.
+
+        No penalty and no temperature is in them. The engine keeps the KV cache of what the texts have in common.
+
+        Raises:
+            EngineRefused, BadGateway, ClientGone: as `_whole`.
+        """
+        body = msgspec.json.encode(
+            {"model": self._name, "prompt": texts, "max_tokens": 1, "temperature": 0.0, "repetition_penalty": 1.0,
+             "logprobs": count, "return_tokens_as_token_ids": True}
+        )  # fmt: skip
+        answer = await self._whole("/v1/completions", body)
+        try:
+            if len(answer) > READ_AT_ONCE_BYTES:
+                rows = await asyncio.to_thread(_rows, answer, count)
+            else:
+                rows = _rows(answer, count)
+        except (msgspec.MsgspecError, ValueError, IndexError) as error:
+            # Such as of a model that counts to what is no number.
+            raise BadGateway(
+                f"The engine of '{self._model_id}' gave no log probabilities for a beam search: {error}."
+            ) from None
+        if len(rows) != len(texts):
+            raise engine_ended(self._model_id)
+        return rows
+
+    async def ending_ids(self) -> frozenset[int]:
+        """Return the tokens at which the model's own files say that a text ends."""
+        cards = _cards.decode(await self._whole("/v1/models", b"", method=b"GET")).data
+        root = next((card.root for card in cards if card.id == self._model_id), None)
+        return frozenset(await asyncio.to_thread(stop_ids_of, Path(root)) if root else ())
+
     async def stream(self, body: bytes, take: Take) -> None:
         """Give each piece of a streamed text to `take`, to the text's end.
 
@@ -155,28 +212,30 @@ class Asking:
         assert self.target is not None
         return self.target.model_id
 
-    async def _whole(self, path: str, body: bytes) -> bytes:
+    async def _whole(self, path: str, body: bytes, method: bytes = b"POST") -> bytes:
         parts: list[bytes] = []
 
         async def write(part: bytes) -> None:
             parts.append(part)
 
         try:
-            await self._call(path, body, write)
+            await self._call(path, body, write, method)
         except EngineBrokeOff:
             if self.is_given_up:
                 raise ClientGone from None
             raise engine_ended(self._model_id) from None
         return b"".join(parts)
 
-    async def _call(self, path: str, body: bytes, write: Callable[[bytes], Awaitable[None]]) -> None:
+    async def _call(
+        self, path: str, body: bytes, write: Callable[[bytes], Awaitable[None]], method: bytes = b"POST"
+    ) -> None:
         assert self.target is not None
         if self.is_given_up:
             raise ClientGone
         call = self._engines.call(self.target.url)
         self._calls.add(call)
         try:
-            await call.start(path, HEADERS, body)
+            await call.start(path, HEADERS, body, method)
             if call.status != 200:
                 parts: list[bytes] = []
 
@@ -214,6 +273,34 @@ class _Reading:
                     raise EngineBrokeOff(f"the text ended as '{choice.finish_reason}'")
                 await self._take(choice)
                 self.is_complete = self.is_complete or choice.finish_reason is not None
+
+
+def _rows(answer: bytes, count: int) -> list[Row]:
+    """Return the next tokens of each text. vLLM writes a token as `token_id:N`, since texts of tokens are ambiguous."""
+    return [
+        Row({int(token.rpartition(":")[2]): value for token, value in choice.logprobs.top_logprobs[0].items()},
+            is_all=count == ALL)
+        for choice in _steps.decode(answer).choices
+    ]  # fmt: skip
+
+
+async def together(works: Sequence[Callable[[], Awaitable[T]]], at_once: int) -> list[T]:
+    """Do things at the same time and return what they return; the first error ends the others."""
+    if len(works) == 1:
+        return [await works[0]()]
+    gate = asyncio.Semaphore(max(1, at_once))
+
+    async def one(work: Callable[[], Awaitable[T]]) -> T:
+        async with gate:
+            return await work()
+
+    running = [asyncio.create_task(one(work)) for work in works]
+    try:
+        return await asyncio.gather(*running)
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
 
 
 def _message(body: bytes) -> str:

@@ -34,7 +34,7 @@ STREAM_RESPONSE: Json = {
     "description": "Send the text as it is generated. Not possible with beams. What is no boolean counts as true.",
 }  # fmt: skip
 MEANINGS = {
-    "num_beams": "Beams of a beam search, which always takes the likeliest text: it draws nothing.",
+    "num_beams": "Beams of a beam search, as transformers defines it; 1 is none. With do_sample they are drawn.",
     "do_sample": "Draw each token by its probability. false: always the likeliest.",
     "temperature": "How much chance there is in the drawing; 0 is none.",
     "top_p": "Draw among the likeliest tokens that have this probability together.",

@@ -19,8 +19,8 @@ from modelyard.settings import Settings
 BAD_JSON = "Invalid JSON format"
 BAD_DATA = "Invalid Data Format"
 DUPLICATES = "Duplicate request_ids"
-#: vLLM asks for twice as many candidates as there are beams, and gives 20 at most.
-MOST_BEAMS = 10
+#: Each is a prompt of its own to the engine, at every token.
+MOST_BEAMS = 32
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,6 @@ RANGES = {
     "repetition_penalty": Range(float, 0.01, 100),
     "length_penalty": Range(float, -10, 10),
 }
-#: What beam search cannot heed, and the value that asks for nothing of it.
-NOT_WITH_BEAMS = {"temperature": 1, "top_p": 1, "repetition_penalty": 1}
 
 
 @dataclass(frozen=True)
@@ -182,15 +180,7 @@ def _config(given: object, defaults: Config) -> Config:
     sent = {name: value for name, value in given.items() if name in CONFIG_FIELDS}
     for name, value in sent.items():
         _check(name, value)
-    config = Config(**{**defaults.stored(), **sent}, sent=frozenset(sent))
-    if config.num_beams > 1:
-        for name, neutral in NOT_WITH_BEAMS.items():
-            is_heeded = name == "repetition_penalty" or config.do_sample
-            if name in sent and sent[name] != neutral and is_heeded:
-                raise out_of_range(
-                    name, f"must be {neutral} or left out where num_beams is above 1, since beam search cannot heed it"
-                )
-    return config
+    return Config(**{**defaults.stored(), **sent}, sent=frozenset(sent))
 
 
 def _check(name: str, value: object) -> None:

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+import random
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 from modelyard.errors import BadGateway, BadRequest, ModelyardError, NotFound
-from modelyard.gateway.raw_engine import Asking, EngineRefused, completion_body
+from modelyard.gateway.beam_search import Rules, Search
+from modelyard.gateway.raw_beams import PROMPTS_AT_ONCE, run
+from modelyard.gateway.raw_engine import Asking, Choice, EngineRefused, completion_body, together
 from modelyard.gateway.raw_schemas import Config, RawRequest, out_of_range
 from modelyard.gateway.raw_turns import Turn
 from modelyard.gateway.relay import Target, engine_ended
 
-#: vLLM takes 1,024 prompts in one request; more of them are several requests at the same time.
-PROMPTS_AT_ONCE = 1024
 #: Small questions to an engine, such as for a prompt's text, at the same time.
 QUESTIONS_AT_ONCE = 8
-
-T = TypeVar("T")
 
 
 @dataclass
 class Work:
-    """The texts of one request, in its order, on one engine. `length` is the most tokens that the model takes."""
+    """The texts of one request, in its order, on one engine.
+
+    `length` is the most tokens that the model takes, `eos_ids` those at which a beam search ends.
+    """
 
     request: RawRequest
     asking: Asking
@@ -34,6 +34,7 @@ class Work:
     seed: int | None
     turns: list[Turn]
     length: int
+    eos_ids: frozenset[int] = frozenset()
 
     @property
     def open(self) -> list[Turn]:
@@ -69,7 +70,7 @@ class Work:
         # All or none: the engine takes either texts or tokens.
         if is_full or self.config.num_beams > 1 or any(turn.must_be_looked_at for turn in self.turns):
             looked_at = self.turns if is_full else self.open
-            await _together([partial(turn.look, self.asking, is_full=is_full) for turn in looked_at], QUESTIONS_AT_ONCE)
+            await together([partial(turn.look, self.asking, is_full=is_full) for turn in looked_at], QUESTIONS_AT_ONCE)
             for turn in looked_at:
                 self._check_room(turn)
 
@@ -81,29 +82,56 @@ class Work:
         """
         await self.look()
         turns, beams = self.open, self.config.num_beams
-        parts = [turns[start : start + PROMPTS_AT_ONCE] for start in range(0, len(turns), PROMPTS_AT_ONCE)]
-        asked = [partial(self.asking.complete, self.body(part, stream=False)) for part in parts]
-        # Of the beams of a prompt the best comes first.
-        choices = [choice for answer in await _together(asked, len(parts)) for choice in answer][::beams]
+        choices = await (self._search(turns) if beams > 1 else self._generate(turns))
         if len(choices) != len(turns):
             raise engine_ended(self.target.model_id)
         for turn, choice in zip(turns, choices, strict=True):
             turn.advance(choice)
         if beams > 1:
-            texts = await _together([partial(turn.new_of_beams, self.asking) for turn in turns], QUESTIONS_AT_ONCE)
+            texts = await together([partial(turn.new_of_beams, self.asking) for turn in turns], QUESTIONS_AT_ONCE)
         else:
             texts = [turn.new(choice.text) for turn, choice in zip(turns, choices, strict=True)]
         news = {id(turn): text for turn, text in zip(turns, texts, strict=True)}
         return [news.get(id(turn), "") for turn in self.turns]
 
+    async def _generate(self, turns: Sequence[Turn]) -> list[Choice]:
+        parts = [turns[start : start + PROMPTS_AT_ONCE] for start in range(0, len(turns), PROMPTS_AT_ONCE)]
+        asked = [partial(self.asking.complete, self.body(part, stream=False)) for part in parts]
+        return [choice for answer in await together(asked, len(parts)) for choice in answer]
+
+    async def _search(self, turns: Sequence[Turn]) -> list[Choice]:
+        searches = [Search(turn.text.all_ids, self._rules(turn), random.Random(self._seed([turn]))) for turn in turns]
+        await run(self.asking, searches)
+        found = [search.best for search in searches]
+        return [
+            Choice(token_ids=ids, finish_reason="stop" if ids[-1] in self.eos_ids else "length") for ids in found
+        ]  # fmt: skip
+
+    def _rules(self, turn: Turn) -> Rules:
+        config = self.config
+        return Rules(
+            num_beams=config.num_beams,
+            max_new_tokens=min(config.max_new_tokens, self.length - len(turn.text.all_ids)),
+            length_penalty=config.length_penalty,
+            repetition_penalty=config.repetition_penalty,
+            eos_ids=self.eos_ids,
+            # As without beams, temperature 0 draws nothing.
+            do_sample=config.do_sample and config.temperature > 0,
+            temperature=config.temperature,
+            top_k=max(config.top_k, 0),
+            top_p=config.top_p,
+        )
+
+    def _seed(self, turns: Sequence[Turn]) -> int | None:
+        # Drawing begins anew with every request: with the same seed a text that goes on would have the same chances
+        # again.
+        return None if self.seed is None else self.seed + max(len(turn.text.ids) for turn in turns)
+
     def body(self, turns: Sequence[Turn], *, stream: bool) -> bytes:
         """Return the request that has these texts go on."""
-        # The engine begins its drawing anew with every request: with the same seed a text that goes on would have the
-        # same chances again.
-        seed = None if self.seed is None else self.seed + max(len(turn.text.ids) for turn in turns)
         prompts = [turn.asks for turn in turns]
         limit = min(self.config.max_new_tokens, self.length)
-        return completion_body(self.target.served_name, prompts, self.config, limit, seed, stream=stream)
+        return completion_body(self.target.served_name, prompts, self.config, limit, self._seed(turns), stream=stream)
 
     def _check_room(self, turn: Turn) -> None:
         tokens, model_id = len(turn.text.prompt_ids), self.target.model_id
@@ -132,22 +160,3 @@ class Work:
                     turn.text.prompt_ids, _ = await self.asking.tokenize(turn.prompt or "")
                     self._check_room(turn)
         return BadRequest(f"The engine of '{model_id}' refused the request: {error.message}")
-
-
-async def _together(works: Sequence[Callable[[], Awaitable[T]]], at_once: int) -> list[T]:
-    """Do things at the same time and return what they return; the first error ends the others."""
-    if len(works) == 1:
-        return [await works[0]()]
-    gate = asyncio.Semaphore(max(1, at_once))
-
-    async def one(work: Callable[[], Awaitable[T]]) -> T:
-        async with gate:
-            return await work()
-
-    running = [asyncio.create_task(one(work)) for work in works]
-    try:
-        return await asyncio.gather(*running)
-    finally:
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)

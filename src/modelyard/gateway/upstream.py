@@ -225,8 +225,8 @@ class Call:
         """When the first byte of the body was handed on, on `perf_counter`'s clock; 0 before."""
         return self._connection.first_byte_at if self._connection is not None else 0.0
 
-    async def start(self, path: str, headers: Headers, body: bytes) -> None:
-        """POST the request; returns when the answer's headers are there.
+    async def start(self, path: str, headers: Headers, body: bytes, method: bytes = b"POST") -> None:
+        """Send the request; returns when the answer's headers are there.
 
         Raises:
             EngineUnreachable: no answer came.
@@ -234,7 +234,7 @@ class Call:
             OutOfFiles: this server has no file left for a connection.
         """
         request = b"".join(
-            (b"POST ", path.encode(), b" HTTP/1.1\r\nHost: engine\r\nContent-Length: ", str(len(body)).encode(),
+            (method, b" ", path.encode(), b" HTTP/1.1\r\nHost: engine\r\nContent-Length: ", str(len(body)).encode(),
              *(part for name, value in headers for part in (b"\r\n", name, b": ", value)), b"\r\n\r\n", body)
         )  # fmt: skip
         connection = self._engines.kept(self._url)
