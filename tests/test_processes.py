@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +150,26 @@ def test_start_stop_and_wait_work_on_either_event_loop(
         assert await child.stop() == Outcome(7, None, stopped=True)
 
     run(one_round())
+
+
+async def test_the_processor_time_of_a_child_is_that_of_all_its_processes(yard: Yard) -> None:
+    code = "import os, time\nif os.fork():\n time.sleep(600)\nos.setsid()\nif os.fork(): os._exit(0)\nwhile True: pass"
+    child = await yard.start(python(code))
+    await eventually(lambda: len(kept(child)) == 2, "the one that works has left its group and its parent")
+    before = await child.processor_times()
+    assert child.pid not in before, "its keeper is none of them"
+
+    async def used_s() -> float:
+        now = await child.processor_times()
+        return sum(now.values()) - sum(before.get(pid, 0.0) for pid in now)
+
+    await eventually(lambda: _above(used_s, 0.3), "it has worked")
+    await child.kill()
+    assert await child.processor_times() == {}
+
+
+async def _above(count: Callable[[], Awaitable[float]], least: float) -> bool:
+    return await count() > least
 
 
 async def test_what_a_child_prints_is_appended_to_its_log(yard: Yard) -> None:

@@ -69,6 +69,25 @@ def start_time(pid: int | str) -> int:
         return int(file.read().rpartition(b")")[2].split()[19])
 
 
+def processor_times(root: int) -> dict[int, float]:
+    """Return the processor time of every process that descends from `root`, in seconds by pid."""
+    ticks_per_s = os.sysconf("SC_CLK_TCK")
+    parents: dict[int, int] = {}
+    times: dict[int, float] = {}
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            with open(f"/proc/{name}/stat", "rb") as file:
+                fields = file.read().rpartition(b")")[2].split()
+            parents[int(name)] = int(fields[1])
+            times[int(name)] = (int(fields[11]) + int(fields[12])) / ticks_per_s
+    found = {root}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return {pid: times[pid] for pid in found - {root}}
+
+
 def write_json(path: str, value: dict[str, Any]) -> None:
     """Write the file beside and move it into place: a reader sees all of it or nothing."""
     beside = f"{path}.{os.getpid()}"

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modelyard import keeper as keeper_module
-from modelyard.keeper import is_resource_tracker, lock_is_held, start_time, take_lock, write_json
+from modelyard.keeper import is_resource_tracker, lock_is_held, processor_times, start_time, take_lock, write_json
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +144,10 @@ class Child:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         return await self.wait()
+
+    async def processor_times(self) -> dict[int, float]:
+        """Return the processor time of each of its processes so far, in seconds by pid; nothing once it has ended."""
+        return await asyncio.to_thread(processor_times, self.pid) if self.is_alive else {}
 
     async def _watch(self) -> Outcome:
         if self._pidfd is not None:

@@ -37,6 +37,9 @@ RESTING = replace(SERVING, state=State.IDLE, child=ChildState.NONE)
         (replace(DIED, restarts=2), Step.BACK_OFF),
         (replace(DIED, restarts=3), Step.GIVE_UP),
         (replace(DIED, max_restarts=0), Step.GIVE_UP),
+        # It was ended because it did not answer: no death of its own.
+        (replace(DIED, restarts=3, forgiven=True), Step.BACK_OFF),
+        (replace(DIED, has_served=False, forgiven=True), Step.GIVE_UP),
         (replace(DIED, state=State.STARTING, restarts=1), Step.BACK_OFF),
         (replace(DIED, state=State.BACKOFF, child=ChildState.NONE, delay_over=False), Step.WAIT),
         (replace(DIED, state=State.BACKOFF, child=ChildState.NONE), Step.START),

@@ -442,20 +442,72 @@ async def test_the_server_stopping_in_good_order_ends_engines_and_a_new_one_brin
         assert (await again.ended(job_id)).status == JobStatus.KILLED
 
 
-async def test_an_engine_is_ended_when_its_health_stays_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def hasty_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("modelyard.deploy.service.HEALTH_EVERY_S", 0.05)
-    monkeypatch.setattr("modelyard.deploy.service.UNWELL_LIMIT", 2)
+    monkeypatch.setattr("modelyard.deploy.silence.UNWELL_LIMIT", 3)
     monkeypatch.setattr("modelyard.deploy.engine_client.HEALTH_TIMEOUT_S", 0.3)
-    async with deploy_yard(tmp_path) as yard:
-        await yard.add_model("org/tiny")
+
+
+#: What an engine logs of a request, which looks like the cause of a death.
+ANOTHERS = "ERROR Exception while compiling: ValueError: the pattern [a-z]{0,500} of somebody's schema"
+
+
+async def test_an_engine_that_is_silent_and_idle_is_ended_and_named_so(tmp_path: Path, hasty_looks: None) -> None:
+    async with deploy_yard(tmp_path, engine_max_restarts=0) as yard:
+        await yard.add_model(
+            "org/tiny", misbehave={"hangs": {"after_s": 0, "for_s": 0, "busy": False, "says": ANOTHERS}}
+        )
         job_id = await yard.deploy("org/tiny")
         await yard.becomes(job_id, "READY")
         [start] = yard.record("org/tiny", "start")
         os.kill(start["pid"], signal.SIGSTOP)  # it is there, and says nothing
-        await eventually(lambda: len(yard.record("org/tiny", "request")) == 2, "the second engine was probed")
+        await eventually(lambda: len(yard.record("org/tiny", "start")) == 2, "the second engine is started")
+        deployment = await yard.becomes(job_id, "READY")
+        assert deployment.restarts == 0, "it did not die by itself"
+        warnings = [event.message for event in await yard.events(job_id) if event.level == "warning"]
+        assert "does not answer, and its processes do nothing" in warnings[0]
+        assert not [one for one in warnings if "pattern" in one or "SIGKILL" in one], warnings
+
+
+async def test_an_engine_that_is_silent_and_busy_is_left_alone(tmp_path: Path, hasty_looks: None) -> None:
+    async with deploy_yard(tmp_path, engine_max_restarts=0) as yard:
+        await yard.add_model("org/tiny", misbehave={"hangs": {"after_s": 1.5, "for_s": 4.0, "busy": True}})
+        job_id = await yard.deploy("org/tiny")
+        await yard.becomes(job_id, "READY")
+
+        async def is_said(words: str) -> bool:
+            return any(words in event.message for event in await yard.events(job_id))
+
+        await eventually(lambda: is_said("its processes work"), "it is said that it works")
+        await eventually(lambda: is_said("answers again after"), "it is said that it answers")
+        assert len(yard.record("org/tiny", "start")) == 1
+        assert (await yard.deployment(job_id)).state == "READY"
+
+
+async def test_an_engine_that_works_for_too_long_without_an_answer_is_ended(tmp_path: Path, hasty_looks: None) -> None:
+    hang = {"after_s": 1.5, "for_s": 60.0, "busy": True, "says": ANOTHERS}
+    async with deploy_yard(tmp_path, engine_max_restarts=0, engine_busy_timeout_s=1.0) as yard:
+        await yard.add_model("org/tiny", misbehave={"starts": [1], "hangs": hang})
+        job_id = await yard.deploy("org/tiny")
+        await eventually(lambda: len(yard.record("org/tiny", "start")) == 2, "the second engine is started")
         await yard.becomes(job_id, "READY")
         warnings = [event.message for event in await yard.events(job_id) if event.level == "warning"]
-        assert "silent" in warnings[0]
+        assert any("without answering; it was ended" in one for one in warnings), warnings
+        assert not any("pattern" in one for one in warnings), warnings
+
+
+async def test_an_engine_that_hangs_again_and_again_is_given_up(
+    tmp_path: Path, hasty_looks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modelyard.deploy.silence.FORGIVEN", 1)
+    async with deploy_yard(tmp_path, engine_max_restarts=1) as yard:
+        await yard.add_model("org/tiny", misbehave={"hangs": {"after_s": 0.5, "for_s": 60.0, "busy": False}})
+        job_id = await yard.deploy("org/tiny")
+        job = await yard.ended(job_id)
+        assert (job.status, job.failure and job.failure.code) == (JobStatus.FAILED, "engine_silent")
+        assert len(yard.record("org/tiny", "start")) == 3, "one is forgiven, one is the restart that it has"
+        await nothing_is_left(yard, job_id)
 
 
 async def test_the_private_folder_of_an_engine_that_was_about_to_start_is_not_left_behind(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from modelyard.deploy.loading import Adapter, AdapterRefused
 from modelyard.deploy.readiness import Readiness
 from modelyard.deploy.record import Record
 from modelyard.deploy.routing import FRESH_S
+from modelyard.deploy.silence import Silence
 from modelyard.deploy.steps import ChildState, Facts, Room, Step, next_step
 from modelyard.deploy.tables import Deployment, DeploymentState, Wanted
 from modelyard.deploy.vllm_args import socket_path
@@ -41,8 +42,6 @@ T = TypeVar("T")
 PROBE_EVERY_S = 0.2
 DRAIN_EVERY_S = 0.1
 HEALTH_EVERY_S = 5.0
-#: An engine that is silent or unwell this many times in a row is ended, and started again.
-UNWELL_LIMIT = 6
 #: An engine that stood this long has its restarts forgotten.
 STABLE_S = 300.0
 LONGEST_DELAY_S = 60.0
@@ -69,7 +68,7 @@ class Service:
         self.delay_until = 0.0
         self.started_at = self.told_at = self.looked_at = time.monotonic()
         self.stable_at = time.monotonic() + STABLE_S
-        self.unwell = 0
+        self.silence = Silence(supervisor.settings.engine_busy_timeout_s)
         self.outcome: Outcome | None = None
         self.said_waiting = False
         self.readiness = Readiness(row.model_id, row.task)
@@ -187,6 +186,7 @@ class Service:
             drained=self.requests.drained and row.state == DeploymentState.DRAINING,
             unasked=self.requests.unasked(row.idle_timeout_s) and not row.wake_requested,
             awaited=row.wake_requested,
+            forgiven=self.silence.is_forgiven,
         )
 
     async def _room(self) -> Room:
@@ -330,9 +330,12 @@ class Service:
 
     async def _count_unwell(self, health: Health | None) -> None:
         assert self.child is not None
-        self.unwell = 0 if health == Health.GOOD else self.unwell + 1
-        if self.unwell >= UNWELL_LIMIT and self.child.is_alive:
-            await self.context.event(f"The engine has been {health} for a while; ending it.", level="warning")
+        if health is None:
+            return  # it ended, or is not wanted any more
+        news = await self.silence.note(health, self.child.processor_times)
+        if news is not None:
+            await self.context.event(news.message, level="warning", data=news.data)
+        if self.silence.failure is not None and self.child.is_alive:
             await self.child.stop()
 
     def _waited_s(self) -> float:
@@ -341,7 +344,7 @@ class Service:
     async def _ready(self, loaded: list[dict[str, Any]]) -> None:
         seconds = round(self._waited_s(), 2)
         self.has_served = True
-        self.unwell = 0
+        self.silence.end()
         self.stable_at = time.monotonic() + STABLE_S
         if await self.record.become_ready("it generated a token", ready_at=utcnow(), loaded=loaded):
             self.requests.asked()
@@ -393,8 +396,10 @@ class Service:
         if time.monotonic() - self.looked_at < HEALTH_EVERY_S:
             return
         self.looked_at = time.monotonic()
-        if self.row.restarts and time.monotonic() > self.stable_at:
-            await self.record.write(restarts=0)
+        if time.monotonic() > self.stable_at:
+            self.silence.count = 0
+            if self.row.restarts:
+                await self.record.write(restarts=0)
         await self._count_unwell(await self._unless_it_ends(self.client.health()))
 
     async def _drain(self) -> None:
@@ -424,16 +429,22 @@ class Service:
         self.requests.engine_is_gone()
 
     async def _back_off(self, cause: JobFailure) -> None:
-        if not self.has_served or self.row.restarts >= self.settings.engine_max_restarts:
+        is_forgiven = self.silence.is_forgiven
+        if not self.has_served or (self.row.restarts >= self.settings.engine_max_restarts and not is_forgiven):
             raise cause
         delay_s = min(self.settings.engine_restart_delay_s * 2**self.row.restarts, LONGEST_DELAY_S)
         await self._stop_engine()
-        restarts = self.row.restarts + 1
+        self.silence.end()
+        restarts = self.row.restarts + (0 if is_forgiven else 1)
         await self.record.move(DeploymentState.BACKOFF, cause.code, restarts=restarts, **actions.no_engine())
         self.delay_until = time.monotonic() + delay_s
         await self.context.event(
             f"{cause.message} The engine is started again in {delay_s:.0f} s "
-            f"(restart {restarts} of {self.settings.engine_max_restarts}).",
+            + (
+                "(which does not count)."
+                if is_forgiven
+                else f"(restart {restarts} of {self.settings.engine_max_restarts})."
+            ),
             level="warning",
             data={"code": cause.code, "restart": restarts},
         )
@@ -441,6 +452,9 @@ class Service:
     async def _cause(self) -> JobFailure:
         if self.child is not None and not self.child.is_alive:
             self.outcome = self.child.outcome
+        if self.silence.failure is not None:
+            self.silence.failure.hint = self.silence.failure.hint.replace("<id>", str(self.context.id))
+            return self.silence.failure  # its log tells of its requests, not of why it was ended
         text = await asyncio.to_thread(attempts.newest_log, self.context.log)
         failure = explain(text, self.outcome)
         failure.hint = failure.hint.replace("<id>", str(self.context.id))

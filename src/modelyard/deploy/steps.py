@@ -76,7 +76,7 @@ class Facts:
 
     `has_served`: an engine of it, or of what it brings back, has generated a token. `drained`: it has had no request
     for a moment, or time is up. `unasked`: nobody asked for as long as its idle timeout. `awaited`: a request waits
-    for it.
+    for it. `forgiven`: the engine was ended because it did not answer, which is no death of its own.
     """
 
     wanted: Wanted
@@ -91,6 +91,7 @@ class Facts:
     drained: bool = False
     unasked: bool = False
     awaited: bool = False
+    forgiven: bool = False
 
 
 def next_step(facts: Facts) -> Step:
@@ -100,7 +101,7 @@ def next_step(facts: Facts) -> Step:
     if facts.wanted == Wanted.DRAINED:
         return _leave(facts)
     if facts.child == ChildState.ENDED:
-        if not facts.has_served or facts.restarts >= facts.max_restarts:
+        if not facts.has_served or (facts.restarts >= facts.max_restarts and not facts.forgiven):
             return Step.GIVE_UP
         return Step.BACK_OFF
     if facts.child == ChildState.ALIVE:
