@@ -348,6 +348,23 @@ def test_a_beam_search_heeds_every_field(yard: Lane, config: dict[str, Any]) -> 
         assert {one["logprobs"] for one in asked} == {-1}, "any token may be drawn"
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("generation_config.json", {"eos_token_id": [7, 257]}),
+        ("tokenizer_config.json", {"eos_token": "</s>"}),
+        ("tokenizer_config.json", {"eos_token": {"content": "</s>"}}),
+    ],
+)
+def test_beams_end_at_the_tokens_that_the_models_files_name(
+    yard: Lane, tmp_path: Path, name: str, content: dict[str, Any]
+) -> None:
+    yard.engine()
+    (tmp_path / "config.json").write_text("{}", "utf-8")
+    (tmp_path / name).write_text(json.dumps(content), "utf-8")
+    assert yard.text(generation_config={**GREEDY, "num_beams": 2}) == CATS + END
+
+
 def test_beams_draw_the_same_with_the_same_seed(tmp_path: Path) -> None:
     config = {"num_beams": 3, "temperature": 2, "top_k": 0, "max_new_tokens": 6}
     with lane(tmp_path, generate_seed=3) as yard:

@@ -31,7 +31,8 @@ class Invalid(Exception):
 
 def tokenize(text: str, *, has_begin: bool) -> list[int]:
     """Return the tokens of a text."""
-    return [*([BEGIN] if has_begin else []), *text.encode()]
+    own = [END] if text == SPECIAL[END] else text.encode()
+    return [*([BEGIN] if has_begin else []), *own]
 
 
 def decode(ids: list[int]) -> str:

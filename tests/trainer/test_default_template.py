@@ -14,9 +14,8 @@ from modelyard.demo.tiny_llama import make_llama
 from modelyard.trainer.default_template import (
     CHATML_TEMPLATE,
     default_template,
-    stop_ids_of,
 )
-from modelyard.trainer.model_files import PLAIN_TEMPLATE, has_chat_template
+from modelyard.trainer.model_files import PLAIN_TEMPLATE, has_chat_template, stop_ids_of
 
 CHATML, PLAIN = CHATML_TEMPLATE.replace("{BOS}", ""), PLAIN_TEMPLATE.replace("{BOS}", "")
 

@@ -20,7 +20,7 @@ from modelyard.gateway.envelope import ClientGone
 from modelyard.gateway.raw_schemas import Config
 from modelyard.gateway.relay import Target, engine_ended
 from modelyard.gateway.upstream import Call, EngineBrokeOff, Engines, EngineUnreachable
-from modelyard.trainer.default_template import stop_ids_of
+from modelyard.trainer.model_files import read_settings, stop_ids_of
 
 HEADERS = ((b"Content-Type", b"application/json"),)
 #: The last event of a stream.
@@ -128,9 +128,9 @@ class Asking:
         for call in self._calls:
             call.give_up()
 
-    async def tokenize(self, text: str) -> tuple[list[int], int]:
+    async def tokenize(self, text: str, *, adds_special: bool = True) -> tuple[list[int], int]:
         """Return the tokens of a text with those that its model puts around it, and the most that the model takes."""
-        body = {"model": self._name, "prompt": text, "add_special_tokens": True}
+        body = {"model": self._name, "prompt": text, "add_special_tokens": adds_special}
         found = _tokens.decode(await self._whole("/tokenize", msgspec.json.encode(body)))
         return found.tokens, found.max_model_len
 
@@ -179,10 +179,19 @@ class Asking:
         return rows
 
     async def ending_ids(self) -> frozenset[int]:
-        """Return the tokens at which the model's own files say that a text ends."""
+        """Return the tokens that end a text: those that the model's files name, else its tokenizer's own."""
         cards = _cards.decode(await self._whole("/v1/models", b"", method=b"GET")).data
         root = next((card.root for card in cards if card.id == self._model_id), None)
-        return frozenset(await asyncio.to_thread(stop_ids_of, Path(root)) if root else ())
+        if not root:
+            return frozenset()
+        if found := await asyncio.to_thread(stop_ids_of, Path(root)):
+            return frozenset(found)
+        named = (await asyncio.to_thread(read_settings, Path(root), "tokenizer_config")).get("eos_token")
+        text = named.get("content") if isinstance(named, dict) else named
+        if not isinstance(text, str):
+            return frozenset()
+        ids, _ = await self.tokenize(text, adds_special=False)
+        return frozenset(ids if len(ids) == 1 else ())
 
     async def stream(self, body: bytes, take: Take) -> None:
         """Give each piece of a streamed text to `take`, to the text's end.

@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from modelyard.trainer.model_files import BOS, PLAIN_TEMPLATE, read_settings
+from modelyard.trainer.model_files import BOS, PLAIN_TEMPLATE, read_settings, stop_ids_of
 
 CHATML_TEMPLATE = (
     "{BOS}{% for message in messages %}"
@@ -37,18 +37,6 @@ def default_template(folder: Path) -> str:
     first = tokenizer.token_to_id(_token(config.get("bos_token")))
     begins = first is not None and ids == [first]
     return template.replace(BOS, "{{ bos_token }}" if begins else "")
-
-
-def stop_ids_of(folder: Path) -> list[int]:
-    """Return the tokens that the engine stops at because the files of the model say so. Blocks."""
-    for name in ("generation_config", "config"):
-        if not (config := read_settings(folder, name)):
-            continue
-        found = config.get("eos_token_id")
-        if found is None and isinstance(config.get("text_config"), dict):
-            found = config["text_config"].get("eos_token_id")
-        return [one for one in (found if isinstance(found, list) else [found]) if isinstance(one, int)]
-    return []
 
 
 def _token(named: Any) -> str:

@@ -38,6 +38,18 @@ def read_settings(folder: Path, name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def stop_ids_of(folder: Path) -> list[int]:
+    """Return the tokens that the engine stops at because the files of the model say so. Blocks."""
+    for name in ("generation_config", "config"):
+        if not (config := read_settings(folder, name)):
+            continue
+        found = config.get("eos_token_id")
+        if found is None and isinstance(config.get("text_config"), dict):
+            found = config["text_config"].get("eos_token_id")
+        return [one for one in (found if isinstance(found, list) else [found]) if type(one) is int]
+    return []
+
+
 def _bytes_of(path: Path) -> bytes:
     """Return the first 16 MiB: a file that is cut is no JSON, and a larger one holds no settings."""
     with open(path, "rb") as file:

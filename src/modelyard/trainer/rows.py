@@ -22,9 +22,10 @@ from typing import Any
 from modelyard.datasets.forms import Row
 from modelyard.datasets.lines import rows_of
 from modelyard.errors import JobFailure
-from modelyard.trainer.default_template import default_template, stop_ids_of
+from modelyard.trainer.default_template import default_template
 from modelyard.trainer.labels import IGNORED, Labelled, Labeller
 from modelyard.trainer.messages import as_sent, messages_of
+from modelyard.trainer.model_files import stop_ids_of
 from modelyard.trainer.rendering import Refused, Renderer
 from modelyard.trainer.reports import Reports
 from modelyard.trainer.spec import Spec
