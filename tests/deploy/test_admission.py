@@ -11,7 +11,7 @@ from modelyard.deploy import actions, admission
 from modelyard.deploy.schemas import DeployIn
 from modelyard.deploy.tables import Strategy
 from modelyard.errors import ModelNotFound, Unprocessable
-from tests.deploy.yard import DeployYard, deploy_yard, make_settings
+from tests.deploy.yard import CONFIG, DeployYard, deploy_yard, make_settings
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -30,6 +30,28 @@ async def test_what_a_request_leaves_out_comes_from_the_settings(tmp_path: Path)
     )  # fmt: skip
     assert admission.wish_of(said, settings) == actions.Wish("org/a", ["x"], {"seed": 1}, Strategy.REPLACE, True, 5.0)
     assert admission.wish_of(DeployIn(model_id="org/a"), make_settings(tmp_path)).idle_timeout_s is None
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"architectures": ["BertForSequenceClassification"], "num_labels": 1}, "reranker"),
+        ({"architectures": ["WhisperForConditionalGeneration"], "is_encoder_decoder": True}, "speech recogniser"),
+        ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, "encoder-decoder"),
+    ],
+)
+async def test_a_model_of_a_kind_without_a_path_is_refused_though_it_is_in_the_store(
+    tmp_path: Path, config: dict[str, Any], says: str
+) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/a", config={**CONFIG, **config})
+        with pytest.raises(Unprocessable, match=says) as caught:
+            await check(yard)
+        assert caught.value.code == "unsupported_kind"
+        job = await yard.ended(await yard.deploy("org/a"))
+        assert job.failure is not None
+        assert job.failure.code == "unsupported_kind"
+        assert yard.record("org/a", "start") == [], "no engine was started"
 
 
 async def test_adapters_want_room(tmp_path: Path) -> None:
@@ -68,6 +90,6 @@ async def test_a_model_whose_files_are_broken_is_named(tmp_path: Path) -> None:
         folder = await yard.add_model("org/a")
         await yard.add_adapter("org/poems", "org/a")
         (folder / "config.json").write_text("{", "utf-8")
-        with pytest.raises(Unprocessable, match="configuration of org/a cannot be read") as refusal:
+        with pytest.raises(Unprocessable, match="org/a cannot be used: its config.json") as refusal:
             await check(yard, "org/poems")
         assert (refusal.value.code, refusal.value.param) == ("broken_model", "model_id")

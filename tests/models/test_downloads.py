@@ -385,6 +385,24 @@ REFUSED: dict[str, tuple[dict[str, bytes | None], str]] = {
     ),
     "no configuration": ({"config.json": None}, "missing_configuration"),
     "broken configuration": ({"config.json": b"{"}, "bad_configuration"),
+    "a cross-encoder": (
+        {"config.json": as_json({"architectures": ["BertForSequenceClassification"], "id2label": {"0": "LABEL_0"}})},
+        "unsupported_kind",
+    ),
+    "a speech recogniser": (
+        {"config.json": as_json({"architectures": ["WhisperForConditionalGeneration"], "is_encoder_decoder": True})},
+        "unsupported_kind",
+    ),
+    "a reward model": ({"config.json": as_json({"architectures": ["Qwen2ForRewardModel"]})}, "unsupported_kind"),
+    "a draft model": ({"config.json": as_json({"architectures": ["EagleLlamaForCausalLM"]})}, "unsupported_kind"),
+    "no architecture": ({"config.json": as_json({"model_type": "llama"})}, "unsupported_kind"),
+    "a sparse encoder": (
+        {
+            "config.json": as_json({"architectures": ["BertForMaskedLM"]}),
+            "modules.json": as_json([{"type": "sentence_transformers.sparse_encoder.models.MLMTransformer"}]),
+        },
+        "unsupported_kind",
+    ),
     "header beyond its file": ({WEIGHTS: safetensors(noise(100), HEADER_BEYOND)}, "bad_weights"),
 }
 

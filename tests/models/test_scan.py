@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import struct
 import time
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 
 from modelyard.errors import JobFailure
 from modelyard.models import scan
-from modelyard.models.kinds import Task
 from tests.models.repositories import CONFIG, as_json, noise, safetensors
 
 
@@ -193,19 +191,3 @@ def test_an_adapter_that_could_not_be_served_is_refused(config: dict[str, Any], 
 
 def test_an_adapter_names_its_base() -> None:
     assert scan.scan_adapter({"peft_type": "LORA", "base_model_name_or_path": "acme/tiny"}) == "acme/tiny"
-
-
-@pytest.mark.parametrize(
-    ("files", "config", "task"),
-    [
-        ({"config.json"}, {"architectures": ["LlamaForCausalLM"]}, Task.GENERATE),
-        ({"config.json"}, {"architectures": ["BertModel"]}, Task.EMBED),
-        ({"config.json", "modules.json"}, {"architectures": ["Qwen3ForCausalLM"]}, Task.EMBED),
-        ({"config.json", "1_Pooling/config.json"}, {}, Task.EMBED),
-        ({"config.json"}, {}, Task.GENERATE),
-        ({"config.json"}, {"architectures": "BertModel"}, Task.GENERATE),
-        ({"config.json"}, {"architectures": [["BertModel"]]}, Task.GENERATE),
-    ],
-)
-def test_the_task_is_told_from_files_and_architecture(files: set[str], config: dict[str, Any], task: Task) -> None:
-    assert scan.task_of(files, json.loads(json.dumps(config))) is task

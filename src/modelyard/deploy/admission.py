@@ -1,8 +1,8 @@
-"""Whether a wish's adapters can be served at all, asked before the wish is written down: a refusal is the answer then,
-instead of a job that fails.
+"""Admission check for deploys: models of a kind that is not served, and adapters that cannot be served, are refused
+before anything is written, so that the client gets a 422 instead of a job that fails later.
 
-It reads the store, the adapters' files and the command of the engine that would be changed in place. It writes nothing.
-What only an engine knows shows when it loads the adapter.
+It reads the store, the models' files and the command of the engine that would be changed in place. It writes nothing.
+What only an engine knows shows when it loads the model or the adapter.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from modelyard.db import Sessions
 from modelyard.deploy import actions, attempts, succession
 from modelyard.deploy.adapters import check_adapter, smallest_max_rank
-from modelyard.deploy.fitting import model_files
+from modelyard.deploy.fitting import model_files, servable_files
 from modelyard.deploy.schemas import DeployIn, EngineOptions
 from modelyard.deploy.tables import Deployment
 from modelyard.errors import JobFailure, Unprocessable
@@ -39,17 +39,18 @@ def wish_of(wanted: DeployIn, settings: Settings) -> actions.Wish:
 
 
 async def check(sessions: Sessions, settings: Settings, wish: actions.Wish) -> None:
-    """Refuse adapters that cannot be served on the model, or not by the engine that serves it now.
+    """Refuse a model of a kind that is not served, and adapters that cannot be served on it, or not by its engine.
 
     Raises:
         ModelNotFound: the store lacks the model or an adapter.
         Unprocessable: param `adapter_ids` or `model_id`; the message says what to do.
     """
-    if not wish.adapter_ids:
-        return
     async with sessions.read() as session:
         model, adapters = await actions.wanted_models(session, wish.model_id, wish.adapter_ids)
         running = await _running(session, wish)
+    await asyncio.to_thread(_check_kind, settings, model)
+    if not wish.adapter_ids:
+        return
     if EngineOptions(**wish.options).over(settings).max_loras == 0:
         where = "options.max_loras" if wish.options.get("max_loras") == 0 else "MODELYARD_ENGINE_MAX_LORAS"
         raise Unprocessable(
@@ -66,6 +67,15 @@ async def check(sessions: Sessions, settings: Settings, wish: actions.Wish) -> N
                 "starts another engine beside it.",
                 param="adapter_ids",
             )
+
+
+def _check_kind(settings: Settings, model: Model) -> None:
+    """Refuse a model for whose kind there is no path here. Files that cannot be read are the job's to tell."""
+    try:
+        servable_files(settings, model)
+    except JobFailure as failure:
+        if failure.code == "unsupported_kind":
+            raise Unprocessable(f"{failure.message} {failure.hint}", param="model_id", code=failure.code) from failure
 
 
 async def _running(session: AsyncSession, wish: actions.Wish) -> Deployment | None:

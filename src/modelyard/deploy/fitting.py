@@ -23,7 +23,7 @@ from modelyard.deploy.steps import Room
 from modelyard.deploy.tables import LIVE, Deployment, DeploymentState, Strategy, Wanted
 from modelyard.deploy.vllm_args import AdapterFiles, ModelFiles, engine_command
 from modelyard.errors import JobFailure, Unprocessable
-from modelyard.models import config_file
+from modelyard.models import config_file, kinds
 from modelyard.models.tables import Model
 from modelyard.models.tokenizer_child import BAD, HINT, TokenizerChildren
 from modelyard.processes import Command
@@ -112,7 +112,7 @@ class Fitting:
 
         def make() -> tuple[Command, int]:
             machine = left(this_machine(), row, live, self._settings, promised)
-            files, adapter_files = model_files(self._settings, model), self._adapter_files(model, adapters)
+            files, adapter_files = servable_files(self._settings, model), self._adapter_files(model, adapters)
             options = EngineOptions(**row.options).over(self._settings)
             cache = self._settings.data_dir / "cache"
             # Adapters are trained with the same one.
@@ -137,7 +137,7 @@ class Fitting:
         """
         rank = max((one.rank for one in self._adapter_files(model, adapters)), default=0)
         options = EngineOptions(**row.options).over(self._settings)
-        return fit(model_files(self._settings, model), options, machine, rank)
+        return fit(servable_files(self._settings, model), options, machine, rank)
 
     def _adapter_files(self, model: Model, adapters: Sequence[Model]) -> list[AdapterFiles]:
         config = model_files(self._settings, model).config
@@ -171,6 +171,18 @@ def model_files(settings: Settings, model: Model) -> ModelFiles:
             "Delete the model and add it again, or another revision of it.",
         ) from failure
     return ModelFiles(model.model_id, path, model.size_bytes, config, model.task)
+
+
+def servable_files(settings: Settings, model: Model) -> ModelFiles:
+    """Return the files of a model that an engine is to serve. Blocks.
+
+    Raises:
+        JobFailure: `broken_model`, or `unsupported_kind`: it is of a kind that is not served. Downloads refuse such
+            models; this one was added before they did.
+    """
+    files = model_files(settings, model)
+    kinds.task_of(files.config, kinds.reader(files.path))
+    return files
 
 
 def left(

@@ -17,7 +17,7 @@ from uuid import UUID
 from modelyard.db import Sessions
 from modelyard.deploy import actions, promises, succession
 from modelyard.deploy.fit import Fit
-from modelyard.deploy.fitting import Fitting, in_words, left, left_when_gone, model_files
+from modelyard.deploy.fitting import Fitting, in_words, left, left_when_gone, servable_files
 from modelyard.deploy.machine import Machine, this_machine
 from modelyard.deploy.promises import Promised
 from modelyard.deploy.schemas import EngineOptions
@@ -105,7 +105,7 @@ def _worked_out(
     found, fits, fits_beside, failure = None, False, False, None
     machine = look.without([one for one in leaving if one.first])
     try:
-        check_length(model_files(settings, model), EngineOptions(**row.options).over(settings))
+        check_length(servable_files(settings, model), EngineOptions(**row.options).over(settings))
         found = fitting.fit(row, model, adapters, machine)
         fits = fits_beside = is_same or (found.fits and not look.is_blind(leaving))
         if (

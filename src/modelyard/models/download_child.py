@@ -31,7 +31,7 @@ from typing import Any
 
 from modelyard import evidence
 from modelyard.errors import JobFailure
-from modelyard.models import ids, scan, transfer
+from modelyard.models import config_file, ids, kinds, scan, transfer
 from modelyard.models.download_spec import GIB, Spec
 from modelyard.models.selection import ADAPTER_CONFIG, Selection, choose
 from modelyard.models.shards import check_tensors
@@ -45,7 +45,7 @@ LOCK_WAIT_S = 30.0
 REFUSALS = frozenset(
     {"remote_code", "bad_configuration", "bad_weights", "bad_index", "pickle_only", "unsupported_format", "no_weights",
      "incomplete_weights", "ambiguous_weights", "lfs_pointer", "missing_configuration", "unsupported_adapter",
-     "adapter_without_base"}
+     "unsupported_kind", "adapter_without_base"}
 )  # fmt: skip
 
 
@@ -125,6 +125,11 @@ class _Fetched:
         blob = self.blobs.get(path)
         return scan.read_json(path, blob.read_bytes()) if blob is not None else {}
 
+    def any_json(self, path: str) -> Any:
+        """Return what a configuration file holds; None if there is none."""
+        blob = self.blobs.get(path)
+        return scan.parse(path, blob.read_bytes()) if blob is not None else None
+
     def _fetch_configuration(self, file: SourceFile) -> None:
         if file.size > scan.MAX_CONFIG_BYTES:
             raise JobFailure(
@@ -177,6 +182,8 @@ def _scan_whole(fetched: _Fetched, chosen: Selection) -> None:
     """Check what takes more than one file to see."""
     if chosen.adapter:
         scan.scan_adapter(fetched.json(ADAPTER_CONFIG))
+    else:
+        kinds.task_of(config_file.parse(fetched.blobs[config_file.CONFIG].read_bytes()), fetched.any_json)
 
 
 def _check_space(spec: Spec, files: list[SourceFile], present: int) -> None:
@@ -264,13 +271,17 @@ def _describe(target: Path, chosen: Selection, files: list[SourceFile], commit: 
         path = target / name
         return scan.read_json(name, path.read_bytes()) if path.is_file() else {}
 
-    base = scan.scan_adapter(config(ADAPTER_CONFIG)) if chosen.adapter else None
+    base, task = None, kinds.Task.GENERATE
+    if chosen.adapter:
+        base = scan.scan_adapter(config(ADAPTER_CONFIG))
+    else:
+        task = kinds.task_of(config_file.read(target), kinds.reader(target))
     return {
         "commit": commit,
         "size_bytes": sum(file.size for file in files),
         "adapter": chosen.adapter,
         "base_model_id": base,
-        "task": "generate" if chosen.adapter else str(scan.task_of(set(_all(chosen)), config("config.json"))),
+        "task": str(task),
         "path": str(target.relative_to(models)),
         "left_out": [asdict(one) for one in chosen.left_out],
     }

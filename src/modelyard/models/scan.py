@@ -19,7 +19,6 @@ from typing import Any
 from modelyard.errors import JobFailure
 from modelyard.models import config_file
 from modelyard.models.ids import is_model_id
-from modelyard.models.kinds import Task
 
 MAX_CONFIG_BYTES = 64 * 1024 * 1024
 MAX_HEADER_BYTES = 100 * 1024 * 1024
@@ -42,13 +41,6 @@ _CODE_KEYS = frozenset(
      "trust_remote_code", "kernel_config", "use_kernels"}
 )  # fmt: skip
 _IMPORTABLE = ("transformers", "peft", "torch", "sentence_transformers", "megatron")
-_EMBEDDING_FILES = ("modules.json", "1_Pooling/config.json", "config_sentence_transformers.json")
-_EMBEDDING_ARCHITECTURES = frozenset(
-    {"BertModel", "RobertaModel", "XLMRobertaModel", "DistilBertModel", "MPNetModel", "NomicBertModel", "GteModel",
-     "NewModel", "ModernBertModel", "BertForMaskedLM", "RobertaForMaskedLM", "XLMRobertaForMaskedLM",
-     "ModernBertForMaskedLM", "Gemma3TextModel", "Qwen2Model", "Qwen3Model", "MistralModel", "LlamaModel",
-     "T5EncoderModel"}
-)  # fmt: skip
 _CODE_HINT = (
     "Modelyard runs no code that comes with a model. Choose a model whose architecture the engine knows by itself, "
     "or remove the key from a copy in the import directory if the engine does not need it."
@@ -61,7 +53,7 @@ def read_json(name: str, content: bytes) -> dict[str, Any]:
     Raises:
         JobFailure: `bad_configuration`.
     """
-    value = _parse(name, content)
+    value = parse(name, content)
     if not isinstance(value, dict):
         raise _bad_configuration(name, "is not a JSON object")
     return value
@@ -75,7 +67,7 @@ def scan_configuration(name: str, content: bytes) -> None:
     """
     if not name.endswith(".json"):
         return
-    value = config_file.parse(content) if name == config_file.CONFIG else _parse(name, content)
+    value = config_file.parse(content) if name == config_file.CONFIG else parse(name, content)
     if name in VOCABULARIES:
         return
     if name == "modules.json":
@@ -104,15 +96,6 @@ def scan_adapter(config: Mapping[str, Any]) -> str:
             "Correct it in a copy of the adapter in the import directory, and add that.",
         )
     return base
-
-
-def task_of(files: set[str], config: Mapping[str, Any]) -> Task:
-    """Tell what a model is for, from its files' names and its config.json."""
-    if any(name in files for name in _EMBEDDING_FILES):
-        return Task.EMBED
-    architectures = config.get("architectures")
-    names = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
-    return Task.EMBED if _EMBEDDING_ARCHITECTURES.intersection(names) else Task.GENERATE
 
 
 def refuse_pointer(path: Path, name: str) -> None:
@@ -256,7 +239,12 @@ def _scan_modules(value: Any) -> None:
             raise _remote_code("modules.json", f"[{number}].type", kind)
 
 
-def _parse(name: str, content: bytes) -> Any:
+def parse(name: str, content: bytes) -> Any:
+    """Parse a configuration file.
+
+    Raises:
+        JobFailure: `bad_configuration`.
+    """
     if len(content) > MAX_CONFIG_BYTES:
         raise _bad_configuration(name, f"has {len(content)} bytes, more than {MAX_CONFIG_BYTES}")
     try:

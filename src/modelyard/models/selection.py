@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 
 from modelyard.errors import JobFailure
-from modelyard.models import shards
+from modelyard.models import kinds, shards
 from modelyard.models.file_names import MODULE_FOLDER, is_configuration, is_safe_path
 from modelyard.models.scan import read_json
 from modelyard.models.shards import INDEX, listed
@@ -70,9 +70,10 @@ def select(paths: Collection[str]) -> Selection:
     """Choose by names alone. With an index among `configuration`, `weights` is what it may name: see `choose`.
 
     Raises:
-        JobFailure: `pickle_only`, `unsupported_format`, `no_weights`, `incomplete_weights`, `ambiguous_weights` or
-            `missing_configuration`.
+        JobFailure: `pickle_only`, `unsupported_format`, `unsupported_kind`, `no_weights`, `incomplete_weights`,
+            `ambiguous_weights` or `missing_configuration`.
     """
+    kinds.refuse_files(paths)
     usable = sorted({path for path in paths if is_safe_path(path)})
     # Some adapters come with their base's config.json: what tells is whose weights are there.
     adapter = ADAPTER_CONFIG in usable and not any(_is_model_weights(path) for path in usable)
