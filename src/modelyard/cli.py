@@ -7,6 +7,7 @@ A refusal is one line on stderr and exit status 2; a server that breaks off ends
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 import typer
 
 from modelyard.errors import StartRefused
+from modelyard.private_files import UMASK
 
 app = typer.Typer(
     name="modelyard",
@@ -85,5 +87,6 @@ def demo(
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line. Whatever it makes, children included, is for its user alone."""
+    os.umask(UMASK)
     app()

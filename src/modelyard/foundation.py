@@ -20,6 +20,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from modelyard.db import database_url, sync_engine
 from modelyard.errors import StartRefused
 from modelyard.outages import first_line
+from modelyard.private_files import NotOurs, close_database, close_to_others
 from modelyard.processes import ServerLock
 from modelyard.settings import Settings
 
@@ -55,10 +56,16 @@ class Foundation:
         data_dir = self.settings.data_dir
         try:
             data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+            close_to_others(data_dir)
             for name in ("models", "jobs", "cache", "run"):
                 (data_dir / name).mkdir(exist_ok=True, mode=0o700)
             folder_lock = ServerLock(self.owner_lock)
             taken = _patiently(folder_lock.take)
+        except NotOurs as foreign:
+            raise StartRefused(
+                f"{foreign.path} belongs to another user, who could read what is kept there. Give it to the user that "
+                "runs the server (chown), or set MODELYARD_DATA_DIR to a folder of its own."
+            ) from None
         except OSError as error:
             raise StartRefused(
                 f"The data folder {data_dir} cannot be used: {error.strerror}. Set MODELYARD_DATA_DIR to a folder that "
@@ -177,9 +184,15 @@ def _lock_database(url: URL, on_lost: Callable[[], None]) -> DatabaseLock | Serv
         path = Path(url.database or "")
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            close_database(path)
             file_lock = ServerLock(path.with_name(path.name + ".lock"))
             if _patiently(file_lock.take):
                 return file_lock
+        except NotOurs as foreign:
+            raise StartRefused(
+                f"{foreign.path} belongs to another user, who could read the database. Give it to the user that runs "
+                "the server (chown), or set MODELYARD_DATABASE_URL to another file."
+            ) from None
         except OSError as error:
             raise StartRefused(f"The database {path} cannot be used: {error.strerror}.") from error
         raise StartRefused(

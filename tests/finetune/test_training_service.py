@@ -23,6 +23,7 @@ from tests.finetune.yard import (
     until,
 )
 from tests.server import ENGINE_PYTHON, Server
+from tests.test_private_files import open_to_others
 
 BETTER = {"alias": "default", "if": "better"}
 #: One row of the dataset is held back, so that there may be something to compare.
@@ -146,3 +147,14 @@ def test_a_base_that_is_not_in_service_is_deployed_with_its_adapter(server: Serv
     take_down(server)
     found = finished(server, start(server, dataset_id, "Alone", deploy=True))
     assert served(server) == [found["adapter_id"]]
+
+
+def test_all_that_a_download_a_deployment_a_dataset_and_a_training_left_is_for_the_servers_user_alone(
+    server: Server, dataset_id: str
+) -> None:
+    """The others of this module have run by now; alone it makes a training of its own."""
+    finished(server, start(server, dataset_id, "Private"))
+    found = list(server.data_dir.rglob("*"))
+    for part in ("models", "jobs", "objects", "finetunes"):
+        assert any(path.is_file() and path.relative_to(server.data_dir).parts[0] == part for path in found), part
+    assert open_to_others(server.data_dir) == []
