@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from modelyard.deploy.cures import WITHOUT
 from modelyard.doctor import Finding, Verdict, check_database, check_engine, check_hub, check_imports, check_training
 from modelyard.settings import Settings
 from tests.server import run_modelyard, serving
@@ -34,7 +35,7 @@ def python_with_vllm(folder: Path, answer: str) -> Path:
     return program
 
 
-HEALTHY = f"echo a warning on the way; echo '{json.dumps(['0.32.0', '2.13.0+cpu', None, 0])}'"
+HEALTHY = f"echo a warning on the way; echo '{json.dumps(['0.32.0', '2.13.0+cpu', None, 0, [*WITHOUT]])}'"
 
 
 def lines(text: str) -> dict[str, str]:
@@ -160,6 +161,15 @@ def test_the_trainer_of_this_environment_is_found() -> None:
     (finding,) = check_training(Settings(trainer_python=Path(sys.executable), _env_file=None))
     assert finding.found.startswith("torch 2.13.0")
     assert finding.verdict is Verdict.OK
+
+
+def test_an_engines_python_without_a_cure_is_told(tmp_path: Path) -> None:
+    answer = json.dumps(["0.32.0", "2.13.0+cpu", None, 0, sorted(set(WITHOUT) - {"modelyard_lora"})])
+    python = python_with_vllm(tmp_path, f"echo '{answer}'")
+    warning, _ = check_engine(Settings(engine_python=python, _env_file=None))
+    assert (warning.verdict, warning.what) == (Verdict.WARN, "cures for vLLM")
+    assert "lacks modelyard_lora" in warning.found
+    assert "else requests to the base may be answered with an adapter" in warning.todo
 
 
 @pytest.mark.engine

@@ -6,6 +6,7 @@ One server for the whole module, one engine for most of it: a start of vLLM take
 from __future__ import annotations
 
 import importlib.util
+import ipaddress
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +210,40 @@ def test_a_server_killed_in_service_comes_back_to_the_same_engine(server: Server
     assert is_ready(server)
     assert set(server.processes()) == engines
     assert server.post("/v1/completions", {"model": "default", "prompt": "Hi", "max_tokens": 1}).status == 200
+
+
+def test_an_engine_and_its_workers_listen_for_this_machine_alone(server: Server, llama: str) -> None:
+    processes = server.processes()
+    assert len(processes) >= 4, "a keeper, and vLLM's API server, core and worker"
+    engines = [pid for pid in processes if b"VLLM_PLUGINS=" in Path(f"/proc/{pid}/environ").read_bytes()]
+    assert len(engines) >= 3
+    for pid in engines:
+        # Where the host's name leads to is the machine's to say, and may be loopback by chance.
+        assert b"GLOO_SOCKET_IFNAME=lo\0" in Path(f"/proc/{pid}/environ").read_bytes()
+    listening = listening_sockets(set(processes))
+    assert listening, "the workers' own library listens, even for one worker"
+    assert {address for _, address in listening} <= {"127.0.0.1", "::1"}, listening
+
+
+def listening_sockets(pids: set[int]) -> list[tuple[int, str]]:
+    """Return process and address of each TCP or UDP socket that takes what others send."""
+    inodes = {}
+    for pid in pids:
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                target = os.readlink(link)
+                if target.startswith("socket:["):
+                    inodes[target[8:-1]] = pid
+    found = []
+    for name, state in (("tcp", "0A"), ("tcp6", "0A"), ("udp", "07"), ("udp6", "07")):
+        for line in Path(f"/proc/self/net/{name}").read_text("ascii").splitlines()[1:]:
+            words = line.split()
+            if words[3] == state and words[9] in inodes:
+                raw = bytes.fromhex(words[1].partition(":")[0])
+                # The kernel writes each 32 bits in the machine's own order.
+                packed = b"".join(raw[at : at + 4][::-1] for at in range(0, len(raw), 4))
+                found.append((inodes[words[9]], str(ipaddress.ip_address(packed))))
+    return found
 
 
 def test_an_embedding_model_stands_beside_the_generative_one(server: Server, llama: str) -> None:

@@ -27,6 +27,7 @@ from rich.text import Text
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
+from modelyard.deploy import cures
 from modelyard.deploy.machine import GIB, this_machine
 from modelyard.errors import ModelyardError, StartRefused
 from modelyard.foundation import configured_database, shown
@@ -41,9 +42,10 @@ ENGINE_MEMORY_GIB = 4
 ROOM_FOR_A_MODEL_GIB = 20
 
 _ASK_ENGINE = """
-import json, torch, vllm
+import importlib.metadata, json, torch, vllm
 cuda = torch.version.cuda
-print(json.dumps([vllm.__version__, torch.__version__, cuda, torch.cuda.device_count() if cuda else 0]))
+plugins = [one.name for one in importlib.metadata.entry_points(group="vllm.general_plugins")]
+print(json.dumps([vllm.__version__, torch.__version__, cuda, torch.cuda.device_count() if cuda else 0, plugins]))
 """
 
 # By name alone: to import them takes seconds, and what they are built on the engine's check has imported.
@@ -231,8 +233,11 @@ def check_engine(settings: Settings) -> Iterator[Finding]:
         reason = (asked.stderr.strip().splitlines() or [f"exit status {asked.returncode}"])[-1]
         yield Finding(Verdict.FAIL, "engine", f"vLLM cannot be imported: {reason}", todo)
         return
-    version, torch, cuda, gpus = json.loads(asked.stdout.splitlines()[-1])
+    version, torch, cuda, gpus, plugins = json.loads(asked.stdout.splitlines()[-1])
     found = f"vLLM {version}, torch {torch}"
+    if lacking := sorted(set(cures.WITHOUT) - set(plugins)):
+        todo = f"Install this Modelyard in it as well, else {cures.WITHOUT[lacking[0]]}."
+        yield Finding(Verdict.WARN, "cures for vLLM", f"{python} lacks {', '.join(lacking)}", todo)
     if this_machine().has_gpu and not cuda:
         todo = "It is built for the CPU though there is a GPU: ENGINE=gpu python3 requirements/install.py engine."
         yield Finding(Verdict.WARN, "engine", found, todo)

@@ -1,4 +1,7 @@
-"""The plugin that keeps adapters off the requests that name none."""
+"""The plugin that puts adapters where they belong: its operations, and the names that it refuses.
+
+What it does for the log probabilities of prompts is in tests/clients/test_beside_others.py and test_engine_adapters.py.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,11 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+
+from modelyard.deploy.lora_plugin import passed_over
 
 PLUGIN = "from modelyard.deploy.lora_plugin import keep_adapters_off_the_base\n"
 #: Two slots, both taken; a row for the first, one for the base and one for the second, of one number each.
@@ -41,7 +47,7 @@ def test_without_vllm_it_warns_and_does_not_raise() -> None:
     hide = "import sys; sys.modules['vllm'] = None\n"
     done = run_python(hide + PLUGIN + "keep_adapters_off_the_base(); print('alive')")
     assert done.stdout == "alive\n", done.stderr
-    assert "Could not keep adapters off" in done.stderr
+    assert "The cure modelyard_lora does not take effect" in done.stderr
 
 
 @pytest.mark.engine
@@ -60,3 +66,70 @@ def test_vllm_still_needs_it() -> None:
     done = run_python(OPERATIONS)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])[1] == [12.0, 13.0, 13.0], "vLLM is cured: the plugin can go"
+
+
+def manager(*modules: str, is_pooling_model: bool = False, spread: bool = False) -> SimpleNamespace:
+    """Return what vLLM knows of a model's layers; those that are packed of three have their parts beside them."""
+    packed = {name: [name.replace("qkv", part) for part in "qkv"] for name in modules if name.endswith("qkv_proj")}
+    parts = [type("PPMissingLayer", (), {})()] if spread else []
+    return SimpleNamespace(
+        modules=dict.fromkeys(modules),
+        packed_modules=packed,
+        is_pooling_model=is_pooling_model,
+        model=SimpleNamespace(modules=lambda: parts),
+    )
+
+
+LLAMA = manager("model.layers.0.self_attn.qkv_proj", "model.layers.0.self_attn.o_proj", "lm_head")
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        ["model.layers.0.self_attn.q_proj"],
+        ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj", "lm_head"],
+        ["model.layers.0.self_attn.qkv_proj", "model.layers.0.self_attn.o_proj"],
+    ],
+)
+def test_layers_that_the_model_has_whole_or_as_parts_are_used(layers: list[str]) -> None:
+    assert passed_over(layers, LLAMA) == ""
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        "language_model.model.layers.0.self_attn.q_proj",
+        "model.language_model.layers.0.self_attn.q_proj",
+        "transformer.layers.0.self_attn.q_proj",
+        "_orig_mod.model.layers.0.self_attn.q_proj",
+        "model._orig_mod.layers.0.self_attn.q_proj",
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.0.attn.self_attn.q_proj",
+        "layers.0.self_attn.q_proj",
+        "q_proj",
+    ],
+)
+@pytest.mark.parametrize("others", [[], ["model.layers.0.self_attn.o_proj"]], ids=["all", "half"])
+def test_layers_that_would_be_passed_over_are_named_beside_those_of_the_model(odd: str, others: list[str]) -> None:
+    said = passed_over([odd, *others], LLAMA)
+    assert said.startswith(f"1 of the adapter's {1 + len(others)} layers")
+    assert f"such as '{odd}'" in said
+    assert said.endswith("the model has 'model.layers.0.self_attn.q_proj'")
+
+
+def test_a_pooling_models_layers_may_lack_the_first_part_of_their_names() -> None:
+    pooling = manager("model.layers.0.self_attn.o_proj", is_pooling_model=True)
+    assert passed_over(["layers.0.self_attn.o_proj"], pooling) == ""
+
+
+def test_what_experts_consist_of_is_left_to_vllm_where_there_are_experts() -> None:
+    experts = manager("model.layers.0.mlp.experts")
+    assert passed_over(["model.layers.0.mlp.experts.3.up_proj", "model.layers.0.mlp.experts"], experts) == ""
+    assert "would be passed over" in passed_over(["model.layers.1.mlp.experts.3.up_proj"], experts)
+    assert "would be passed over" in passed_over(["model.layers.0.mlp.experts.3.up_proj"], LLAMA)
+
+
+def test_a_worker_that_has_some_of_the_layers_judges_nothing() -> None:
+    assert (
+        passed_over(["model.layers.7.self_attn.o_proj"], manager("model.layers.0.self_attn.o_proj", spread=True)) == ""
+    )

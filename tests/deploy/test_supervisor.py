@@ -76,6 +76,21 @@ async def test_a_hostile_tokenizer_is_refused_before_an_engine_reads_it(
         assert (await yard.deployment(job.id)).state == "FAILED"
 
 
+async def test_a_cure_that_the_engines_python_lacks_is_said_when_the_engine_stands(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/tiny", misbehave={"lacks_cures": ["modelyard_lora"]})
+        job_id = await yard.deploy("org/tiny")
+        await yard.becomes(job_id, "READY")
+
+        async def warned() -> bool:
+            return any("missing_cures" in (one.data or {}) for one in await yard.events(job_id))
+
+        await eventually(warned, "it is told")
+        [event] = [one for one in await yard.events(job_id) if "missing_cures" in (one.data or {})]
+        assert (event.level, set(event.data["missing_cures"])) == ("warning", {"modelyard_lora"})
+        assert "MODELYARD_ENGINE_PYTHON" in event.message
+
+
 async def test_an_interrupt_ends_the_engine_and_leaves_nothing_behind(tmp_path: Path) -> None:
     async with deploy_yard(tmp_path) as yard:
         await yard.add_model("org/tiny", misbehave={"grandchild": True, "ignore_sigterm": True})

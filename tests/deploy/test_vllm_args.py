@@ -44,9 +44,11 @@ def test_the_engine_listens_on_a_socket_in_its_private_folder_and_on_no_port() -
 def test_remote_code_is_never_trusted_and_plugins_are_ours_alone() -> None:
     command = engine_command(Path("/python"), MODEL, [], EngineOptions(), GPU, SCRATCH, CACHE)
     assert not any("remote-code" in argument for argument in command.argv)
-    assert command.env["VLLM_PLUGINS"] == "modelyard_amx"
+    assert command.env["VLLM_PLUGINS"] == "modelyard_amx,modelyard_lora,modelyard_alone"
     on_cpu = engine_command(Path("/python"), MODEL, [], EngineOptions(), CPU, SCRATCH, CACHE)
-    assert on_cpu.env["VLLM_PLUGINS"] == "modelyard_amx,modelyard_sleep,modelyard_lora"
+    assert on_cpu.env["VLLM_PLUGINS"] == "modelyard_amx,modelyard_sleep,modelyard_lora,modelyard_alone"
+    assert command.env["MODELYARD_ENGINE_CURES"] == str(SCRATCH / "cures.jsonl")
+    assert {command.env[f"{library}_SOCKET_IFNAME"] for library in ("GLOO", "NCCL")} == {"lo"}
     assert command.env["HF_HUB_OFFLINE"] == "1"
     assert "VLLM_SERVER_DEV_MODE" not in command.env
 

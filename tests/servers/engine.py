@@ -7,6 +7,7 @@ and log probabilities, in completions that ask for them, are the same for a prom
 
 A file `misbehave.json` in the model's folder makes it misbehave. All keys are optional:
   starts            list of start numbers (1 is the first) at which the rest holds; absent: at every start
+  lacks_cures       ["name"]: plugins of ours that its Python does not have
   record_dir        folder for what it records; absent: the environment's ENGINE_RECORD_DIR, else the socket's folder
   die_at_start      {"stderr": text, "exit_code": 1, "signal": 4, "after_s": 0}: it never binds
   start_delay_s     seconds before it binds its socket
@@ -137,6 +138,13 @@ class Engine:
         self.folder = Path(folder)
         self.number = len(read_record(self.folder, "start")) + 1
         self.plan: Json = plan if self.number in plan.get("starts", [self.number]) else {}
+
+    def note_cures(self) -> None:
+        """Write down which of the plugins that are named were called, as ours do."""
+        if path := os.environ.get("MODELYARD_ENGINE_CURES"):
+            names = os.environ.get("VLLM_PLUGINS", "").split(",")
+            found = [name for name in names if name not in self.plan.get("lacks_cures", [])]
+            Path(path).write_text("".join(json.dumps({"cure": name, "error": None}) + "\n" for name in found), "utf-8")
 
     def record(self, event: str, **data: object) -> None:
         # One O_APPEND write per line: a reader never sees half of one, and a kill loses nothing.
@@ -711,6 +719,7 @@ def main(argv: list[str]) -> int:
         grandchild = deaf.pid
     engine.record("start", number=engine.number, pid=os.getpid(), argv=argv, env=sorted(os.environ),
                   grandchild=grandchild)  # fmt: skip
+    engine.note_cures()
     say(f"INFO imitation engine, start {engine.number}, model {engine.model}")
     if death := engine.plan.get("die_at_start"):
         time.sleep(death.get("after_s", 0))

@@ -5,26 +5,22 @@ granted them; Linux grants them on request only, and an engine whose first reque
 oneDNN, which asks as a side effect of longer ones, gets its turn. vLLM calls every function in the entry point
 group `vllm.general_plugins` in each of its processes, so this one is called in the worker before any request.
 
-Does nothing on other processors, in other builds of torch, and on GPUs; never raises, never costs an engine.
+Does nothing on other processors, in other builds of torch, and on GPUs.
 """
 
 from __future__ import annotations
 
-import logging
-
-log = logging.getLogger(__name__)
+from modelyard.deploy.cures import cure
 
 
+@cure("modelyard_amx")
 def enable_amx() -> None:
     """Ask for the AMX tiles where there are any. Safe to repeat; the permission holds for the whole process."""
-    try:
-        # Only an engine's process gets here: the server, which never imports torch, must stay able to import us.
-        import torch
+    # Only an engine's process gets here: the server, which never imports torch, must stay able to import us.
+    import torch
 
-        ask = getattr(torch.cpu, "_init_amx", None)
-        if ask is None or not torch.cpu._is_amx_tile_supported():
-            return
-        if not ask():
-            log.warning("The kernel refused the AMX tiles: short requests in bfloat16 may kill this engine.")
-    except Exception:  # vLLM would end the engine over a plugin that raises
-        log.warning("Could not ask the kernel for the AMX tiles.", exc_info=True)
+    ask = getattr(torch.cpu, "_init_amx", None)
+    if ask is None or not torch.cpu._is_amx_tile_supported():
+        return
+    if not ask():
+        raise OSError("the kernel refused the AMX tiles: short requests in bfloat16 may kill this engine")

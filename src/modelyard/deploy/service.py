@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from modelyard.db import utcnow
-from modelyard.deploy import actions, attempts, loading, scratch
+from modelyard.deploy import actions, attempts, cures, loading, scratch
 from modelyard.deploy.draining import Requests
 from modelyard.deploy.engine_client import EngineClient, Health
 from modelyard.deploy.failures import explain
@@ -72,6 +72,8 @@ class Service:
         self.outcome: Outcome | None = None
         self.said_waiting = False
         self.readiness = Readiness(row.model_id, row.task)
+        #: The plugins that the engine was started with.
+        self.plugins: list[str] = []
 
     @property
     def row(self) -> Deployment:
@@ -241,6 +243,7 @@ class Service:
             await self.record.move(
                 DeploymentState.STARTING, f"attempt {number}", engine_url=url, memory_bytes=memory_bytes, loaded=[]
             )
+        self.plugins = command.env["VLLM_PLUGINS"].split(",")
         try:
             private.mkdir(mode=0o700)
             await asyncio.to_thread(attempts.begin_log, self.context.log, number, command.argv)
@@ -352,6 +355,10 @@ class Service:
                 f"Ready: {self.row.model_id} did its first work after {seconds:.1f} s.",
                 data={"state": "READY", "seconds": seconds},
             )
+            python = str(self.settings.engine_python or sys.executable)
+            said, lacking = await asyncio.to_thread(cures.complaint, self.row.engine_url, self.plugins, python)
+            if said:
+                await self.context.event(said, level="warning", data={"missing_cures": lacking})
 
     async def _change_adapters(self) -> None:
         """Load what is wanted, name it to clients, and have what is not wanted leave when its requests have ended."""

@@ -7,24 +7,19 @@ faults with loops of yields), and the stream of every client stands still: see b
 length, which the kernel makes about 50 microseconds, gives the core away for certain.
 
 For engines on a CPU only, whose steps take milliseconds: `vllm_args` names it in VLLM_PLUGINS. Does nothing with a
-vLLM that waits in another way; never raises, never costs an engine.
+vLLM that waits in another way, and says so.
 """
 
 from __future__ import annotations
 
-import logging
-
-log = logging.getLogger(__name__)
+from modelyard.deploy.cures import cure
 
 
+@cure("modelyard_sleep")
 def sleep_while_waiting() -> None:
     """Have vLLM's readers of shared memory sleep between two looks. Safe to repeat; holds for the whole process."""
-    try:
-        from vllm.distributed import utils
+    from vllm.distributed import utils
 
-        if not hasattr(utils, "USE_SCHED_YIELD"):
-            log.warning("This vLLM has no switch for how its processes wait for one another.")
-            return
-        utils.USE_SCHED_YIELD = False  # vLLM's own way for Pythons in which a yield would keep the interpreter's lock
-    except Exception:  # vLLM would end the engine over a plugin that raises
-        log.warning("Could not change how vLLM's processes wait for one another.", exc_info=True)
+    if not hasattr(utils, "USE_SCHED_YIELD"):
+        raise AttributeError("this vLLM has no switch for how its processes wait for one another")
+    utils.USE_SCHED_YIELD = False  # vLLM's own way for Pythons in which a yield would keep the interpreter's lock

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from modelyard.deploy import cures
 from modelyard.deploy.fit import CPU_SEQUENCES, GPU_UTILIZATION, MAX_LORAS, dtype_argument, fit, lora_rank
 from modelyard.deploy.machine import Machine
 from modelyard.deploy.model_shape import AdapterFiles, ModelFiles, longest
@@ -18,11 +19,12 @@ from modelyard.deploy.schemas import EngineOptions
 from modelyard.errors import JobFailure
 from modelyard.processes import Command, child_environment
 
-__all__ = ["AdapterFiles", "ModelFiles", "check_length", "engine_command", "socket_path"]
+__all__ = ["AdapterFiles", "ModelFiles", "check_length", "engine_command", "plugins", "socket_path"]
 
 #: Adapters that an engine keeps in its host's memory: above this it reads one from disk again when its turn comes,
 #: and every stream waits. Nothing is set aside for them, an adapter takes its memory when it is loaded.
 HELD_ADAPTERS = 64
+LOOPBACK = "127.0.0.1"
 
 
 def engine_command(
@@ -75,7 +77,12 @@ def engine_command(
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         # Only our own plugins: what else is installed must not run inside an engine unasked.
-        "VLLM_PLUGINS": "modelyard_amx" if machine.has_gpu else "modelyard_amx,modelyard_sleep,modelyard_lora",
+        "VLLM_PLUGINS": ",".join(plugins(machine)),
+        cures.VARIABLE: str(scratch / cures.FILE),
+        # The library by which workers form groups, even a worker alone, would listen where the host's name leads.
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
+        "VLLM_HOST_IP": LOOPBACK,
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
         "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
         # How long a start may take is the supervisor's to say: vLLM itself would give up after ten minutes.
@@ -103,6 +110,12 @@ def engine_command(
             # 14 s (measured) in which nobody gets a token. Uncompiled that takes no longer than compiled.
             env["TORCH_COMPILE_DISABLE"] = "1"
     return Command(tuple(argv), child_environment(env), cwd=scratch, scratch=scratch)
+
+
+def plugins(machine: Machine) -> tuple[str, ...]:
+    """Return the names of our plugins that an engine on this machine runs."""
+    on_a_cpu = () if machine.has_gpu else ("modelyard_sleep",)
+    return ("modelyard_amx", *on_a_cpu, "modelyard_lora", "modelyard_alone")
 
 
 def socket_path(scratch: Path) -> Path:
