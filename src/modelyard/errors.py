@@ -33,6 +33,7 @@
     │   ├── FinetuneActive          409 finetune_active
     │   └── FinetuneDone            409 finetune_done
     ├── TooLarge                    413 body_too_large
+    ├── EncodingNotAllowed          415 encoding_not_allowed    (with Accept-Encoding)
     ├── RangeNotSatisfiable         416 range_not_satisfiable   (with Content-Range)
     ├── Unprocessable               422 invalid_value
     │   ├── InvalidDataset          422 invalid_dataset     (with the report, where there is one)
@@ -300,6 +301,19 @@ class FinetuneDone(Conflict):
 class TooLarge(ModelyardError):
     status = 413
     code = "body_too_large"
+
+
+class EncodingNotAllowed(ModelyardError):
+    """A body that is packed in a way that is not unpacked here; the answer says which one is."""
+
+    status = 415
+    code = "encoding_not_allowed"
+
+    def __init__(self, encoding: str, *, accepted: str = "gzip") -> None:
+        instead = f"as it is, or with Content-Encoding: {accepted}" if accepted != "identity" else "as it is"
+        super().__init__(f"A body with Content-Encoding: {encoding} is not read here. Send it {instead}.",
+                         param="Content-Encoding")  # fmt: skip
+        self.accepted = accepted
 
 
 class RangeNotSatisfiable(ModelyardError):

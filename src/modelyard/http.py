@@ -14,11 +14,13 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Match
 from starlette.types import Message, Receive, Scope, Send
 
 from modelyard import errors
+from modelyard.bodies import Gunzip, decompressor
 from modelyard.db import Sessions as DatabaseSessions
 from modelyard.settings import Settings as ServerSettings
 
@@ -74,7 +76,10 @@ class EitherSlashRoute(APIRoute):
             announced = request.headers.get("content-length", "")
             if announced.isdecimal() and int(announced) > BODY_LIMIT:
                 raise errors.TooLarge(BODY_TOO_LARGE)
-            return await handle(Request(request.scope, _limited(request.receive)))
+            packed = decompressor(request.headers.get("content-encoding", "").encode("latin-1"))
+            if packed is None:
+                return await handle(Request(request.scope, _limited(request.receive)))
+            return await handle(Request(request.scope, _replaying(await _unpacked(request, packed))))
 
         return limited
 
@@ -97,6 +102,30 @@ def _without_stream(
 async def _nothing() -> AsyncGenerator[bytes]:
     return
     yield b""
+
+
+async def _unpacked(request: Request, packed: Gunzip) -> bytes:
+    parts: list[bytes] = []
+    room = BODY_LIMIT
+    try:
+        async for chunk in request.stream():
+            parts.append(await packed.feed(chunk, room))
+            room -= len(parts[-1])
+            if room < 0:
+                raise errors.TooLarge(BODY_TOO_LARGE)
+    except ClientDisconnect:
+        raise errors.BadRequest("The connection broke off within the body.", code="body_broken_off") from None
+    packed.finish()
+    return b"".join(parts)
+
+
+def _replaying(body: bytes) -> Receive:
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Message:
+        return messages.pop() if messages else {"type": "http.disconnect"}
+
+    return receive
 
 
 def _limited(receive: Receive) -> Receive:
@@ -160,6 +189,7 @@ FAMILIES = {
     408: "The rest of the request did not come in time.",
     409: "Not in the present state.",
     413: "The body is larger than this path takes.",
+    415: "The body is compressed in a way that is not known here; `Accept-Encoding` says which is.",
     416: "There is no such part of the file; `Content-Range` says how long it is.",
     422: "A parameter or a field has a value that it cannot have.",
     431: "The address and the headers are too large.",
@@ -177,6 +207,7 @@ EXAMPLES: dict[int, errors.ModelyardError] = {
     408: errors.RequestTooSlow("The headers were not complete within 10 s."),
     409: errors.JobFinished("3f2b8a94-5c1d-4e6f-9a70-b1c2d3e4f506", "FINISHED"),
     413: errors.TooLarge(BODY_TOO_LARGE),
+    415: errors.EncodingNotAllowed("br"),
     416: errors.RangeNotSatisfiable(2048),
     422: errors.Unprocessable("query limit: Input should be greater than or equal to 1.", param="limit"),
     431: errors.HeadersTooLarge(64),
@@ -199,6 +230,11 @@ ANTHROPIC_TYPES = {
 }
 
 
+def _with_common(statuses: tuple[int, ...]) -> list[int]:
+    """Return the statuses of a route with those of every route, and of every one that takes a body of a known size."""
+    return sorted({401, 403, *statuses, *((415,) if 413 in statuses else ())})
+
+
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the `responses=` of a route that can answer with these errors, and with those that every route can."""
     # Written out, since FastAPI would give an error the media type of the route's good answer.
@@ -207,7 +243,7 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
             "description": FAMILIES[status],
             "content": {"application/json": {"schema": ERROR_SCHEMA, "example": EXAMPLES[status].envelope()}},
         }
-        for status in sorted({401, 403, *statuses})
+        for status in _with_common(statuses)
     }
 
 
@@ -223,7 +259,7 @@ def documented_as_anthropic(*statuses: int) -> dict[int | str, dict[str, Any]]:
                 }
             },
         }
-        for status in sorted({401, 403, *statuses})
+        for status in _with_common(statuses)
     }
 
 
@@ -240,7 +276,7 @@ def documented_in_plain_text(*statuses: int) -> dict[int | str, dict[str, Any]]:
             "description": FAMILIES[status],
             "content": {"text/plain": {"schema": {"type": "string"}, "example": EXAMPLES[status].message}},
         }
-        for status in sorted({401, 403, *statuses})
+        for status in _with_common(statuses)
     }
 
 
@@ -251,6 +287,8 @@ def error_response(error: errors.ModelyardError, path: str = "") -> Response:
         headers["Retry-After"] = str(error.retry_after_s)
     if isinstance(error, errors.RangeNotSatisfiable):
         headers["Content-Range"] = f"bytes */{error.size_bytes}"
+    if isinstance(error, errors.EncodingNotAllowed):
+        headers["Accept-Encoding"] = error.accepted
     if isinstance(error, errors.Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
     if path.removesuffix("/") in PLAIN_TEXT_PATHS:

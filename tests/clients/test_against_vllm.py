@@ -44,8 +44,8 @@ INTENDED: dict[str, frozenset[str]] = {
     "types": frozenset({"status"}),
     "bounds": frozenset({"status"}),
 }
-#: Named in the README as well, and tested here below or in test_openai_errors.py.
-ELSEWHERE = {"names", "headers", "paths", "moments"}
+#: Named in the README as well, and tested here below, in test_openai_errors.py or in tests/test_bodies.py.
+ELSEWHERE = {"names", "headers", "paths", "moments", "bodies"}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from modelyard.datasets import actions, intake, reading, tokens
 from modelyard.datasets.download import content_disposition, part_of
 from modelyard.datasets.multipart import FormFile
 from modelyard.datasets.schemas import DatasetOut, PageOut, ReportOut, Tokens
-from modelyard.errors import BadRequest, ModelyardError, TooLarge
+from modelyard.errors import BadRequest, EncodingNotAllowed, ModelyardError, TooLarge
 from modelyard.http import Sessions, Settings, documented, router
 from modelyard.models import actions as models
 from modelyard.storage import Storage as ObjectStorage
@@ -86,6 +86,9 @@ async def upload_dataset(
     announced = request.headers.get("content-length", "")
     body = _Body(request)
     async with _hearing_out(body):
+        if (encoding := request.headers.get("content-encoding", "identity").lower()) != "identity":
+            # Only files that are compressed themselves would gain, and these are no JSONL.
+            raise EncodingNotAllowed(encoding[:100], accepted="identity")
         if announced.isdecimal() and int(announced) > max_bytes + FORM_BYTES:
             raise TooLarge(
                 f"The upload is longer than the {settings.max_dataset_gib:g} GiB that a dataset may have "

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from modelyard.bodies import as_utf8, decompressor, refuse_half_characters
 from modelyard.errors import BadRequest, ContentTypeNotAllowed, InvalidJson, TooLarge
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -102,13 +103,16 @@ def check_length(content_length: bytes | None, limit_bytes: int) -> None:
         raise _too_large(limit_bytes)
 
 
-async def read_body(receive: Receive, limit_bytes: int) -> bytes:
-    """Read a request's body.
+async def read_body(receive: Receive, limit_bytes: int, content_encoding: bytes | None = None) -> bytes:
+    """Read a request's body: unpacked, and as UTF-8 without a byte order mark.
 
     Raises:
-        TooLarge: as soon as more than `limit_bytes` have come, without waiting for the rest.
+        TooLarge: as soon as more than `limit_bytes` have come or were unpacked, without waiting for the rest.
+        EncodingNotAllowed: it is packed in a way that is not known here.
+        InvalidJson: it is not packed as it says, or begins like UTF-16 and is not.
         ClientGone: the client left before its end.
     """
+    packed = decompressor(content_encoding) if content_encoding is not None else None
     parts: list[bytes] = []
     size = 0
     while True:
@@ -116,12 +120,16 @@ async def read_body(receive: Receive, limit_bytes: int) -> bytes:
         if message["type"] != "http.request":
             raise ClientGone
         if part := message.get("body"):
+            if packed is not None:
+                part = await packed.feed(part, limit_bytes - size)
             size += len(part)
             if size > limit_bytes:
                 raise _too_large(limit_bytes)
             parts.append(part)
         if not message.get("more_body"):
-            return parts[0] if len(parts) == 1 else b"".join(parts)
+            if packed is not None:
+                packed.finish()
+            return as_utf8(parts[0] if len(parts) == 1 else b"".join(parts))
 
 
 def _too_large(limit_bytes: int) -> TooLarge:
@@ -137,6 +145,7 @@ def parse(body: bytes) -> Envelope:
         InvalidJson: not JSON, or not an object.
         BadRequest: `model` is no text, or a field or a media address that is refused.
     """
+    refuse_half_characters(body)
     try:
         envelope = _decoder.decode(body)
         _refuse_fields(envelope)

@@ -17,6 +17,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from modelyard.auth.access import CALLER
+from modelyard.bodies import refuse_half_characters
 from modelyard.db import Sessions, utcnow
 from modelyard.errors import BadGateway, BadRequest, ModelNotFound, ModelyardError
 from modelyard.gateway import continuations
@@ -151,7 +152,8 @@ class RawLane:
         if origin is not None and origin not in self._origins and origin != own:
             check_type(headers.get(b"content-type"))
         check_length(headers.get(b"content-length"), self._gateway.max_body_bytes)
-        body = await read_body(receive, self._gateway.max_body_bytes)
+        body = await read_body(receive, self._gateway.max_body_bytes, headers.get(b"content-encoding"))
+        refuse_half_characters(body)
         return (parse_one if endpoint is ONE else parse_batch)(body, self._defaults)
 
     async def _find(self, visit: Visit) -> Target:

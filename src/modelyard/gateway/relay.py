@@ -145,7 +145,7 @@ class Gateway:
 
     async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> tuple[Envelope, bytes]:
         check_headers(headers.get(b"content-type"), headers.get(b"content-length"), self.max_body_bytes)
-        body = await read_body(receive, self.max_body_bytes)
+        body = await read_body(receive, self.max_body_bytes, headers.get(b"content-encoding"))
         return parse(body), body
 
     async def _relay(
