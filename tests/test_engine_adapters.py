@@ -11,12 +11,13 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,19 @@ def server(tmp_path_factory: pytest.TempPathFactory, imports: Path) -> Iterator[
         for name in names:
             assert found.post(f"/api/v1/models/add/?model_id=local:{name}").status == 200
         until(lambda: len(found.get("/api/v1/models/").json()) == len(names), "all are in the store", found)
+        make_trained(found, imports)
         yield found
+
+
+def make_trained(server: Server, imports: Path) -> None:
+    """Have the store say of some adapters that they were trained here: only of those are probes read."""
+    with closing(sqlite3.connect(server.data_dir / "modelyard.db")) as database, database:
+        for kind in TRAINED:
+            query = "SELECT path FROM models WHERE model_id = ?"
+            (path,) = database.execute(query, (f"local:{kind}",)).fetchone()
+            shutil.copy(imports / kind / "probes.json", server.data_dir / "models" / path)
+            query = "UPDATE models SET model_id = ?, source = 'training' WHERE model_id = ?"
+            database.execute(query, (f"ft:{kind}", f"local:{kind}"))
 
 
 @pytest.fixture(scope="module")
@@ -281,17 +294,17 @@ def test_a_trained_adapter_is_checked_before_it_is_named_and_a_weak_one_acts_too
     before = deployment(server)["adapter_ids"]
     assert greedy["idle"] == greedy[""]
     with streams(server, [MODEL, *before] * 2, 300):  # a busy engine is no reason to refuse either of them
-        assert deploy(server, *before, "local:trained", "local:weak") == job_id
-        serves(server, *before, "local:trained", "local:weak")
+        assert deploy(server, *before, "ft:trained", "ft:weak") == job_id
+        serves(server, *before, "ft:trained", "ft:weak")
     checks = deployment(server)["adapter_checks"]
-    assert set(checks) == {"local:trained", "local:weak"}, "of the others nothing tells how"
-    trained, weak = checks["local:trained"], checks["local:weak"]
+    assert set(checks) == {"ft:trained", "ft:weak"}, "of the others nothing tells how"
+    trained, weak = checks["ft:trained"], checks["ft:weak"]
     assert (trained["tokens_equal"], trained["acts"], trained["prompts"]) == (True, True, len(QUESTIONS) + 3)
     assert trained["changed_answers"] == trained["prompts"]
     assert weak["acts"] is True
     assert weak["changed_answers"] < weak["prompts"]
     assert 1e-4 < weak["largest_logprob_change"] < 1
-    assert tokens_of(server, "local:trained") == greedy["plain"]
+    assert tokens_of(server, "ft:trained") == greedy["plain"]
     deploy(server, *before)
     serves(server, *before)
 
@@ -307,12 +320,12 @@ def test_one_that_does_not_pass_its_checks_is_taken_back(
     server: Server, job_id: str, kind: str, code: str, said: str
 ) -> None:
     before = deployment(server)["adapter_ids"]
-    assert deploy(server, *before, f"local:{kind}") == job_id
+    assert deploy(server, *before, f"ft:{kind}") == job_id
     failure = until(lambda: deployment(server)["adapter_failure"], "the failure is told", server)
-    assert (failure["adapter_id"], failure["code"]) == (f"local:{kind}", code)
+    assert (failure["adapter_id"], failure["code"]) == (f"ft:{kind}", code)
     assert said in failure["message"]
     assert deployment(server)["served_adapter_ids"] == before
-    assert f"local:{kind}@1" not in engine_names(server)
+    assert f"ft:{kind}@1" not in engine_names(server)
 
 
 def test_an_alias_leads_to_an_adapter_and_moves_to_another(

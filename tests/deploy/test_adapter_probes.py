@@ -208,6 +208,16 @@ def test_a_folder_without_the_file_asks_for_none(tmp_path: Path) -> None:
     assert adapter_probes.read(tmp_path) is None
 
 
+async def test_probes_are_not_read_from_an_adapter_that_was_not_trained_here(tmp_path: Path) -> None:
+    """A download could bring what it is checked against itself, or 16 MiB of prompts to keep the engine busy with."""
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/a", misbehave={"tokenizer_differs": 1})
+        write_probes(await yard.add_adapter("org/poems", "org/a"))
+        deployment = await yard.becomes(await yard.deploy("org/a", ["org/poems"]), "READY")
+        assert [one["adapter_id"] for one in deployment.loaded] == ["org/poems"]
+        assert "/tokenize" not in {request["path"] for request in yard.record("org/a", "request")}
+
+
 def test_answers_are_compared_as_far_as_their_tokens_are_the_same() -> None:
     one = Answer([1, 2, 3], [-0.5, -0.25, -0.125])
     assert change(one, one) == 0.0

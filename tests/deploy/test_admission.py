@@ -90,6 +90,6 @@ async def test_a_model_whose_files_are_broken_is_named(tmp_path: Path) -> None:
         folder = await yard.add_model("org/a")
         await yard.add_adapter("org/poems", "org/a")
         (folder / "config.json").write_text("{", "utf-8")
-        with pytest.raises(Unprocessable, match="org/a cannot be used: its config.json") as refusal:
+        with pytest.raises(Unprocessable, match=r"org/a cannot be used: its config\.json") as refusal:
             await check(yard, "org/poems")
         assert (refusal.value.code, refusal.value.param) == ("broken_model", "model_id")

@@ -39,7 +39,43 @@ REMOTE_CODE: list[tuple[str, Any, str]] = [
     ("adapter_config.json", {"auto_mapping": {"parent_library": "os.path"}}, "auto_mapping.parent_library"),
     ("modules.json", [{"type": "custom.module.Layer"}], "[0].type"),
     ("modules.json", {"type": "sentence_transformers.models.Pooling"}, "[0].type"),
-]
+    ("config.json", {"sbert_ce_default_activation_function": "os.system"}, "sbert_ce_default_activation_function"),
+    ("config.json", {"sentence_transformers": {"activation_fn": "torch.nn.modules.module.os.abort"}},
+     "sentence_transformers.activation_fn"),
+    ("2_Dense/config.json", {"activation_function": "torch.hub.load"}, "activation_function"),
+    ("config.json", {"architectures": ["LlamaForCausalLM", "os.path"]}, "architectures"),
+    ("config.json", {"architectures": ["../evil/modeling.Model"]}, "architectures"),
+    ("tokenizer_config.json", {"tokenizer_class": "evil--repo.Tokenizer"}, "tokenizer_class"),
+    ("preprocessor_config.json", {"image_processor_type": "a.b"}, "image_processor_type"),
+    ("processor_config.json", {"image_processor": {"image_processor_type": "a/b"}},
+     "image_processor.image_processor_type"),
+    ("adapter_config.json", {"auto_mapping": {"base_model_class": "os.system", "parent_library": "transformers"}},
+     "auto_mapping.base_model_class"),
+]  # fmt: skip
+ELSEWHERE: list[tuple[str, Any, str]] = [
+    ("config.json", {"speculators_config": {"verifier": {"name_or_path": "evil/model"}}}, "speculators_config"),
+    ("config.json", {"audio_model_id": "openai/whisper-tiny"}, "audio_model_id"),
+    ("config.json", {"text_config": {"text_model_id": "evil/model"}}, "text_config.text_model_id"),
+    ("processor_config.json", {"audio_tokenizer": {"audio_tokenizer_name_or_path": "evil/model"}},
+     "audio_tokenizer.audio_tokenizer_name_or_path"),
+    ("audio_tokenizer_config.json", {"audio_tokenizer_name_or_path": "/etc"}, "audio_tokenizer_name_or_path"),
+    ("config.json", {"transformers_weights": "other.safetensors"}, "transformers_weights"),
+    ("config.json", {"vision_config": {"architecture": "hf-hub:evil/timm"}}, "vision_config.architecture"),
+    ("config.json", {"backbone": ["local-dir:/srv/other"]}, "backbone[0]"),
+    ("config.json", {"configuration_files": ["config.4.0.0.json", "../../other/config.json"]}, "configuration_files"),
+    ("tokenizer_config.json", {"fast_tokenizer_files": "tokenizer.json"}, "fast_tokenizer_files"),
+    ("modules.json", [{"type": "sentence_transformers.models.Pooling", "path": "../../other/1_Pooling"}], "[0].path"),
+    ("modules.json", [{"type": "sentence_transformers.models.Dense", "path": "/srv/other"}], "[0].path"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value", "where"), ELSEWHERE)
+def test_configuration_that_would_load_from_elsewhere_is_refused_with_its_place(
+    name: str, value: Any, where: str
+) -> None:
+    failure = refusal(name, value)
+    assert failure.code == "loads_from_elsewhere"
+    assert f": {where} is " in failure.message
 
 
 @pytest.mark.parametrize(("name", "value", "where"), REMOTE_CODE)
@@ -60,7 +96,16 @@ HARMLESS: list[tuple[str, Any]] = [
     ("modules.json", [{"type": "sentence_transformers.models.Pooling"}]),
     ("tokenizer.json", {"model": {"vocab": {"auto_map": 17, "trust_remote_code": 18}}}),
     ("vocab.json", {"auto_map": 17}),
-]
+    ("config.json", {"_name_or_path": "/home/me/checkpoint-7", "name_or_path": "org/base", "architectures": None}),
+    ("config.json", {"speculators_config": None, "audio_model_id": None, "sbert_ce_default_activation_function": None}),
+    ("config.json", {"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"}),
+    ("config.json", {"configuration_files": ["config.json", "config.4.9.0.json"]}),
+    ("tokenizer_config.json", {"fast_tokenizer_files": ["tokenizer.json", "tokenizer.4.9.0.json"]}),
+    ("tokenizer_config.json", {"special_tokens_map_file": "/root/.cache/x.json", "tokenizer_class": "LlamaTokenizer"}),
+    ("2_Dense/config.json", {"activation_function": "torch.nn.modules.activation.Tanh", "in_features": 8}),
+    ("modules.json", [{"type": "sentence_transformers.models.Transformer", "path": ""},
+                      {"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "value"), HARMLESS)

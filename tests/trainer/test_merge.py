@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +175,34 @@ def test_a_quantized_base_is_refused(models: Path, tmp_path: Path) -> None:
     (tmp_path / "whole/config.json").write_text(json.dumps(config))
     failure = refused(tmp_path, "whole", models / "adapters/plain", tmp_path)
     assert failure.code == "quantized_base"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["Trainer"], ["pipeline"], ["os.path"], ["AutoModelForCausalLM"], ["PreTrainedModel"], ["__builtins__"],
+        ["dependency_versions_check"], [7], [], None,
+    ],
+)  # fmt: skip
+def test_what_architectures_names_is_taken_only_if_it_is_a_model_of_transformers(models: Path, names: Any) -> None:
+    import transformers
+
+    from modelyard.trainer.merge import class_of
+
+    assert class_of(types.SimpleNamespace(architectures=names)) is transformers.AutoModelForCausalLM
+    llama = types.SimpleNamespace(architectures=[*(names or []), "LlamaForCausalLM"])
+    assert class_of(llama) is transformers.LlamaForCausalLM
+
+
+def test_a_base_without_safetensors_is_not_merged(models: Path, tmp_path: Path) -> None:
+    """A folder may have been changed since it was scanned: what is pickled is not loaded even then."""
+    import torch
+    from safetensors.torch import load_file
+
+    base = tmp_path / "base"
+    shutil.copytree(models / "half", base)
+    torch.save(load_file(str(base / "model.safetensors")), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    shutil.copytree(base, models / "pickled")
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        merged(models, "pickled", models / "adapters" / "plain", tmp_path / "merged")

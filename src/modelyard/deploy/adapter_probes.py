@@ -4,7 +4,7 @@ Such an adapter's folder has `probes.json`: prompts with the token ids that the 
 [{"messages", "tools", "token_ids"}], "template_source", "template_is_dated"}`. The engine must make the same ids of
 them (but for the date, where the template has it), else it would ask for something else than was learnt. And it must
 answer otherwise with the adapter than without: an engine may take an adapter and not use it. An adapter without such a
-file is not checked. A busy engine is waited for. Nothing is written.
+file, and one that was not trained here, is not checked. A busy engine is waited for. Nothing is written.
 """
 
 from __future__ import annotations

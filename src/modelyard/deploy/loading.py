@@ -16,6 +16,7 @@ from typing import Any
 from modelyard.deploy import adapter_probes
 from modelyard.deploy.engine_client import EngineClient
 from modelyard.errors import JobFailure
+from modelyard.models.ids import is_trained
 
 LOAD_TIMEOUT_S = 120.0
 UNLOAD_TIMEOUT_S = 10.0
@@ -73,7 +74,9 @@ async def load(
             name = _next_name(adapter.adapter_id, names)
             names.append(name)
             fresh.append({"adapter_id": adapter.adapter_id, "name": name, "path": str(adapter.path)})
-            probes = await asyncio.to_thread(adapter_probes.read, adapter.path)
+            # Only a training here writes them: a file of that name in a download is a stranger's word on itself.
+            trained_here = is_trained(adapter.adapter_id)
+            probes = await asyncio.to_thread(adapter_probes.read, adapter.path) if trained_here else None
             await _load_one(client, adapter, name, PROBE_TIMEOUT_S if probes is None else adapter_probes.PATIENCE_S)
             if probes is not None:
                 fresh[-1]["checks"] = await _check(client, adapter, name, base, probes)

@@ -130,7 +130,8 @@ async def add(session: AsyncSession, model_id: str, revision: str, result: Mappi
         model.source = Source.TRAINING
     else:
         model.source = Source.IMPORT if is_local(model_id) else Source.HUB
-    model.training = result.get("training")
+    # Of a training here only: what a download says of itself is no record.
+    model.training = result.get("training") if is_trained(model_id) else None
     model.added_at = utcnow()
     await session.flush()
     return model

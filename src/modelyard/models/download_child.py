@@ -45,7 +45,7 @@ LOCK_WAIT_S = 30.0
 REFUSALS = frozenset(
     {"remote_code", "bad_configuration", "bad_weights", "bad_index", "pickle_only", "unsupported_format", "no_weights",
      "incomplete_weights", "ambiguous_weights", "lfs_pointer", "missing_configuration", "unsupported_adapter",
-     "unsupported_kind", "adapter_without_base"}
+     "unsupported_kind", "loads_from_elsewhere", "adapter_without_base"}
 )  # fmt: skip
 
 

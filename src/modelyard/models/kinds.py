@@ -204,6 +204,8 @@ def _of_name(name: str) -> Kind | None:
     for group, kind in _GROUPS:
         if name in group:
             return kind
+    if name.startswith("Auto"):
+        return None  # transformers' chooser among classes, no class of a model
     return next((kind for endings, kind in _ENDINGS if name.endswith(endings)), None)
 
 

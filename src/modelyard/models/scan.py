@@ -1,9 +1,9 @@
 """The scanner: what in a model would run code, or lies about itself, and is refused before anything loads it.
 
-Pure but for reading a weights file's header. Configuration: any key that makes a library fetch or import code
-(`auto_map`, `custom_pipelines`, an attention implementation that names a repository, ...), at any depth. Weights: a
-safetensors header that does not cover its file exactly, byte for byte (overlaps, holes, ends beyond the file).
-Everything refused is a `JobFailure` that says what, where and what to do.
+Pure but for reading a weights file's header. Configuration: any key that makes a library run code or load from
+elsewhere (`references` has the table), at any depth. Weights: a safetensors header that does not cover its file
+exactly, byte for byte (overlaps, holes, ends beyond the file). Everything refused is a `JobFailure` that says what,
+where and what to do.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from modelyard.errors import JobFailure
-from modelyard.models import config_file
+from modelyard.models import config_file, references
 from modelyard.models.ids import is_model_id
 
 MAX_CONFIG_BYTES = 64 * 1024 * 1024
 MAX_HEADER_BYTES = 100 * 1024 * 1024
-MAX_DEPTH = 64
 # Files whose every string is data, not settings: looking for keys in a vocabulary would refuse honest models.
 VOCABULARIES = frozenset(
     {"tokenizer.json", "vocab.json", "tekken.json", "added_tokens.json", "model.safetensors.index.json"}
@@ -36,15 +35,6 @@ _BITS = {
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64,
     "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
-_CODE_KEYS = frozenset(
-    {"auto_map", "custom_pipelines", "custom_pipeline", "custom_generate", "model_file", "code_revision",
-     "trust_remote_code", "kernel_config", "use_kernels"}
-)  # fmt: skip
-_IMPORTABLE = ("transformers", "peft", "torch", "sentence_transformers", "megatron")
-_CODE_HINT = (
-    "Modelyard runs no code that comes with a model. Choose a model whose architecture the engine knows by itself, "
-    "or remove the key from a copy in the import directory if the engine does not need it."
-)
 
 
 def read_json(name: str, content: bytes) -> dict[str, Any]:
@@ -60,19 +50,17 @@ def read_json(name: str, content: bytes) -> dict[str, Any]:
 
 
 def scan_configuration(name: str, content: bytes) -> None:
-    """Refuse a configuration file that would make a library fetch or import code.
+    """Refuse a configuration file that would make a library run code, or load from elsewhere.
 
     Raises:
-        JobFailure: `remote_code` or `bad_configuration`.
+        JobFailure: `remote_code`, `loads_from_elsewhere` or `bad_configuration`.
     """
     if not name.endswith(".json"):
         return
     value = config_file.parse(content) if name == config_file.CONFIG else parse(name, content)
     if name in VOCABULARIES:
         return
-    if name == "modules.json":
-        _scan_modules(value)
-    _scan_value(name, value, "", 0)
+    references.check(name, value)
 
 
 def scan_adapter(config: Mapping[str, Any]) -> str:
@@ -194,51 +182,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _scan_value(name: str, value: Any, where: str, depth: int) -> None:
-    if depth > MAX_DEPTH:
-        raise _bad_configuration(name, f"is nested more than {MAX_DEPTH} deep")
-    if isinstance(value, list):
-        for number, item in enumerate(value):
-            _scan_value(name, item, f"{where}[{number}]", depth + 1)
-    if isinstance(value, dict):
-        for key, item in value.items():
-            path = f"{where}.{key}" if where else str(key)
-            _scan_key(name, key, item, path)
-            _scan_value(name, item, path, depth + 1)
-
-
-def _scan_key(name: str, key: str, value: Any, path: str) -> None:
-    if value in (None, False, "", [], {}):
-        return
-    if key in _CODE_KEYS:
-        raise _remote_code(name, path, value)
-    if "_implementation" in key and _names_repository(value):
-        raise _remote_code(name, path, value)
-    if key in ("parent_library", "megatron_core") and not _is_importable(value):
-        raise _remote_code(name, path, value)
-
-
-def _names_repository(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(_names_repository(item) for item in value.values())
-    if isinstance(value, list):
-        return any(_names_repository(item) for item in value)
-    # A repository is named org/name, perhaps behind 'paged|' and before '@revision' and ':function'.
-    return isinstance(value, str) and any(mark in value for mark in "/\\:")
-
-
-def _is_importable(value: Any) -> bool:
-    return isinstance(value, str) and value.split(".", 1)[0] in _IMPORTABLE
-
-
-def _scan_modules(value: Any) -> None:
-    entries = value if isinstance(value, list) else [None]
-    for number, entry in enumerate(entries):
-        kind = entry.get("type") if isinstance(entry, dict) else None
-        if not isinstance(kind, str) or not kind.startswith("sentence_transformers."):
-            raise _remote_code("modules.json", f"[{number}].type", kind)
-
-
 def parse(name: str, content: bytes) -> Any:
     """Parse a configuration file.
 
@@ -255,11 +198,6 @@ def parse(name: str, content: bytes) -> Any:
 
 def _bad_configuration(name: str, what: str) -> JobFailure:
     return JobFailure("bad_configuration", f"{name} {what}.", "Tell the model's authors, or try another revision.")
-
-
-def _remote_code(name: str, path: str, value: Any) -> JobFailure:
-    shown = json.dumps(value, ensure_ascii=True)[:80]
-    return JobFailure("remote_code", f"{name} would fetch or import code: {path} is {shown}.", _CODE_HINT)
 
 
 def _bad_weights(name: str, what: str) -> JobFailure:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from modelyard.errors import JobFailure
+from modelyard.models.references import is_class_name
 from modelyard.trainer.reports import Reports
 from modelyard.trainer.spec import Spec
 
@@ -63,9 +64,24 @@ def _base(spec: Spec, folder: Path) -> Any:
             f"{spec.model_id} is quantized: an adapter cannot be put into its weights without changing them otherwise.",
             "Export the adapter alone, and use it beside the base.",
         )
-    names = [name for name in config.architectures or () if hasattr(transformers, name)]
-    cls = getattr(transformers, names[0]) if names else transformers.AutoModelForCausalLM
-    return cls.from_pretrained(str(folder), dtype="auto", local_files_only=True)
+    return class_of(config).from_pretrained(
+        str(folder), dtype="auto", local_files_only=True, use_safetensors=True, trust_remote_code=False
+    )
+
+
+def class_of(config: Any) -> Any:
+    """Return the class of transformers that `architectures` names; the one for text generation where it names none.
+
+    The names are the repository's word: only a class of a model, defined inside transformers, is taken.
+    """
+    import transformers
+
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None) if is_class_name(name) else None
+        is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+        if is_model and found.__module__.startswith("transformers.models."):
+            return found
+    return transformers.AutoModelForCausalLM
 
 
 def _with_adapter(base: Any, spec: Spec, folder: Path) -> Any:
