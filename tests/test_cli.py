@@ -66,6 +66,44 @@ def test_a_misspelt_setting_is_one_line_with_the_right_spelling(tmp_path: Path, 
     assert ended.stderr == "modelyard: There is no setting MODELYARD_DATADIR. Did you mean MODELYARD_DATA_DIR?\n"
 
 
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("s3://[bucket", "invalid IPv6 URL"),
+        ("s3:///prefix", "the bucket is missing"),
+        ("file:///dev/null/objects", "Objects cannot be kept in /dev/null/objects"),
+        ("s3://key:hunter2@bucket", "must hold no credentials"),
+    ],
+)
+def test_a_bad_storage_url_is_one_line_and_nothing_stays_locked(tmp_path: Path, url: str, words: str) -> None:
+    done = run_modelyard(
+        "serve", cwd=tmp_path, MODELYARD_DATA_DIR=str(tmp_path / "data"), MODELYARD_STORAGE_URL=url, MODELYARD_PORT="0"
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    [line] = done.stderr.splitlines()
+    assert line.startswith("modelyard: ")
+    assert words in line
+    assert "hunter2" not in line
+    with serving(tmp_path / "data"):
+        pass
+
+
+def test_a_name_in_the_file_that_nothing_reads_is_said_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text(f"MODELYARD_DATA_DIR={tmp_path}/data\nMODELYARD_PORT=0\nPORT=hunter2\n", "utf-8")
+    said = "Nothing reads PORT from .env. Did you mean MODELYARD_PORT?"
+    with subprocess.Popen(
+        [sys.executable, "-m", "modelyard", "serve"], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("Modelyard listens on")
+        process.send_signal(signal.SIGTERM)
+        log = process.communicate(timeout=30)[1]
+    assert f"WARNING modelyard.server: {said}" in log
+    assert "hunter2" not in log
+    assert process.returncode == 0
+
+
 def test_a_port_that_is_taken_is_one_line_and_nothing_stays_locked(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])

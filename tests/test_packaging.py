@@ -19,7 +19,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from modelyard.settings import Settings
+from modelyard.settings import FOR_COMPOSE, Settings
 from tests.fixtures import missing
 from tests.server import serving
 
@@ -335,6 +335,8 @@ def test_env_example_has_every_secret_that_compose_asks_for() -> None:
     asked = set(re.findall(r"\$\{(\w+):\?", (ROOT / "docker-compose.yml").read_text("utf-8")))
     assert asked
     assert asked <= {name for name, _, _ in env_example()}
+    own = {name for name in asked if not name.startswith(("MODELYARD_", "AWS_"))}
+    assert own == FOR_COMPOSE, "what is for it alone is no name that nothing reads"
 
 
 # Docker.

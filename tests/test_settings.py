@@ -9,13 +9,13 @@ import pytest
 from pydantic import ValidationError
 
 from modelyard.errors import StartRefused
-from modelyard.settings import Settings, load_settings
+from modelyard.settings import FOR_COMPOSE, Settings, load_settings, unread_names
 
 
 @pytest.fixture(autouse=True)
 def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Nothing configured: an empty working folder, and none of our names in the environment."""
-    for name in [name for name in os.environ if name.upper().startswith(("MODELYARD_", "HF_"))]:
+    for name in [name for name in os.environ if name.upper().startswith(("MODELYARD_", "HF_", "AWS_"))]:
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -98,6 +98,32 @@ def test_a_misspelt_name_in_the_file_is_refused_and_the_file_is_named(bare: Path
     assert refused() == "There is no setting MODELYARD_PROT (in .env). Did you mean MODELYARD_PORT?"
 
 
+def test_the_names_of_the_s3_stores_key_are_read_from_the_file_too(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION")
+    (bare / ".env").write_text("".join(f"{name}=hunter2-{name}\n" for name in names))
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-north-1")
+    found = load_settings()
+    assert (found.aws_access_key_id, found.aws_secret_access_key) == tuple(f"hunter2-{name}" for name in names[:2])
+    assert (found.aws_session_token, found.aws_default_region) == ("hunter2-AWS_SESSION_TOKEN", "eu-north-1")
+    assert "hunter2" not in repr(found)
+    assert unread_names() == []
+
+
+def test_a_name_in_the_file_that_nothing_reads_is_said(bare: Path) -> None:
+    (bare / ".env").write_text(
+        "MODELYARD_PORT=1\nhf_token=x\nPORT=9000\nADMIN_KEY=hunter2\nAWS_REGION=x\nAWS_PROFILE=x\nHTTPS_PROXY=x\n"
+        + "".join(f"{name}=x\n" for name in FOR_COMPOSE)
+    )
+    elsewhere = "If a library is to see it, set it in the environment."
+    assert unread_names() == [
+        "Nothing reads ADMIN_KEY from .env. Did you mean MODELYARD_ADMIN_KEY?",
+        f"Nothing reads AWS_PROFILE from .env. {elsewhere}",
+        "Nothing reads AWS_REGION from .env. Did you mean AWS_DEFAULT_REGION?",
+        f"Nothing reads HTTPS_PROXY from .env. {elsewhere}",
+        "Nothing reads PORT from .env. Did you mean MODELYARD_PORT?",
+    ]
+
+
 @pytest.mark.parametrize("line", ["MODELYARD_PORT 81", "MODELYARD_ADMIN_KEY: hunter22", "MODELYARD_DATA_DIR='/data"])
 def test_a_line_of_the_file_that_sets_nothing_is_refused_by_its_number_alone(bare: Path, line: str) -> None:
     (bare / ".env").write_text(f"# first\nMODELYARD_GRACE_S=7\n{line}\n")
@@ -121,6 +147,9 @@ def test_a_byte_order_mark_at_the_start_of_the_file_is_no_part_of_the_first_name
     ("ENGINE_MAX_LORA_RANK", "9", "MODELYARD_ENGINE_MAX_LORA_RANK=9: input should be 8, 16, 32,"),
     ("ENGINE_MAX_LORA_RANK", "high", "MODELYARD_ENGINE_MAX_LORA_RANK=high: input should be 8, 16, 32,"),
     ("STORAGE_URL", "/objects", "MODELYARD_STORAGE_URL=/objects: must start with file:/// or s3://."),
+    ("S3_ENDPOINT_URL", "store:9000", "MODELYARD_S3_ENDPOINT_URL=store:9000: must be the address of a store, such as"),
+    ("S3_ENDPOINT_URL", "http://[x", "MODELYARD_S3_ENDPOINT_URL=http://[x: must be the address of a store"),
+    ("S3_ENDPOINT_URL", "http://store/bucket", "MODELYARD_S3_ENDPOINT_URL=http://store/bucket: must be the address"),
     ("DATABASE_URL", "mysql://h/n", "MODELYARD_DATABASE_URL=mysql://h/n: must start with sqlite:/// or postgresql://."),
     ("DATABASE_URL", "sqlite:///:memory:", "MODELYARD_DATABASE_URL=sqlite:///:memory:: must name a file"),
     ("DATABASE_URL", "sqlite:///", "MODELYARD_DATABASE_URL=sqlite:///: must name a file"),
@@ -139,6 +168,7 @@ def test_a_bad_value_is_refused_in_one_line_that_names_it(
     ("MODELYARD_DATABASE_URL", "mysql://someone:hunter2@db.example.org/name"),
     ("MODELYARD_DATABASE_URL", "mysql://someone:a/hunter2@x@db.example.org/name"),
     ("MODELYARD_STORAGE_URL", "https://someone:hunter2@store.example.org/bucket"),
+    ("MODELYARD_S3_ENDPOINT_URL", "https://someone:hunter2@store.example.org"),
 ])  # fmt: skip
 def test_a_secret_is_never_in_the_message(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)

@@ -682,11 +682,61 @@ async def test_the_storage_url_picks_a_bucket_and_a_prefix(tmp_path: Path, s3_se
 @pytest.mark.parametrize(("url", "reason"), [
     ("s3:///prefix", "bucket is missing"), ("s3://bucket/../x", "a key has names"), ("s3://bucket?x=1", "no meaning"),
     ("file:///", "folder is missing"), ("file:///dev/null/objects", "/dev/null/objects: Not a directory"),
+    ("s3://[bucket", "invalid IPv6"), ("s3://bucket:9000/x", "'bucket:9000' is no bucket's name"),
+    ("s3://my bucket", "is no bucket's name"), ("file:///objects%00", "null byte"), ("s3://AK:hunter2@x", "no cred"),
+    ("s3://\N{SNOWMAN}", "is no bucket's name"), ("s3://[::1]/x", "is no bucket's name"),
 ])  # fmt: skip
 def test_a_storage_url_that_makes_no_sense_stops_the_start_with_one_line(tmp_path: Path, url: str, reason: str) -> None:
     with pytest.raises(StartRefused, match=reason) as refused:
         open_storage(settings(tmp_path, storage_url=url))
     assert "\n" not in str(refused.value)
+    assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.s3
+async def test_a_key_that_only_the_settings_know_opens_the_store(
+    tmp_path: Path, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, secret = os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    place = {"storage_url": f"s3://{s3_server.bucket}/from-env", "s3_endpoint_url": s3_server.endpoint_url}
+    for named, problem in (
+        ({"AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret, "AWS_DEFAULT_REGION": "us-east-1"}, None),
+        ({"AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": "wrong"}, "refuses this server"),
+        ({}, "no credentials"),
+    ):
+        opened = open_storage(settings(tmp_path, **place, **named))
+        if problem is None:
+            await opened.check()
+            await opened.put("object", chunks_of(b"x"))
+            await opened.delete("object")
+        else:
+            with pytest.raises(StorageUnavailable, match=problem):
+                await opened.check()
+        await opened.close()
+
+
+def test_half_a_key_stops_the_start_with_one_line(tmp_path: Path) -> None:
+    place = {"storage_url": "s3://bucket"}
+    with pytest.raises(StartRefused, match="AWS_SECRET_ACCESS_KEY is not set, but its other half is"):
+        open_storage(settings(tmp_path, **place, AWS_ACCESS_KEY_ID="x", AWS_SECRET_ACCESS_KEY=""))
+    with pytest.raises(StartRefused, match="AWS_ACCESS_KEY_ID is not set"):
+        open_storage(settings(tmp_path, **place, AWS_ACCESS_KEY_ID="", AWS_SECRET_ACCESS_KEY="x"))
+
+
+async def test_a_store_that_never_answers_is_asked_but_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modelyard.storage.s3.CHECK_TIMEOUT_S", 0.3)
+    named = {"aws_access_key_id": "x", "aws_secret_access_key": "y"}
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        storage = S3Storage("bucket", "", f"http://127.0.0.1:{mute.getsockname()[1]}", named)
+        with pytest.raises(StorageUnavailable, match=r"cannot be reached \(ReadTimeoutError\)"):
+            await storage.check()
+        began = time.monotonic()
+        with pytest.raises(StorageUnavailable):
+            await storage.check()
+        assert time.monotonic() - began < 3, "it is not asked again"
+        await storage.close()
 
 
 def test_starting_the_server_does_not_pay_for_boto3() -> None:

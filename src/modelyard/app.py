@@ -73,7 +73,7 @@ from modelyard.models.routes import api as models_api
 from modelyard.models.tokenizer_child import TokenizerChildren
 from modelyard.outages import explain, first_line, is_passing
 from modelyard.processes import Children
-from modelyard.storage import open_storage
+from modelyard.storage import Storage
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +97,14 @@ TAGS = {
 }
 
 
+async def _look_at(storage: Storage) -> None:
+    """Say at the start that the storage cannot be used: else the first to learn it would be who stores something."""
+    try:
+        await storage.check()
+    except ModelyardError as error:
+        log.warning("The storage cannot be used now, and datasets and trainings need it: %s", error.message)
+
+
 def create_app(foundation: Foundation) -> FastAPI:
     """Return the application; it holds what it needs from the moment its lifespan starts until that ends."""
     settings = foundation.settings
@@ -108,7 +116,7 @@ def create_app(foundation: Foundation) -> FastAPI:
         children = Children(foundation.owner_lock, settings.grace_s)
         routing = Routing(sessions, settings.engine_wake_timeout_s)
         supervisor = Supervisor(settings, sessions, children, routing)
-        storage = open_storage(settings)
+        storage = foundation.storage
 
         def told(job_ids: Iterable[UUID]) -> None:
             routing.changed()
@@ -162,11 +170,12 @@ def create_app(foundation: Foundation) -> FastAPI:
         ]
         # Not waited for: a store that is away must not keep the server from starting.
         sweep = tasks.spawn("sweep of datasets", intake.sweep(sessions, storage, forgotten))
+        look = tasks.spawn("look at the storage", _look_at(storage))
         try:
             yield
         finally:
             await errands.close()
-            await tasks.end(task, sweep)
+            await tasks.end(task, sweep, look)
             await engines.close()
             await storage.close()
             await sessions.close()

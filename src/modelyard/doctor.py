@@ -32,8 +32,8 @@ from modelyard.deploy.machine import GIB, this_machine
 from modelyard.errors import ModelyardError, StartRefused
 from modelyard.foundation import configured_database, shown
 from modelyard.processes import ServerLock
-from modelyard.settings import Settings, load_settings
-from modelyard.storage import open_storage
+from modelyard.settings import Settings, load_settings, unread_names
+from modelyard.storage import Storage, open_storage
 
 HUB_TIMEOUT_S = 10.0
 ENGINE_TIMEOUT_S = 180.0
@@ -135,6 +135,8 @@ def check_settings(settings: Settings) -> Iterator[Finding]:
     sources = [f"{len(names)} from the environment"] if names else []
     sources += [str(Path(".env").absolute())] if Path(".env").is_file() else []
     yield Finding(Verdict.OK, "settings", " and ".join(sources) or "all are the defaults")
+    for line in unread_names():
+        yield Finding(Verdict.WARN, "settings", line, "Correct .env, or take it out.")
     key = "with a key" if settings.admin_key is not None else "no key: for this machine alone"
     yield Finding(Verdict.OK, "address", f"{settings.host}:{settings.port}, {key}")
 
@@ -325,12 +327,19 @@ def check_storage(settings: Settings) -> Iterator[Finding]:
         yield Finding(Verdict.OK, "storage", f"{place} (made at the first start)")
         return
     try:
-        asyncio.run(open_storage(settings).check())
+        asyncio.run(_look_at(open_storage(settings)))
     except (ModelyardError, StartRefused) as error:
         todo = "Check MODELYARD_STORAGE_URL, MODELYARD_S3_ENDPOINT_URL and AWS_*."
         yield Finding(Verdict.FAIL, "storage", f"{place}: {error}", todo)
     else:
         yield Finding(Verdict.OK, "storage", place)
+
+
+async def _look_at(storage: Storage) -> None:
+    try:
+        await storage.check()
+    finally:
+        await storage.close()
 
 
 def check_imports(settings: Settings) -> Iterator[Finding]:

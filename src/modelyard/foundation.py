@@ -1,4 +1,4 @@
-"""What must stand before the server serves: its data folder, the locks that make it the only one, a migrated database.
+"""What must stand before the server serves: data folder, the locks that make it the only one, storage, database.
 
 Everything here is synchronous and happens before the event loop runs, so that a refusal is one clear line and an exit
 status instead of a traceback from a half-started application.
@@ -23,6 +23,7 @@ from modelyard.outages import first_line
 from modelyard.private_files import NotOurs, close_database, close_to_others
 from modelyard.processes import ServerLock
 from modelyard.settings import Settings
+from modelyard.storage import Storage, open_storage
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class Foundation:
         self.settings = settings
         self.url = configured_database(settings)
         self.failure: str | None = None
+        self._storage: Storage | None = None
         self._folder_lock: ServerLock | None = None
         self._database_lock: DatabaseLock | ServerLock | None = None
 
@@ -47,8 +49,14 @@ class Foundation:
         """The lock whose holder the children belong to."""
         return self.settings.data_dir / "server.lock"
 
+    @property
+    def storage(self) -> Storage:
+        """Where objects are kept, once the foundation is laid. Whoever uses it closes it."""
+        assert self._storage is not None
+        return self._storage
+
     def lay(self) -> None:
-        """Make the folder, take the locks, migrate the database.
+        """Make the folder, take the locks, open the storage, migrate the database.
 
         Raises:
             StartRefused: with the one line that the user reads; nothing is held then.
@@ -78,6 +86,7 @@ class Foundation:
             )
         self._folder_lock = folder_lock
         try:
+            self._storage = open_storage(self.settings)
             self._database_lock = _lock_database(self.url, self._on_database_lost)
             migrate(self.url)
         except BaseException:

@@ -29,7 +29,7 @@ from modelyard.connections import Connection, Connections, Limits
 from modelyard.errors import StartRefused
 from modelyard.foundation import Foundation
 from modelyard.log_limits import limit_repeats
-from modelyard.settings import Settings
+from modelyard.settings import Settings, unread_names
 
 #: How long open streams may go on when the server stops, in seconds.
 SHUTDOWN_S = 5
@@ -56,6 +56,8 @@ def serve(settings: Settings) -> int:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     # uvicorn says of each request that is not HTTP that it came: who sends them must not fill the disk.
     limit_repeats(logging.getLogger("uvicorn.error"))
+    for line in unread_names():
+        log.warning(line)
     foundation = Foundation(settings)
     foundation.lay()
     try:

@@ -26,6 +26,13 @@ ORIGIN = re.compile(
     r"[a-z][a-z0-9+.-]{0,63}://([a-z0-9._~-]{1,253}|\[[0-9a-f:.]{2,45}\])(:[0-9]{1,5})?|null", re.IGNORECASE
 )
 
+#: No credentials, which belong elsewhere, and no path, which boto3 would put before every bucket.
+ENDPOINT = re.compile(r"https?://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?/?")
+#: Settings that others named.
+FOREIGN = ("hf_", "aws_")
+#: What `.env` may hold for docker-compose.yml alone.
+FOR_COMPOSE = frozenset({"POSTGRES_PASSWORD", "GARAGE_RPC_SECRET"})
+
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -54,7 +61,7 @@ class Settings(BaseSettings):
     storage_url: str = ""
     """file:///PATH or s3://BUCKET/PREFIX. Empty: the folder `objects` in the data folder."""
     s3_endpoint_url: str | None = None
-    """Address of an S3-compatible store. Empty: Amazon's. Credentials come from boto3's own settings (AWS_*)."""
+    """Address of an S3-compatible store. Empty: Amazon's. Its credentials are AWS_ACCESS_KEY_ID and the next ones."""
     import_dir: Path | None = None
     """Folder whose sub-folders may be added as models by name (local:NAME). Empty: no imports."""
     admin_key: str | None = Field(default=None, min_length=8, repr=False)
@@ -172,6 +179,14 @@ class Settings(BaseSettings):
     """Address of the Hugging Face hub or of a mirror."""
     hf_token: str | None = Field(default=None, validation_alias="HF_TOKEN", repr=False)
     """Token for gated and private repositories; only downloads see it."""
+    aws_access_key_id: str | None = Field(default=None, validation_alias="AWS_ACCESS_KEY_ID", repr=False)
+    """Access key of the S3 store. Empty: whatever else boto3 finds in the environment (profiles, roles)."""
+    aws_secret_access_key: str | None = Field(default=None, validation_alias="AWS_SECRET_ACCESS_KEY", repr=False)
+    """Secret of that access key."""
+    aws_session_token: str | None = Field(default=None, validation_alias="AWS_SESSION_TOKEN", repr=False)
+    """Token of an access key that is for a time only."""
+    aws_default_region: str | None = Field(default=None, validation_alias="AWS_DEFAULT_REGION")
+    """Region of the S3 store. Empty: boto3's own, else us-east-1."""
 
     @field_validator("engine_max_lora_rank", mode="before")
     @classmethod
@@ -202,7 +217,8 @@ class Settings(BaseSettings):
     @field_validator(
         "s3_endpoint_url", "import_dir", "admin_key", "store_quota_gib", "engine_python", "engine_max_model_len",
         "engine_max_num_seqs", "engine_cpu_kv_cache_gib", "engine_memory_gib", "engine_idle_timeout_s",
-        "trainer_python", "tensorboard_dir", "generate_seed", "hf_token", mode="before",
+        "trainer_python", "tensorboard_dir", "generate_seed", "hf_token", "aws_access_key_id",
+        "aws_secret_access_key", "aws_session_token", "aws_default_region", mode="before",
     )  # fmt: skip
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:
@@ -234,6 +250,14 @@ class Settings(BaseSettings):
     def _known_storage(cls, value: str) -> str:
         if value and not value.startswith(("file:///", "s3://")):
             raise ValueError("must start with file:/// or s3://")
+        return value
+
+    @field_validator("s3_endpoint_url")
+    @classmethod
+    def _is_address(cls, value: str | None) -> str | None:
+        # boto3 says so only at its first request, and with a traceback.
+        if value is not None and not ENDPOINT.fullmatch(value):
+            raise ValueError("must be the address of a store, such as http://store.example.org:9000")
         return value
 
     @model_validator(mode="after")
@@ -277,7 +301,7 @@ def load_settings(**overrides: object) -> Settings:
 
 
 def _refuse_unknown(names: Iterable[str], where: str) -> None:
-    known = [name.upper() for name in Settings.model_fields if not name.startswith("hf_")]
+    known = [name.upper() for name in Settings.model_fields if not name.startswith(FOREIGN)]
     for name in sorted(names):
         ours = name.removeprefix(PREFIX)
         if ours != name and ours not in known:
@@ -286,6 +310,25 @@ def _refuse_unknown(names: Iterable[str], where: str) -> None:
             raise StartRefused(
                 f"There is no setting {name}{where}." + (f" Did you mean {PREFIX}{near[0]}?" if near else "")
             )
+
+
+def unread_names(path: Path = Path(".env")) -> list[str]:
+    """Return a line for each name in `.env` that nothing reads, which its author believes in.
+
+    Raises:
+        StartRefused: the file cannot be read.
+    """
+    known = {name.upper() if name.startswith(FOREIGN) else PREFIX + name.upper() for name in Settings.model_fields}
+    # Compared without the prefix, which would make every name resemble every other.
+    bare = {name.removeprefix(PREFIX): name for name in sorted(known)}
+    lines = []
+    for name in sorted(_names_in_env_file(path) - known - FOR_COMPOSE):
+        near = difflib.get_close_matches(name, bare, n=1, cutoff=0.7)
+        lines.append(
+            f"Nothing reads {name} from .env. "
+            + (f"Did you mean {bare[near[0]]}?" if near else "If a library is to see it, set it in the environment.")
+        )
+    return lines
 
 
 def _names_in_env_file(path: Path) -> set[str]:
@@ -314,8 +357,8 @@ def _one_line(error: ValidationError) -> str:
     if not first["loc"]:
         return reason
     field = str(first["loc"][0])
-    name = field if field.startswith("HF_") else PREFIX + field.upper()
-    shown = "" if field in {"admin_key", "hf_token", "HF_TOKEN"} else f"={_presentable(first['input'])}"
+    name = field if field.startswith(("HF_", "AWS_")) else PREFIX + field.upper()
+    shown = "" if field in {"admin_key", "HF_TOKEN"} or field.startswith("AWS_") else f"={_presentable(first['input'])}"
     return f"{name}{shown}: {reason[0].lower()}{reason[1:]}."
 
 

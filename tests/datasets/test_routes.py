@@ -525,6 +525,8 @@ def test_a_store_that_is_away_is_said_and_nothing_is_kept(tmp_path: Path) -> Non
         "AWS_SECRET_ACCESS_KEY": "y",
     }
     with serving(tmp_path / "data", **settings) as server:
+        until(lambda: "The storage cannot be used now" in server.log, "it is said before anybody needs it")
+        assert "http://127.0.0.1:9 cannot be reached" in server.log
         answer = server.request("POST", UPLOAD, body=upload(questions(5)), headers=FORM_HEADERS)
         assert (answer.status, answer.error_code) == (503, "storage_unavailable")
         assert server.get("/api/v1/datasets/").json() == []

@@ -30,21 +30,36 @@ MAX_PARTS = 10_000
 PARTS_IN_FLIGHT = 2
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 60
+#: `check` is a question of a moment: it neither waits long nor asks again.
+CHECK_TIMEOUT_S = 5
 
 
 class S3Storage:
-    """Objects in a bucket, below `prefix`, through boto3 with its own credentials and settings. See `Storage`."""
+    """Objects in a bucket, below `prefix`, through boto3. See `Storage`.
 
-    def __init__(self, bucket: str, prefix: str = "", endpoint_url: str | None = None) -> None:
+    `credentials` are arguments of `boto3.Session`; what is not among them comes from boto3's own settings.
+    """
+
+    def __init__(
+        self,
+        bucket: str,
+        prefix: str = "",
+        endpoint_url: str | None = None,
+        credentials: Mapping[str, str] | None = None,
+    ) -> None:
         self.bucket = bucket
         self.endpoint_url = endpoint_url
         self._prefix = f"{prefix}/" if prefix else ""
         self._threads = Threads()
-        self._made: Any = None
+        self._credentials: dict[str, Any] = dict(credentials or {})
+        self._made: dict[bool, Any] = {}
         self._making = Lock()
 
     async def check(self) -> None:
-        await self._call("list_objects_v2", Bucket=self.bucket, Prefix=self._prefix, MaxKeys=1)
+        await self._threads.run(
+            self._attempt,
+            lambda: self._client(is_hasty=True).list_objects_v2(Bucket=self.bucket, Prefix=self._prefix, MaxKeys=1),
+        )
 
     async def put(self, key: str, chunks: AsyncIterable[bytes], *, max_bytes: int | None = None) -> StoredObject:
         where, digest = self._where(key), hashlib.sha256()
@@ -163,8 +178,8 @@ class S3Storage:
 
     async def close(self) -> None:
         await self._threads.close()
-        if self._made is not None:
-            self._made.close()
+        for client in self._made.values():
+            client.close()
 
     def _where(self, key: str) -> dict[str, str]:
         return {"Bucket": self.bucket, "Key": self._prefix + checked_key(key)}
@@ -186,18 +201,18 @@ class S3Storage:
         except _RangeBehindTheEnd:
             return None
 
-    def _client(self) -> Any:
-        """Return the one client, which boto3 allows threads to share; made at the first call."""
+    def _client(self, *, is_hasty: bool = False) -> Any:
+        """Return the client, which boto3 allows threads to share; made at the first call. A hasty one is for checks."""
         with self._making:
-            if self._made is None:
+            if is_hasty not in self._made:
                 import boto3
                 from botocore.config import Config
 
-                session = boto3.Session()
+                session = boto3.Session(**self._credentials)
                 config = Config(
                     connect_timeout=CONNECT_TIMEOUT_S,
-                    read_timeout=READ_TIMEOUT_S,
-                    retries={"mode": "standard", "max_attempts": 3},
+                    read_timeout=CHECK_TIMEOUT_S if is_hasty else READ_TIMEOUT_S,
+                    retries={"mode": "standard", "max_attempts": 1 if is_hasty else 3},
                     max_pool_connections=THREADS,
                     signature_version="s3v4",
                     # Host names of buckets need DNS, which a store of one's own seldom has.
@@ -207,8 +222,10 @@ class S3Storage:
                     response_checksum_validation="when_required",
                 )
                 region = session.region_name or "us-east-1"
-                self._made = session.client("s3", region_name=region, endpoint_url=self.endpoint_url, config=config)
-            return self._made
+                self._made[is_hasty] = session.client(
+                    "s3", region_name=region, endpoint_url=self.endpoint_url, config=config
+                )
+            return self._made[is_hasty]
 
     def _attempt(self, function: Callable[[], T], key: str = "") -> T:
         """Call boto3, in a thread, and turn its errors into ours."""
