@@ -40,6 +40,7 @@
     │   └── NotTrainable            422 not_trainable
     ├── HeadersTooLarge             431 headers_too_large
     ├── BadGateway                  502 engine_failed
+    ├── UnsafePath                  500 unsafe_path
     └── Unavailable                 503 unavailable         (with Retry-After)
         ├── DatabaseUnavailable     503 database_unavailable
         ├── EngineStarting          503 engine_starting
@@ -350,6 +351,18 @@ class NotTrainable(Unprocessable):
     """A model that no adapter can be trained for, or none that could be served; the message says why."""
 
     code = "not_trainable"
+
+
+class UnsafePath(ModelyardError):
+    """A stored or reported name leads out of the folder that it belongs to: nothing was read or changed."""
+
+    code = "unsafe_path"
+
+    def __init__(self, name: str, folder: str) -> None:
+        super().__init__(
+            f"{ascii(name)[:200]} leads out of the folder '{folder}' that it belongs to, or names nothing in it. "
+            "Nothing was touched: the data folder or the database may have been changed by hand."
+        )
 
 
 class BadGateway(ModelyardError):

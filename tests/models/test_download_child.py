@@ -102,9 +102,20 @@ async def test_a_model_that_was_damaged_in_the_store_is_brought_again(hub: Hub, 
     assert await asyncio.to_thread(start(hub, tmp_path).wait, 60) == 0
     weights = tmp_path / "models" / result_of(tmp_path)["path"] / WEIGHTS
     os.truncate(weights, 10)
-    assert await asyncio.to_thread(start(hub, tmp_path, 2).wait, 60) == 0
+    (weights.parent / "chat_template.jinja").unlink()
+    folder, sent = weights.parent.stat().st_ino, hub.sent(TINY, "tokenizer.json")
+    # An engine may run on it: nothing is taken away, and what is whole is neither fetched nor replaced.
+    whole = (weights.parent / "tokenizer.json").stat().st_ino
+    with open(weights, "rb") as held:
+        assert await asyncio.to_thread(start(hub, tmp_path, 2).wait, 60) == 0
+        assert held.read() == content[WEIGHTS][:10]
     assert weights.read_bytes() == content[WEIGHTS]
+    assert (weights.parent / "chat_template.jinja").read_bytes() == content["chat_template.jinja"]
+    assert weights.parent.stat().st_ino == folder
+    assert (weights.parent / "tokenizer.json").stat().st_ino == whole
+    assert hub.sent(TINY, "tokenizer.json") == sent
     assert result_of(tmp_path, 2) == result_of(tmp_path)
+    assert [path.name for path in weights.parents[1].iterdir()] == [weights.parent.name]
 
 
 def test_the_lock_is_had_by_one_and_free_when_its_holder_is_gone(

@@ -39,5 +39,14 @@ def test_sweeping_keeps_what_a_row_or_a_running_download_stands_for(tmp_path: Pa
     assert not any(folder.exists() for folder in (replaced, stray, old, trash))
 
 
+def test_sweeping_leaves_alone_what_a_link_leads_to(tmp_path: Path) -> None:
+    elsewhere = made(tmp_path / "elsewhere" / "1")
+    models = made(tmp_path / "models" / "a--b" / "1").parent.parent
+    (models / "a--c").symlink_to(elsewhere.parent)
+    (models / "a--b" / "2").symlink_to(elsewhere)
+    assert set(store.sweep(models, {"a--b/1"}, set())) == {models / "a--b" / "2"}
+    assert (elsewhere / "model.safetensors").is_file()
+
+
 def test_sweeping_a_store_that_is_not_there_is_nothing(tmp_path: Path) -> None:
     assert store.sweep(tmp_path / "models", set(), set()) == []

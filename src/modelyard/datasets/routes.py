@@ -18,6 +18,7 @@ from modelyard.datasets.schemas import DatasetOut, PageOut, ReportOut, Tokens
 from modelyard.errors import BadRequest, EncodingNotAllowed, ModelyardError, TooLarge
 from modelyard.http import Sessions, Settings, documented, router
 from modelyard.models import actions as models
+from modelyard.models import store
 from modelyard.storage import Storage as ObjectStorage
 
 api = router("/api/v1/datasets", "Datasets")
@@ -190,7 +191,7 @@ async def get_report(
             storage,
             request.app.state.tokenizer_children,
             dataset,
-            folder=settings.models_dir / model.path,
+            folder=store.folder_of(settings.models_dir, model.path),
             model_id=model.model_id,
             commit=model.commit,
             max_line_bytes=settings.dataset_line_mib * MIB,

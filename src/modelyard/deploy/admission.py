@@ -21,6 +21,7 @@ from modelyard.deploy.fitting import model_files, servable_files
 from modelyard.deploy.schemas import DeployIn, EngineOptions
 from modelyard.deploy.tables import Deployment
 from modelyard.errors import JobFailure, Unprocessable
+from modelyard.models import store
 from modelyard.models.tables import Model
 from modelyard.settings import Settings
 
@@ -96,7 +97,7 @@ def _ranks(settings: Settings, model: Model, adapters: Sequence[Model], running:
     loaded = {one["path"] for one in running.loaded} if running is not None else set()
     ranks = {}
     for adapter in adapters:
-        path = settings.models_dir / adapter.path
+        path = store.folder_of(settings.models_dir, adapter.path)
         if str(path) not in loaded:
             facts = check_adapter(path, files.config, adapter_id=adapter.model_id, base_folder=files.path)
             ranks[adapter.model_id] = facts.rank

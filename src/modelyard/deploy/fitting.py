@@ -23,7 +23,7 @@ from modelyard.deploy.steps import Room
 from modelyard.deploy.tables import LIVE, Deployment, DeploymentState, Strategy, Wanted
 from modelyard.deploy.vllm_args import AdapterFiles, ModelFiles, engine_command
 from modelyard.errors import JobFailure, Unprocessable
-from modelyard.models import config_file, kinds
+from modelyard.models import config_file, kinds, store
 from modelyard.models.tables import Model
 from modelyard.models.tokenizer_child import BAD, HINT, TokenizerChildren
 from modelyard.processes import Command
@@ -89,7 +89,7 @@ class Fitting:
         """
         async with self._sessions.read() as session:
             model, _ = await actions.model_rows(session, row)
-        folder = self._settings.models_dir / model.path
+        folder = store.folder_of(self._settings.models_dir, model.path)
         if not await asyncio.to_thread((folder / "tokenizer.json").exists):
             self._templates[folder] = PLAIN_TEMPLATE.replace(BOS, "")
         if folder not in self._templates:
@@ -143,9 +143,9 @@ class Fitting:
         config = model_files(self._settings, model).config
         found = []
         for one in adapters:
-            path = self._settings.models_dir / one.path
+            path = store.folder_of(self._settings.models_dir, one.path)
             if path not in self._checked:
-                base = self._settings.models_dir / model.path
+                base = store.folder_of(self._settings.models_dir, model.path)
                 try:
                     facts = check_adapter(path, config, adapter_id=one.model_id, base_folder=base)
                 except Unprocessable as error:
@@ -161,7 +161,7 @@ def model_files(settings: Settings, model: Model) -> ModelFiles:
     Raises:
         JobFailure: `broken_model`: its configuration cannot be read.
     """
-    path = settings.models_dir / model.path
+    path = store.folder_of(settings.models_dir, model.path)
     try:
         config = config_file.read(path)
     except JobFailure as failure:

@@ -6,12 +6,14 @@ engine never started is found by that address, so that a server that is killed a
 
 from __future__ import annotations
 
+import re
 import secrets
 import shutil
 import tempfile
 from pathlib import Path
 
 PREFIX = "modelyard-engine-"
+_NAME = re.compile(rf"{PREFIX}[0-9a-f]{{8}}")
 
 
 def new_path() -> Path:
@@ -22,5 +24,5 @@ def new_path() -> Path:
 def remove(engine_url: str | None) -> None:
     """Remove the folder of an engine that does not run. Safe to repeat; blocks."""
     folder = Path((engine_url or "").removeprefix("unix:")).parent
-    if folder.name.startswith(PREFIX):
+    if _NAME.fullmatch(folder.name):
         shutil.rmtree(folder, ignore_errors=True)

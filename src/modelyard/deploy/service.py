@@ -31,6 +31,7 @@ from modelyard.deploy.tables import Deployment, DeploymentState, Wanted
 from modelyard.deploy.vllm_args import socket_path
 from modelyard.errors import JobFailure
 from modelyard.jobs.runner import JobContext, JobInterrupted
+from modelyard.models import store
 from modelyard.processes import Child, Outcome
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ class Service:
             # While the database was away, requests came as before it: the routing knew no better.
             self.requests.begin_draining()
         if row.wanted == Wanted.UP:
-            self.adapters = [Adapter(one.model_id, self.settings.models_dir / one.path) for one in rows]
+            self.adapters = [Adapter(one.model_id, store.folder_of(self.settings.models_dir, one.path)) for one in rows]
         wanted = Wanted(row.wanted)
         if wanted == Wanted.UP and self.context.interrupted.is_set():
             wanted = Wanted.DOWN

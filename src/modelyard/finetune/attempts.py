@@ -24,6 +24,7 @@ from typing import Any
 from modelyard import evidence
 from modelyard.deploy.machine import GIB
 from modelyard.finetune.tables import Finetune
+from modelyard.models import store
 from modelyard.models.ids import folder_name
 from modelyard.models.tables import Model
 from modelyard.processes import Child, Command, Outcome, child_environment
@@ -51,7 +52,7 @@ def spec_of(
         mode=Mode.TRAIN,
         name=row.name,
         model_id=row.model_id,
-        model_dir=str(settings.models_dir / base.path),
+        model_dir=str(store.folder_of(settings.models_dir, base.path)),
         adapter_id=row.adapter_id,
         data=str(data),
         max_line_bytes=settings.dataset_line_mib * MIB,

@@ -24,7 +24,8 @@ from typing import Any
 from uuid import UUID
 
 from modelyard import tasks
-from modelyard.errors import ModelyardError
+from modelyard.errors import ModelyardError, UnsafePath
+from modelyard.paths import below, remove_tree
 from modelyard.storage import Storage, delete_prefix
 
 log = logging.getLogger(__name__)
@@ -251,11 +252,13 @@ def _entries(content: bytes) -> list[dict[str, str]]:
         raise DamagedCheckpoint(f"a manifest cannot be read: {error!r}") from None
     for entry in found:
         # Nobody but this server should have written it, but a name must not lead elsewhere all the same.
-        if entry["name"].startswith("/") or ".." in Path(entry["name"]).parts:
-            raise DamagedCheckpoint(f"a manifest names {entry['name']!r}")
+        try:
+            below(Path(), entry["name"])
+        except UnsafePath:
+            raise DamagedCheckpoint(f"a manifest names {entry['name']!r}") from None
     return found
 
 
 def _move_into_place(beside: Path, folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_tree(folder.parent, folder)
     os.rename(beside, folder)

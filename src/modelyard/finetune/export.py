@@ -23,8 +23,10 @@ from modelyard.errors import Conflict, JobFailure, ModelNotFound, Unprocessable
 from modelyard.finetune.archive import Entry, files_below, length
 from modelyard.finetune.errands import Errands, refusal
 from modelyard.models import actions as models
+from modelyard.models import store
 from modelyard.models.store import bytes_below
 from modelyard.models.tables import Model
+from modelyard.paths import inside
 from modelyard.settings import Settings
 from modelyard.trainer.spec import Hyperparameters, Mode, Spec
 
@@ -125,7 +127,7 @@ async def merged(errands: Errands, settings: Settings, adapter: Model, base: Mod
     Raises:
         ModelyardError: there is no memory or no room on the disk for it, or the child failed, with the cause.
     """
-    base_dir = settings.models_dir / base.path
+    base_dir = store.folder_of(settings.models_dir, base.path)
     await asyncio.to_thread(_check_room, base_dir, settings)
     async with errands.folder() as folder:
 
@@ -143,12 +145,13 @@ async def merged(errands: Errands, settings: Settings, adapter: Model, base: Mod
                 progress=str(folder / "progress.jsonl"),
                 result=str(folder / "result.json"),
                 disk_reserve_bytes=int(settings.disk_reserve_gib * GIB),
-                adapter_dir=str(settings.models_dir / adapter.path),
+                adapter_dir=str(store.folder_of(settings.models_dir, adapter.path)),
                 merged_dir=str(folder / "merged"),
             )
 
         result = await errands.run(folder, spec)
-        entries = await asyncio.to_thread(files_below, Path(result["model_dir"]))
+        model_dir = await asyncio.to_thread(inside, folder, Path(result["model_dir"]))
+        entries = await asyncio.to_thread(files_below, model_dir)
         yield Archive(entries, length(entries))
 
 

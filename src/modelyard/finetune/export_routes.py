@@ -16,6 +16,7 @@ from modelyard.finetune.errands import Errands as ErrandRunner
 from modelyard.gateway.client_watch import unless_gone
 from modelyard.http import Sessions, Settings, documented, router
 from modelyard.models import actions as models
+from modelyard.models import store
 from modelyard.models.routes import ModelId
 
 api = router("/api/v1/models", "Models")
@@ -63,7 +64,7 @@ async def export_model(
         return Response(status_code=304, headers=headers)
     async with AsyncExitStack() as stack:
         if base is None:
-            found = await export.archive(model, settings.models_dir / model.path)
+            found = await export.archive(model, store.folder_of(settings.models_dir, model.path))
         else:
             merging = stack.enter_async_context(export.merged(errands, settings, model, base))
             found = await unless_gone(request.receive, merging)

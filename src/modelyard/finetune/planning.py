@@ -27,6 +27,7 @@ from modelyard.finetune.needs import estimate as need_of
 from modelyard.finetune.schemas import FinetuneIn
 from modelyard.finetune.tables import Finetune
 from modelyard.finetune.trainings import TEMPLATE_TOKENS
+from modelyard.models import store
 from modelyard.settings import Settings
 from modelyard.storage import Storage
 from modelyard.trainer.spec import Hyperparameters, Mode, Spec
@@ -81,7 +82,7 @@ async def plan(
                 mode=Mode.PLAN,
                 name=wanted.name,
                 model_id=model.model_id,
-                model_dir=str(settings.models_dir / model.path),
+                model_dir=str(store.folder_of(settings.models_dir, model.path)),
                 adapter_id="",
                 data=str(data),
                 max_line_bytes=settings.dataset_line_mib * MIB,

@@ -85,7 +85,7 @@ def _publish(trained: Trained, adapter_dir: Path, models_dir: Path) -> dict[str,
             if path.is_file():
                 shutil.copyfile(path, beside / path.name)
         (beside / CARD).write_text(card(trained), "utf-8")
-        base_folder = models_dir / base.path
+        base_folder = store.folder_of(models_dir, base.path)
         try:
             check_adapter(beside, config_file.read(base_folder), adapter_id=adapter_id, base_folder=base_folder)
         except JobFailure as failure:
@@ -102,7 +102,7 @@ def _publish(trained: Trained, adapter_dir: Path, models_dir: Path) -> dict[str,
             ) from None
         commit = _digest(beside)
         place = f"{folder_name(adapter_id)}/{commit}"
-        target = models_dir / place
+        target = store.folder_of(models_dir, place)
         if not target.is_dir():
             target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             _flush(beside)

@@ -18,6 +18,7 @@ from modelyard.jobs import actions as jobs
 from modelyard.jobs.routes import Runner
 from modelyard.jobs.schemas import JobOut
 from modelyard.models import actions as models
+from modelyard.models import store
 from modelyard.models.kinds import Task
 from modelyard.models.schemas import ModelOut
 from modelyard.models.tables import Model
@@ -40,7 +41,7 @@ def _trainable(settings: Settings, known: list[Model]) -> list[Model]:
     found = []
     for model in known:
         try:
-            trainable.check(model.model_id, settings.models_dir / model.path)
+            trainable.check(model.model_id, store.folder_of(settings.models_dir, model.path))
         except NotTrainable:
             continue
         found.append(model)
@@ -79,7 +80,7 @@ async def check(wanted: FinetuneIn, sessions: Sessions, settings: Settings) -> N
         )
     async with sessions.read() as session:
         model = await actions.trainable(session, wanted.model_id)
-    await asyncio.to_thread(trainable.check, model.model_id, settings.models_dir / model.path)
+    await asyncio.to_thread(trainable.check, model.model_id, store.folder_of(settings.models_dir, model.path))
 
 
 @api.get("/", summary="List trainings, newest first", responses=documented(404, 422))

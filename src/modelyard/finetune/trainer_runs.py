@@ -16,13 +16,14 @@ from typing import Any
 from sqlalchemy.exc import SQLAlchemyError
 
 from modelyard.db import Sessions
-from modelyard.errors import JobFailure
+from modelyard.errors import JobFailure, UnsafePath
 from modelyard.finetune import attempts, checkpoints
 from modelyard.finetune.accelerator import Share
 from modelyard.finetune.following import Follower
 from modelyard.finetune.tables import Finetune
 from modelyard.jobs.runner import JobContext, JobInterrupted
 from modelyard.models.tables import Model
+from modelyard.paths import below
 from modelyard.processes import Child, Children
 from modelyard.settings import Settings
 
@@ -150,7 +151,7 @@ class TrainerRuns:
             attempt=self._number,
             path=child.folder / "progress.jsonl",
             offset=followed["offset"] if followed.get("attempt") == self._number else 0,
-            on_checkpoint=self._keeper.offer,
+            on_checkpoint=self._offer,
         )
         if (here := await asyncio.to_thread(checkpoints.newest_here, self._work)) is not None:
             self._keeper.offer(*here)  # an earlier run of the server may have had no time to copy it
@@ -168,6 +169,13 @@ class TrainerRuns:
         if self._job.interrupted.is_set() and (result is None or "adapter_dir" not in result):
             raise JobInterrupted
         return result
+
+    def _offer(self, step: int, folder: Path) -> None:
+        """Have a checkpoint that the trainer reports kept, where it lies in the training's own folder."""
+        try:
+            self._keeper.offer(step, below(self._work, str(folder).removeprefix(f"{self._work}/")))
+        except UnsafePath:
+            log.warning("training %s reports a checkpoint in another folder: %r", self._row.id, str(folder)[:200])
 
     async def _watch(self, child: Child, follower: Follower) -> None:
         """Follow a child until it has ended, which it is asked to when the job is interrupted."""

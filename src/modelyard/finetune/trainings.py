@@ -41,7 +41,9 @@ from modelyard.finetune.tables import Finetune, OnBusy, Phase
 from modelyard.finetune.trainer_runs import TrainerRuns
 from modelyard.jobs.runner import JobContext, JobInterrupted
 from modelyard.models import actions as models
+from modelyard.models import store
 from modelyard.models.tables import Model
+from modelyard.paths import inside
 from modelyard.processes import Children
 from modelyard.settings import Settings
 from modelyard.storage import Storage
@@ -252,8 +254,9 @@ class _Training:
             known = await models.find(session, self.row.adapter_id)
         if known is not None:
             return  # by an earlier run of the server
-        about = await publishing.publish(trained, Path(result["adapter_dir"]), self.settings.models_dir)
-        await self._or_interrupt(self._store_adapter(self.settings.models_dir / about["path"]))
+        adapter_dir = await asyncio.to_thread(inside, self.work, Path(result["adapter_dir"]))
+        about = await publishing.publish(trained, adapter_dir, self.settings.models_dir)
+        await self._or_interrupt(self._store_adapter(store.folder_of(self.settings.models_dir, about["path"])))
         async with self.sessions.begin() as session:
             await models.add(session, self.row.adapter_id, publishing.REVISION, about)
         await self.job.event(f"{self.row.adapter_id} is in the store.", data={"commit": about["commit"]})

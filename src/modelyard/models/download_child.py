@@ -36,6 +36,7 @@ from modelyard.models.download_spec import GIB, Spec
 from modelyard.models.selection import ADAPTER_CONFIG, Selection, choose
 from modelyard.models.shards import check_tensors
 from modelyard.models.transfer import Progress, Source, SourceFile, TryAgain
+from modelyard.paths import below, inside, remove_tree
 
 log = logging.getLogger("modelyard.download")
 
@@ -66,11 +67,13 @@ def download(spec: Spec, progress: Progress) -> dict[str, Any]:
     fetched.weight_map = chosen.weight_map or {}
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         files = list(pool.map(lambda path: transfer.patiently(lambda: source.describe(path)), _all(chosen)))
-    target = models / ids.folder_name(spec.model_id) / commit
+    target = below(models, f"{ids.folder_name(spec.model_id)}/{commit}")
     if _is_whole(target, files):
         _count_all(progress, files)
     else:
-        _discard(target, partial)
+        if target.is_dir():
+            for file in files:
+                transfer.take_over(below(target, file.path), file, commit, blobs, progress)
         _check_space(spec, files, sum(transfer.present_bytes(file, commit, blobs) for file in files))
         progress.update(phase="configuration", total=sum(file.size for file in files))
         fetched.configuration([file for file in files if file.path in chosen.configuration])
@@ -78,7 +81,10 @@ def download(spec: Spec, progress: Progress) -> dict[str, Any]:
         progress.update(phase="weights")
         fetched.weights([file for file in files if file.path in chosen.weights])
         progress.update(phase="publish")
-        _publish(fetched, partial / "whole", target)
+        if target.is_dir():
+            _repair(fetched, partial, inside(models, target))
+        else:
+            _publish(fetched, partial / "whole", inside(models, target))
     return _describe(target, chosen, files, commit, models)
 
 
@@ -117,7 +123,7 @@ class _Fetched:
             pool.shutdown(wait=False, cancel_futures=True)
         for file in files:
             if file.path not in self.blobs:
-                self.blobs[file.path] = self._folder / transfer.blob_name(file, self._commit)
+                self.blobs[file.path] = below(self._folder, transfer.blob_name(file, self._commit))
                 self._scan_weights(file.path)
 
     def json(self, path: str) -> dict[str, Any]:
@@ -225,7 +231,12 @@ def _used_bytes(folder: Path) -> int:
 
 
 def _is_whole(target: Path, files: list[SourceFile]) -> bool:
-    return all((target / file.path).is_file() and (target / file.path).stat().st_size == file.size for file in files)
+    return all(_has(target, file) for file in files)
+
+
+def _has(target: Path, file: SourceFile) -> bool:
+    place = below(target, file.path)
+    return place.is_file() and place.stat().st_size == file.size
 
 
 def _count_all(progress: Progress, files: list[SourceFile]) -> None:
@@ -233,20 +244,30 @@ def _count_all(progress: Progress, files: list[SourceFile]) -> None:
     progress.update(phase="publish", total=total, done=total)
 
 
-def _discard(target: Path, partial: Path) -> None:
-    """Take a damaged folder out of the store by one rename, then delete it."""
-    if target.exists():
-        trash = partial / f"damaged-{time.time_ns()}"
-        os.rename(target, trash)
-        shutil.rmtree(trash)
+def _repair(fetched: _Fetched, partial: Path, target: Path) -> None:
+    """Put whole files in the place of those that are missing or damaged in a folder of the store, one rename each.
+
+    The folder stays where it is, since an engine may run on it: what that has open, it keeps.
+    """
+    beside = partial / "repaired"
+    for path, blob in fetched.blobs.items():
+        place = below(target, path)
+        if place.is_file() and place.stat().st_size == blob.stat().st_size:
+            continue
+        place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        beside.unlink(missing_ok=True)
+        os.chmod(blob, 0o600)
+        os.link(blob, beside)
+        os.rename(beside, inside(target, place))
+        _fsync_folder(place.parent)
 
 
 def _publish(fetched: _Fetched, whole: Path, target: Path) -> None:
     """Build the model's folder beside and move it into place by one rename, with everything on disk before."""
-    shutil.rmtree(whole, ignore_errors=True)
+    remove_tree(whole.parent, whole)
     folders = {whole}
     for path, blob in fetched.blobs.items():
-        place = whole / path
+        place = below(whole, path)
         place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         folders.add(place.parent)
         os.chmod(blob, 0o600)

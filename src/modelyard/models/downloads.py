@@ -63,7 +63,7 @@ class Downloads:
         _leave_if_interrupted(job)
         async with self._sessions.read() as session:
             model = await actions.is_there(session, model_id, revision)
-        if model is not None and (self._settings.models_dir / model.path).is_dir():
+        if model is not None and store.folder_of(self._settings.models_dir, model.path).is_dir():
             await job.event(f"{model_id} is in the store already, at commit {model.commit}.")
             return
         result = await self._attempts(job)
@@ -215,7 +215,8 @@ def _result_of(child: Child, models_dir: Path, log: Path) -> dict[str, Any]:
         )
         died["failure"]["evidence"] = evidence.clipped(_last_words(log))
         return died
-    if "failure" not in result and not (models_dir / result["path"]).is_dir():
+    # Checked like everything that comes from outside: what reads a hostile hub wrote it.
+    if "failure" not in result and not store.folder_of(models_dir, result["path"]).is_dir():
         return _transient("download_lost", "The model's folder vanished before its job ended.", "Add it again.")
     return result
 

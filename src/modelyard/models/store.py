@@ -10,13 +10,14 @@ Everything here blocks on the disk, may be repeated, and knows no database: `act
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Collection
 from pathlib import Path
 from uuid import uuid4
 
+from modelyard.errors import UnsafePath
 from modelyard.models.ids import folder_name
+from modelyard.paths import below, inside, remove_tree
 
 PARTIAL = ".partial"
 TRASH = ".trash"
@@ -27,6 +28,17 @@ PARTIAL_DAYS = 14
 def partial_dir(models_dir: Path, model_id: str) -> Path:
     """Return where the unfinished download of a model lies."""
     return models_dir / PARTIAL / folder_name(model_id)
+
+
+def folder_of(models_dir: Path, path: str) -> Path:
+    """Return the folder that a row's `path` names, `<name>/<commit>`. Looks at no disk.
+
+    Raises:
+        UnsafePath: it names another place.
+    """
+    if path.count("/") > 1 or path.startswith("."):
+        raise UnsafePath(path, models_dir.name)
+    return below(models_dir, path)
 
 
 def bytes_below(folder: Path) -> int:
@@ -55,12 +67,13 @@ def sweep(models_dir: Path, known: Collection[str], busy: Collection[str]) -> li
     """
     if not models_dir.is_dir():
         return []
-    shutil.rmtree(models_dir / TRASH, ignore_errors=True)
+    remove_tree(models_dir, models_dir / TRASH)
     kept = {folder_name(model_id) for model_id in busy}
     stale = [
         commit
         for folder in sorted(models_dir.iterdir())
-        if folder.is_dir() and not folder.name.startswith(".") and folder.name not in kept
+        # A link is somebody's own doing: what it leads to is not the store's to delete.
+        if folder.is_dir() and not folder.is_symlink() and not folder.name.startswith(".") and folder.name not in kept
         for commit in sorted(folder.iterdir())
         if f"{folder.name}/{commit.name}" not in known
     ]
@@ -81,7 +94,7 @@ def _discard(models_dir: Path, folder: Path) -> None:
     trash = models_dir / TRASH / uuid4().hex
     trash.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
-        os.rename(folder, trash)
+        os.rename(inside(models_dir, folder), inside(models_dir, trash))
     except FileNotFoundError:
         return
-    shutil.rmtree(trash, ignore_errors=True)
+    remove_tree(models_dir, trash)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from modelyard.errors import JobFailure
+from modelyard.paths import below
 
 TRIES = 3
 BLOCK = 1024 * 1024
@@ -108,7 +109,7 @@ def blob_name(file: SourceFile, commit: str) -> str:
 
 def present_bytes(file: SourceFile, commit: str, folder: Path) -> int:
     """Return how much of the file is on disk already."""
-    blob = folder / blob_name(file, commit)
+    blob = below(folder, blob_name(file, commit))
     for path in (blob, blob.with_name(blob.name + ".part")):
         if path.exists():
             return min(path.stat().st_size, file.size)
@@ -122,7 +123,7 @@ def fetch(source: Source, file: SourceFile, commit: str, folder: Path, progress:
         JobFailure: `hash_mismatch`, or what the source says.
         OSError: the disk is full, or fails.
     """
-    blob = folder / blob_name(file, commit)
+    blob = below(folder, blob_name(file, commit))
     if blob.exists() and blob.stat().st_size == file.size:
         progress.update(done=file.size)
         return blob
@@ -143,6 +144,17 @@ def fetch(source: Source, file: SourceFile, commit: str, folder: Path, progress:
         f"{file.path} arrived twice with content other than announced ({file.digest or f'{file.size} bytes'}).",
         "A proxy or a mirror may be serving damaged files: check HF_ENDPOINT and the network, then add it again.",
     )
+
+
+def take_over(place: Path, file: SourceFile, commit: str, folder: Path, progress: Progress) -> None:
+    """Save fetching a file that another folder holds already, where its content is as announced."""
+    blob = below(folder, blob_name(file, commit))
+    if blob.exists() or file.digest is None or not place.is_file() or place.stat().st_size != file.size:
+        return
+    hasher = _hasher(file)
+    _feed(hasher, place, progress)
+    if _is_right(file, hasher):
+        os.link(place, blob)
 
 
 def digest_of(path: Path, progress: Progress) -> str:
@@ -193,6 +205,10 @@ def _fill(source: Source, file: SourceFile, part: Path, progress: Progress) -> b
                         "connection_lost", f"{file.path} broke off at byte {offset} of {file.size}.", NETWORK_HINT
                     )
         os.fsync(out.fileno())
+    return _is_right(file, hasher)
+
+
+def _is_right(file: SourceFile, hasher: Any) -> bool:
     return file.digest is None or file.digest.partition(":")[2] == hasher.hexdigest()
 
 
