@@ -52,6 +52,13 @@ class Only:
     async def listing(self) -> Sequence[Only]:
         return [self]
 
+    @property
+    def is_away(self) -> bool:
+        return False
+
+    def expect_database(self, name: str | None = None) -> None:
+        return None
+
 
 def main() -> None:
     """Read the command line and serve."""

@@ -152,6 +152,7 @@ def create_app(foundation: Foundation) -> FastAPI:
         app.state.routing = routing
         app.state.gateway = Gateway(routing, engines, Metrics(app.state.registry), settings.max_body_mib * MIB)
         app.state.raw_lane = RawLane(app.state.gateway, sessions, settings)
+        await app.state.raw_lane.kept.learn()
         async with sessions.begin() as session:
             await deployments.reconcile(session)
             await models.sweep(session, settings.models_dir, await finetunes.unpublished(session))
@@ -168,6 +169,7 @@ def create_app(foundation: Foundation) -> FastAPI:
             *foundation.complaints(),
             *(["The job runner has stopped; the server is ending."] if task.done() else []),
         ]
+        follower = tasks.spawn("routing", routing.follow())
         # Not waited for: a store that is away must not keep the server from starting.
         sweep = tasks.spawn("sweep of datasets", intake.sweep(sessions, storage, forgotten))
         look = tasks.spawn("look at the storage", _look_at(storage))
@@ -175,7 +177,9 @@ def create_app(foundation: Foundation) -> FastAPI:
             yield
         finally:
             await errands.close()
-            await tasks.end(task, sweep, look)
+            await tasks.end(task, sweep, look, follower)
+            await app.state.raw_lane.kept.close()
+            await routing.close()
             await engines.close()
             await storage.close()
             await sessions.close()

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -123,6 +123,31 @@ async def wait_out(
         if ended is not None:
             await ended(outage)
     return result
+
+
+async def within(seconds: float, work: Coroutine[object, object, T]) -> T:
+    """Return what work on the database does, or give up waiting for it; the work itself goes on to its end.
+
+    A cancelled transaction is no bound: the driver first asks the database to give up, which it may not answer either.
+
+    Raises:
+        DatabaseUnavailable: it has not answered in time.
+        SQLAlchemyError: from the work.
+    """
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.wait({task}, timeout=seconds)
+    finally:
+        if not task.done():
+            task.add_done_callback(_note_late)
+    if not task.done():
+        raise DatabaseUnavailable()
+    return task.result()
+
+
+def _note_late(task: asyncio.Task[T]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.warning("what was given up waiting for has failed: %s", first_line(error))
 
 
 def _sqlite_code(error: BaseException) -> int:

@@ -111,8 +111,8 @@ class LiveYard:
 
 
 @contextmanager
-def live_yard(folder: Path) -> Iterator[LiveYard]:
-    """Run the server for the block."""
+def live_yard(folder: Path, **settings: str) -> Iterator[LiveYard]:
+    """Run the server for the block, with further settings such as `MODELYARD_GRACE_S="5"`."""
     imports, records = folder / "imports", folder / "records"
     records.mkdir()
     for name in ("a", "b"):
@@ -122,7 +122,7 @@ def live_yard(folder: Path) -> Iterator[LiveYard]:
     for path, content in repositories.embedder().items():
         (imports / "vectors" / path).parent.mkdir(parents=True, exist_ok=True)
         (imports / "vectors" / path).write_bytes(content)
-    with serving(folder / "data", MODELYARD_IMPORT_DIR=str(imports), **SETTINGS) as server:
+    with serving(folder / "data", MODELYARD_IMPORT_DIR=str(imports), **{**SETTINGS, **settings}) as server:
         yard = LiveYard(server, records)
         for model_id in (A, B, EMBEDDER, POEMS, PROSE, WIDE):
             assert server.post(f"/api/v1/models/add/?model_id={model_id}").status == 200

@@ -229,10 +229,12 @@ async def deploy_yard(
     await children.end_strays(await runner.folders_in_use())
     await supervisor.check_before_serving()
     running = tasks.spawn("runner", runner.run(), eternal=True)
+    follower = tasks.spawn("routing", routing.follow())
     try:
         yield DeployYard(settings, sessions, routing, runner, supervisor)
     finally:
-        await tasks.end(running)
+        await tasks.end(running, follower)
+        await routing.close()
         await sessions.close()
         foundation.close()
 

@@ -24,7 +24,7 @@ from fastapi import FastAPI, Request
 from prometheus_client import CollectorRegistry
 from starlette.responses import Response
 
-from modelyard.errors import EngineStarting, ModelNotFound, ModelyardError
+from modelyard.errors import DatabaseUnavailable, EngineStarting, ModelNotFound, ModelyardError
 from modelyard.gateway.metrics import Metrics
 from modelyard.gateway.relay import Gateway
 from modelyard.gateway.routes import api
@@ -68,6 +68,11 @@ class Board:
     targets: dict[str, Target] = field(default_factory=dict)
     current: str | None = None
     open_requests: int = 0
+    is_away: bool = False
+
+    def expect_database(self, name: str | None = None) -> None:
+        if self.is_away:
+            raise DatabaseUnavailable
 
     def put(self, target: Target, *names: str) -> None:
         for name in (target.model_id, *names):

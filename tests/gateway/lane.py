@@ -109,6 +109,7 @@ def lane(folder: Path, **values: Any) -> Iterator[Lane]:
         gateway = Gateway(board, engines, Metrics(registry), 1 << 20)
         app.state.raw_lane = RawLane(gateway, sessions, settings)
         yield
+        await app.state.raw_lane.kept.close()
         await engines.close()
         await sessions.close()
 

@@ -11,7 +11,8 @@ import time
 from collections.abc import Iterable
 
 from modelyard.deploy.engine_client import EngineClient
-from modelyard.deploy.routing import FRESH_S, Routing
+from modelyard.deploy.last_known import FRESH_S
+from modelyard.deploy.routing import Routing
 
 
 class Requests:

@@ -4,6 +4,9 @@ What it knows comes from the database: a snapshot that is taken anew when somebo
 least every second, so that a second process would see the same. It says what is in service and writes nothing but the
 wish that an idle deployment wakes. Of its own it only counts the requests that this process has open.
 
+While the database is away the last snapshot answers (`last_known`): the engines that it names go on serving. A name
+that is not in it may exist all the same, so that is told as an outage.
+
 A name is looked for among the models' ids, then the adapters' ids, the users' aliases and the built-in ones. Of the
 deployments that could answer, one that serves comes before one that does not, and then the last that was asked to be
 current.
@@ -12,6 +15,7 @@ current.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -21,13 +25,18 @@ from datetime import datetime
 from typing import NoReturn, Protocol
 from uuid import UUID
 
+from sqlalchemy.exc import SQLAlchemyError
+
+from modelyard import outages
 from modelyard.db import Sessions
 from modelyard.deploy import aliases, roster, succession
+from modelyard.deploy.last_known import FRESH_S, PATIENCE_S, RETRY_S, LastKnown
 from modelyard.deploy.roster import ASLEEP
 from modelyard.deploy.tables import Deployment, DeploymentState, Wanted
-from modelyard.errors import EngineStarting, ModelNotFound
+from modelyard.errors import DatabaseUnavailable, EngineStarting, ModelNotFound
 
-FRESH_S = 1.0
+log = logging.getLogger(__name__)
+
 STARTING_RETRY_S = 5
 LOADING_RETRY_S = 1
 TASKS = ("generate", "embed")
@@ -107,10 +116,7 @@ class Routing:
         self.stir: Callable[[], None] = lambda: None
         self._sessions = sessions
         self._wake_timeout_s = wake_timeout_s
-        self._snapshot = Snapshot((), {})
-        self._taken_at = float("-inf")
-        self._changes = self._changes_seen = 0
-        self._taking = asyncio.Lock()
+        self._snapshots = LastKnown("the routing", Snapshot((), {}), self._take)
         self._waking = asyncio.Lock()
         #: Deployments whose engine is on its way because a request of this process asked.
         self._woken: set[UUID] = set()
@@ -120,9 +126,43 @@ class Routing:
 
     def changed(self) -> None:
         """Take a new snapshot at the next question. Call it after the commit."""
-        self._changes += 1
+        self._snapshots.changed()
         self._news.set()
         self._news = asyncio.Event()
+
+    @property
+    def is_away(self) -> bool:
+        """Whether the database does not answer, so that only what was known before is."""
+        return self._snapshots.is_away
+
+    def expect_database(self, name: str | None = None) -> None:
+        """Refuse to say that something does not exist while the database is away.
+
+        Raises:
+            DatabaseUnavailable: it is away.
+        """
+        if self.is_away:
+            named = f"'{name}' is not among the models" if name is not None else "There are none among those"
+            raise DatabaseUnavailable(
+                f"{named} that were in service when the database last answered. Whether that is still so is known when "
+                "it is back; GET /ready tells when."
+            )
+
+    async def follow(self) -> None:
+        """Take a snapshot after each change, also where nobody asks: an outage then finds the newest. Never ends."""
+        while True:
+            news = self._news
+            try:
+                await self._look()
+            except SQLAlchemyError:
+                log.exception("the routing could not be read; trying again at the next change")
+            with suppress(TimeoutError):
+                async with asyncio.timeout(RETRY_S if self.is_away else None):
+                    await news.wait()
+
+    async def close(self) -> None:
+        """End what is under way. Safe to repeat."""
+        await self._snapshots.close()
 
     async def resolve(self, name: str | None, task: str) -> Target:
         """Return the ready engine for a name; None means the current deployment of the task.
@@ -133,8 +173,9 @@ class Routing:
         Raises:
             ModelNotFound: nothing in service has this name; the message says what does.
             EngineStarting: its engine is not ready yet, or did not come back in time.
+            DatabaseUnavailable: the name was not known when the database went away, or its engine must be woken.
         """
-        snapshot = self._snapshot if self._is_fresh(self._changes) else await self._look()
+        snapshot = self._snapshots.value if self._snapshots.is_fresh else await self._look()
         return snapshot.targets.get((name, task)) or await self._wait_for(name, task)
 
     def request(self, target: Address) -> OpenRequest:
@@ -179,6 +220,8 @@ class Routing:
             if target := snapshot.targets.get((name, task)):
                 return target
             way = snapshot.way(name, task)
+            if way is None:
+                self.expect_database(name or aliases.DEFAULT)
             if way is None or not self._comes_back(way, awaited):
                 if awaited is None:
                     _refuse(name, way, snapshot)
@@ -216,34 +259,31 @@ class Routing:
             now = (await self._look()).find(deployment.id)
             if now is None or now.state not in ASLEEP or now.wake_requested:
                 return
-            async with self._sessions.begin() as session:
-                await roster.wake(session, now.id)
+            if self.is_away:
+                raise DatabaseUnavailable(
+                    f"{now.model_id} is idle, and its engine is started again when the database is back: GET /ready "
+                    "tells when."
+                )
+            await outages.within(PATIENCE_S, self._write_wake(now.id))
             self._woken.add(now.id)
             self.changed()
             self.stir()
 
-    async def _look(self) -> Snapshot:
-        """Return what is, no older than the last change that was told before this question."""
-        asked = self._changes
-        if not self._is_fresh(asked):
-            async with self._taking:
-                # Not compared with changes since: where they never end, nobody would get an answer.
-                if not self._is_fresh(asked):
-                    await self._take()
-        return self._snapshot
+    async def _write_wake(self, deployment_id: UUID) -> None:
+        async with self._sessions.begin() as session:
+            await roster.wake(session, deployment_id)
 
-    async def _take(self) -> None:
-        changes, taken_at = self._changes, time.monotonic()
+    async def _look(self) -> Snapshot:
+        """Return what is, no older than the last change that was told before this question, unless in an outage."""
+        return await self._snapshots.look()
+
+    async def _take(self) -> Snapshot:
         async with self._sessions.read() as session:
             live = await succession.live(session)
             names = {row.name: row.target for row in await aliases.all_aliases(session)}
-        self._snapshot = Snapshot([one for one in live if one.wanted == Wanted.UP], names)
-        self._woken &= {one.id for one in self._snapshot.up if one.state != DeploymentState.READY}
-        # What changed during the read may have been missed: such a snapshot is not fresh.
-        self._changes_seen, self._taken_at = changes, taken_at
-
-    def _is_fresh(self, changes: int) -> bool:
-        return self._changes_seen >= changes and time.monotonic() - self._taken_at < FRESH_S
+        snapshot = Snapshot([one for one in live if one.wanted == Wanted.UP], names)
+        self._woken &= {one.id for one in snapshot.up if one.state != DeploymentState.READY}
+        return snapshot
 
 
 class OpenRequest:

@@ -21,10 +21,10 @@ from modelyard.deploy.draining import Requests
 from modelyard.deploy.engine_client import EngineClient, Health
 from modelyard.deploy.failures import explain
 from modelyard.deploy.fitting import Fitting
+from modelyard.deploy.last_known import FRESH_S
 from modelyard.deploy.loading import Adapter, AdapterRefused
 from modelyard.deploy.readiness import Readiness
 from modelyard.deploy.record import Record
-from modelyard.deploy.routing import FRESH_S
 from modelyard.deploy.silence import Silence
 from modelyard.deploy.steps import ChildState, Facts, Room, Step, next_step
 from modelyard.deploy.tables import Deployment, DeploymentState, Wanted

@@ -58,6 +58,12 @@ def key_of(request_ids: Sequence[str]) -> str:
     return sha256(msgspec.json.encode(list(request_ids))).hexdigest()
 
 
+async def keys(session: AsyncSession) -> list[tuple[str, str]]:
+    """Return caller and key of every entry, those first that were not used for longest."""
+    query = select(Continuation.caller, Continuation.key).order_by(Continuation.used_at)
+    return [(caller, key) for caller, key in (await session.execute(query)).all()]
+
+
 async def find(session: AsyncSession, caller: str, request_ids: Sequence[str], now: datetime) -> Kept | None:
     """Return the caller's entry for these ids, if there is one that has not expired."""
     row = await session.get(Continuation, (caller, key_of(request_ids)))

@@ -32,6 +32,16 @@ class Metrics:
             buckets=FIRST_BYTE_BUCKETS_S,
             registry=registry,
         )
+        self.continuations_unwritten = Gauge(
+            "modelyard_continuations_unwritten",
+            "Raw-prompt texts that wait in memory until the database takes them.",
+            registry=registry,
+        )
+        self.continuations_lost = Counter(
+            "modelyard_continuations_lost",
+            "Raw-prompt texts that cannot be continued, since the database was away for too long.",
+            registry=registry,
+        )
 
 
 class Passage:

@@ -18,12 +18,12 @@ from starlette.types import Receive, Scope, Send
 
 from modelyard.auth.access import CALLER
 from modelyard.bodies import refuse_half_characters
-from modelyard.db import Sessions, utcnow
+from modelyard.db import Sessions
 from modelyard.errors import BadGateway, BadRequest, ModelNotFound, ModelyardError
-from modelyard.gateway import continuations
 from modelyard.gateway.client_watch import ClientWatch
 from modelyard.gateway.continuations import Kept, Text
 from modelyard.gateway.envelope import ClientGone, check_length, check_type, read_body
+from modelyard.gateway.kept_texts import KeptTexts
 from modelyard.gateway.metrics import Passage
 from modelyard.gateway.raw_engine import Asking, Choice, EngineRefused
 from modelyard.gateway.raw_schemas import Config, RawRequest, parse_batch, parse_one
@@ -90,7 +90,7 @@ class RawLane:
 
     def __init__(self, gateway: Gateway, sessions: Sessions, settings: Settings) -> None:
         self._gateway = gateway
-        self._sessions = sessions
+        self.kept = KeptTexts(sessions, settings, gateway.metrics, lambda: gateway.routing.is_away)
         self._settings = settings
         self._defaults = Config.of_settings(settings)
         self._origins = frozenset(origin.encode("latin-1") for origin in settings.cors_origins)
@@ -158,8 +158,7 @@ class RawLane:
 
     async def _find(self, visit: Visit) -> Target:
         """Find what is kept under the request's ids, and the engine for it."""
-        async with self._sessions.read() as session:
-            kept = await continuations.find(session, visit.caller, visit.request.request_ids, utcnow())
+        kept = await self.kept.find(visit.caller, visit.request.request_ids)
         visit.had_entry = kept is not None
         visit.asked_model = visit.request.model or (kept.asked_model if kept is not None else None)
         try:
@@ -273,10 +272,7 @@ class RawLane:
         is_all = all(text.is_finished for text in texts)
         if is_all and not visit.had_entry:
             return
-        async with self._sessions.begin() as session:
-            if is_all:
-                await continuations.forget(session, visit.caller, ids)
-                return
+        kept = None
+        if not is_all:
             kept = Kept(visit.asked_model, work.target.model_id, work.config.stored(), texts)
-            ttl_s, limit = self._settings.continuation_ttl_s, self._settings.continuation_entries
-            await continuations.keep(session, visit.caller, ids, kept, utcnow(), ttl_s, limit)
+        await self.kept.keep(visit.caller, ids, kept)

@@ -63,7 +63,7 @@ class Routing(Protocol):
         It may take long, since an idle deployment's engine is started for it; cancel it when the client goes away.
         Go on with `with routing.request(target):` before anything else is awaited.
 
-        Raises ModelNotFound or EngineStarting.
+        Raises ModelNotFound, EngineStarting or, of a name that is not known while it is away, DatabaseUnavailable.
         """
         ...
 
@@ -77,6 +77,15 @@ class Routing(Protocol):
 
     async def listing(self) -> Sequence[Served]:
         """Return every name under which a model is in service."""
+        ...
+
+    @property
+    def is_away(self) -> bool:
+        """Whether the database does not answer, so that what is in service is only what was when it last did."""
+        ...
+
+    def expect_database(self, name: str | None = None) -> None:
+        """Raise DatabaseUnavailable while it is away: that something does not exist cannot be said then."""
         ...
 
 

@@ -225,13 +225,16 @@ async def list_served_models(request: Request) -> ServedModelsOut:
     return ServedModelsOut.model_validate(openai_list(listing))
 
 
-@api.get("/v1/models/{name:path}", summary="Get a model in service", responses=documented(404, 422))
+@api.get("/v1/models/{name:path}", summary="Get a model in service", responses=documented(404, 422, 503))
 async def get_served_model(
     name: Annotated[str, Path(description="An id or an alias.", examples=["default"])], request: Request
 ) -> ServedModelOut:
     """Return one name that requests may ask for."""
-    listing = await _gateway(request).routing.listing()
-    return ServedModelOut.model_validate(openai_model(listing, name.removesuffix("/")))
+    routing, name = _gateway(request).routing, name.removesuffix("/")
+    listing = await routing.listing()
+    if all(served.name != name for served in listing):
+        routing.expect_database(name)
+    return ServedModelOut.model_validate(openai_model(listing, name))
 
 
 for _path, _answer in (("/api/v1/models", list_served_models), ("/api/v1/models/{name:path}", get_served_model)):
