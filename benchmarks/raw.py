@@ -1,6 +1,6 @@
 """How fast raw prompts are: a batch beside vLLM and transformers without a server, a continued text beside a fresh one.
 
-    python benchmarks/raw.py [--only batch | --only continuation] [--rounds 7] [--write]
+    python benchmarks/raw.py [--only batch | --only continuation | --only beams] [--rounds 7] [--write]
 
 A whole Modelyard with a tiny Llama on real vLLM. Batch: 64 prompts to POST /api/generate-batch, to vLLM's
 `LLM.generate` and to transformers' `generate`, one after the other and never at once, several rounds; greedy, 128 new
@@ -10,6 +10,8 @@ Modelyard's engine, read from its process. Ratios are round by round.
 Continuation: the time to the first byte of a streamed text that goes on under its request id, beside the same text sent
 as a prompt under a new id, and beside a text as long that the engine has never seen; in turn, medians. The engine keeps
 the KV cache of texts that it knows, so only the last one is computed in full.
+
+Beams: the time of a beam search beside that of vLLM's own (`raw_beams`).
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ if __package__ in {None, ""}:
 
 from tests.server import Server
 
-from benchmarks import report, tiny_yard
+from benchmarks import raw_beams, report, tiny_yard
 
 HERE = Path(__file__).resolve().parent
 CORPUS = HERE.parent / "src" / "modelyard" / "demo" / "corpus.txt"
@@ -304,7 +306,7 @@ def _ms(times: Sequence[float]) -> str:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["batch", "continuation"])
+    parser.add_argument("--only", choices=["batch", "continuation", "beams"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--write", action="store_true", help="put the tables into benchmarks/RESULTS.md")
     arguments = parser.parse_args()
@@ -315,9 +317,12 @@ def main() -> None:
     ):
         tiny_yard.deploy(server, MODEL)
         print("the model is in service", flush=True)
-        if arguments.only != "batch":
+        if arguments.only in (None, "continuation"):
             sections["Continued texts"] = continuation_lines(measure_continuation(server, arguments.rounds))
-        if arguments.only != "continuation":
+        if arguments.only in (None, "beams"):
+            asked = prompts((arguments.rounds + 1) * max(raw_beams.WIDTHS), seed="beams")
+            sections["Beam searches"] = raw_beams.lines(raw_beams.measure(server, MODEL, asked, arguments.rounds))
+        if arguments.only in (None, "batch"):
             sections["Batches of raw prompts"] = batch_lines(*measure_batch(server, Path(scratch), arguments.rounds))
     for subject, lines in sections.items():
         print("\n".join(["", subject, "", *lines]))

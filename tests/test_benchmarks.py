@@ -11,7 +11,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from benchmarks import datasets, raw, training
+from benchmarks import datasets, raw, raw_beams, training
 from benchmarks.changes import Names, Yard, adapter_lines, measure_adapters, measure_switch, switch_lines
 from benchmarks.load import Address, Result, run
 from benchmarks.training_start import Lines
@@ -130,6 +130,12 @@ async def test_changes_are_measured_on_a_whole_server_and_cost_no_request(live: 
     assert all(found.phases().values())
     assert "| failed | 0 (goal 0) |" in "\n".join(switch_lines(found, 4))
     live.clear()
+
+
+def test_beam_searches_are_compared_round_by_round() -> None:
+    found = {1: {raw_beams.OURS: [1.0, 4.0, 2.0], raw_beams.VLLMS: [1.0, 1.0, 1.0]}}
+    [row] = [line for line in raw_beams.lines(found) if line.startswith("| 1 |")]
+    assert row == "| 1 | 2.00 s (1.00 to 4.00) | 1.00 s (1.00 to 1.00) | 2.00 (1.00 to 4.00) |"
 
 
 def test_a_ratio_is_of_the_same_round_and_above_one_where_the_server_is_faster() -> None:

@@ -29,7 +29,7 @@ PINNED = ("build", "server", "cpu", "gpu", "train", "dev", "clients")
 #: Lie beside an engine's file, and leave to it what both engines pin.
 BESIDE_ENGINE = {"train", "clients"}
 #: Taken out by overrides.txt.
-OVERRIDDEN = {"sentence-transformers"}
+OVERRIDDEN = {"sentence-transformers", "llama-cpp-python"}
 #: Each of vLLM's two builds pins these for itself.
 CUDA_OWN = {"apache-tvm-ffi", "setuptools", "torch", "triton"}
 

@@ -1,0 +1,133 @@
+"""Raw prompts to a real small model on real vLLM: the texts are those of transformers' `generate`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fixtures import missing
+from tests.server import Server, serving
+from tests.small_model import small_model
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
+
+MODEL = "local:smollm2"
+#: Of each as many tokens as all have; they are questions, code, lists and tales.
+TOKENS = 6
+PROMPTS = [
+    "The capital of France is the city of",
+    "Once upon a time there was a fox",
+    "def fibonacci(n):\n    if n",
+    "The three primary colours are red and",
+    "Water boils at a temperature of",
+    "My favourite books are those in which",
+    "How many legs does a spider have?",
+    "<|im_start|>user\nHello, who are you?",
+]
+NEW = {"do_sample": False, "max_new_tokens": 12}
+BEAMS: list[dict[str, Any]] = [
+    {"num_beams": 2, "length_penalty": 1.0},
+    {"num_beams": 4, "length_penalty": 2.0},
+    {"num_beams": 3, "length_penalty": -1.0},
+    {"num_beams": 5, "length_penalty": 0.0, "repetition_penalty": 1.2},
+    {"num_beams": 4, "length_penalty": 0.5, "repetition_penalty": 0.9},
+    {"num_beams": 3, "length_penalty": 1.0, "repetition_penalty": 1.05},
+]
+GREEDY: list[dict[str, Any]] = [{}, {"repetition_penalty": 1.3}]
+GREEDY_PROMPTS = 6
+
+
+@pytest.fixture(scope="module")
+def model(request: pytest.FixtureRequest) -> Path:
+    if importlib.util.find_spec("vllm") is None:
+        missing("engine", "vLLM is not installed: make test installs it")
+    assert request.config.cache is not None
+    return small_model(request.config.cache)
+
+
+@pytest.fixture(scope="module")
+def written(model: Path) -> Iterator[Callable[[], dict[str, Any]]]:
+    """What transformers writes, which is computed while the engine starts."""
+    asked = {"prompts": PROMPTS, "tokens": TOKENS, "configs": [{**NEW, **config} for config in BEAMS + GREEDY]}
+    command = [sys.executable, "-m", "tests.generated_texts", str(model)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(asked))
+        process.stdin.close()
+        found: list[dict[str, Any]] = []
+
+        def answer() -> dict[str, Any]:
+            if not found:
+                assert process.stdout is not None
+                found.append(json.load(process.stdout))
+            return found[0]
+
+        yield answer
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def server(
+    tmp_path_factory: pytest.TempPathFactory, model: Path, written: Callable[[], dict[str, Any]]
+) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("yard") / "data", MODELYARD_IMPORT_DIR=str(model.parent)) as found:
+        found.post(f"/api/v1/models/add/?model_id={MODEL}")
+        until(lambda: len(found.get("/api/v1/models/").json()) == 1, "the model is in the store", found)
+        options = {"dtype": "float32", "cpu_kv_cache_gib": 0.3, "max_model_len": 1024, "max_loras": 0}
+        job_id = found.post("/api/v1/deploy/", {"model_id": MODEL, "options": options}).json()["id"]
+        until(partial(serves, found, job_id), "it serves", found, within_s=400.0)
+        yield found
+
+
+def until(condition: Callable[[], Any], what: str, server: Server, within_s: float = 60.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {within_s:g} s: {what}\n{server.log[-3000:]}"
+        time.sleep(0.1)
+
+
+def serves(server: Server, job_id: str) -> bool:
+    job = server.get(f"/api/v1/jobs/{job_id}/status/").json()
+    assert not job["failure"], job
+    return bool(server.get("/api/v1/deploy/").json().get("state") == "READY")
+
+
+def batch(server: Server, prompts: list[str], config: dict[str, Any]) -> list[str]:
+    name = json.dumps(config)
+    body = {"prompts": [{"request_id": f"{name}{number}", "prompt": one} for number, one in enumerate(prompts)],
+            "generation_config": {**NEW, **config}}  # fmt: skip
+    answer = server.request("POST", "/api/generate-batch", json_body=body, timeout_s=300.0)
+    assert answer.status in (200, 206), answer.text
+    return [one["response"] for one in answer.json()]
+
+
+@pytest.mark.parametrize("number", range(len(BEAMS)), ids=lambda number: json.dumps(BEAMS[number]))
+def test_a_batch_of_beam_searches_is_that_of_transformers(
+    server: Server, written: Callable[[], dict[str, Any]], number: int
+) -> None:
+    expected = written()
+    assert batch(server, expected["prompts"], BEAMS[number]) == expected["texts"][number]
+
+
+@pytest.mark.parametrize("number", range(len(GREEDY)), ids=lambda number: json.dumps(GREEDY[number]))
+def test_greedy_texts_are_those_of_transformers(
+    server: Server, written: Callable[[], dict[str, Any]], number: int
+) -> None:
+    expected = written()
+    texts = expected["texts"][len(BEAMS) + number][:GREEDY_PROMPTS]
+    assert batch(server, expected["prompts"][:GREEDY_PROMPTS], GREEDY[number]) == texts
+
+
+def test_beams_that_are_drawn_make_sense_and_a_whole_vocabulary_can_be_asked_for(server: Server) -> None:
+    for config in ({"top_k": 50, "temperature": 0.7}, {"top_k": 0, "top_p": 0.9}):
+        asked = {"num_beams": 3, "do_sample": True, "max_new_tokens": 4, **config}
+        assert "Paris" in batch(server, ["The Eiffel Tower is a famous landmark in the city of"], asked)[0]
