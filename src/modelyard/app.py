@@ -57,6 +57,7 @@ from modelyard.finetune.stand_aside import bring_back_forgotten
 from modelyard.finetune.trainings import Trainings
 from modelyard.foundation import Foundation
 from modelyard.gateway.envelope import ClientGone
+from modelyard.gateway.limits import Limits
 from modelyard.gateway.metrics import Metrics
 from modelyard.gateway.raw import RawLane
 from modelyard.gateway.raw_routes import api as raw_api
@@ -150,7 +151,9 @@ def create_app(foundation: Foundation) -> FastAPI:
         app.state.runner = runner
         app.state.hang_up = hang_up
         app.state.routing = routing
-        app.state.gateway = Gateway(routing, engines, Metrics(app.state.registry), settings.max_body_mib * MIB)
+        app.state.gateway = Gateway(
+            routing, engines, Metrics(app.state.registry), settings.max_body_mib * MIB, Limits.of(settings)
+        )
         app.state.raw_lane = RawLane(app.state.gateway, sessions, settings)
         await app.state.raw_lane.kept.learn()
         async with sessions.begin() as session:

@@ -82,6 +82,30 @@ class Settings(BaseSettings):
     """Seconds after which a connection without a request is closed."""
     max_body_mib: int = Field(default=32, ge=1, le=4096)
     """Largest body of a request to an engine, in MiB."""
+    request_max_n: int = Field(default=128, ge=1, le=16384)
+    """Most answers that a request may ask for (n)."""
+    request_max_prompts: int = Field(default=2048, ge=1, le=1000000)
+    """Most texts in a request (prompt, input), and most answers to all of them together."""
+    request_max_stops: int = Field(default=64, ge=1, le=100000)
+    """Most stop strings in a request, and most bad_words."""
+    request_max_tools: int = Field(default=512, ge=1, le=100000)
+    """Most tools in a request."""
+    request_max_logit_biases: int = Field(default=1024, ge=1, le=10000000)
+    """Most tokens in a request's logit_bias."""
+    request_max_choices: int = Field(default=4096, ge=1, le=1000000)
+    """Most choices and values of enums that a request's answer may be held to."""
+    request_max_schema_kib: int = Field(default=512, ge=1, le=65536)
+    """Largest schemas, grammars and tools of a request, together, in KiB."""
+    request_max_schema_depth: int = Field(default=64, ge=4, le=1000)
+    """Most levels of a request's schemas, one within the other."""
+    request_max_schema_properties: int = Field(default=5000, ge=1, le=1000000)
+    """Most properties in a request's schemas; one object may have 1,000 of them."""
+    request_max_schema_repeats: int = Field(default=2048, ge=1, le=10000000)
+    """Most repeats in a request's schemas: {m,n} of patterns, maxLength; each counts 256 at most."""
+    request_max_pattern_length: int = Field(default=8192, ge=1, le=1000000)
+    """Longest pattern in a request's schemas, in characters."""
+    tokenize_chars_per_token: int = Field(default=32, ge=1, le=100000)
+    """Characters that /tokenize takes for each token of the model's length; 64 KiB it always takes."""
     max_dataset_gib: float = Field(default=10.0, gt=0.0, le=150.0)
     """Largest dataset, in GiB."""
     dataset_line_mib: int = Field(default=16, ge=1, le=256)

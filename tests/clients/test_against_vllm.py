@@ -44,8 +44,8 @@ INTENDED: dict[str, frozenset[str]] = {
     "types": frozenset({"status"}),
     "bounds": frozenset({"status"}),
 }
-#: Named in the README as well, and tested here below, in test_openai_errors.py or in tests/test_bodies.py.
-ELSEWHERE = {"names", "headers", "paths", "moments", "bodies"}
+#: Named in the README as well, and tested below, in test_openai_errors.py, test_bodies.py or gateway/test_limits.py.
+ELSEWHERE = {"names", "headers", "paths", "moments", "bodies", "bounds"}
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,62 @@ def test_media_by_address_and_tensors_are_refused_wherever_parts_may_stand(part:
             parse(json.dumps({field: value}).encode())
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"image_url": "https://example.org/a.png"},
+        {"type": None, "video_url": {"url": "https://example.org/a.mp4"}},
+        {"type": "text", "text": "x", "uuid": "1", "image_url": "https://example.org/a.png"},
+        {"type": "text", "text": "x", "uuid": "1", "audio_url": {"url": "file:///etc/passwd"}},
+        {"type": "prompt_embeds", "data": "AAAA"},
+        {"type": "audio_embeds"},
+        {"type": "input_file", "file": {"file_url": "https://example.org/a.pdf"}},
+        {"type": "file", "file": {"url": "https://example.org/a.pdf"}},
+        {"type": "document", "source": {"type": "url", "url": "https://example.org/a.pdf"}},
+        {"type": "computer_call_output", "output": {"type": "computer_screenshot", "image_url": "https://a.test/"}},
+        {"role": "user", "image_url": "https://example.org/a.png"},
+    ],
+)
+@pytest.mark.parametrize("field", ["messages", "input", "system", "previous_input_messages"])
+def test_parts_are_looked_at_as_the_engine_looks_at_them(part: dict[str, Any], field: str) -> None:
+    with pytest.raises(BadRequest, match=r"not accepted|must be a data: URL"):
+        parse(json.dumps({field: [{"role": "user", "content": [part]}]}).encode())
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": "hi", "avatar_url": "https://example.org/a.png"},
+        {"role": "user", "content": "hi", "image_url": "https://example.org/a.png"},
+        {"role": "user", "content": [{"type": "text", "text": "hi", "source_url": "https://example.org/a"}]},
+        {"role": "user", "content": [{"type": "text", "text": "hi", "image_url": "https://example.org/a"}]},
+        {"role": "user", "content": [{"type": "text", "text": "hi", "source": {"url": "https://example.org/a"}}]},
+        {"role": "assistant", "content": [{"type": "output_text", "text": "", "annotations": [
+            {"type": "url_citation", "url": "https://example.org/a"}]}]},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": "{}", "image_url": "http://a"}}]},
+        {"type": "web_search_call", "action": {"url": "https://example.org"}, "callback_url": "https://example.org"},
+    ],
+)  # fmt: skip
+def test_keys_that_no_engine_fetches_are_the_clients_own(message: dict[str, Any]) -> None:
+    for field in ("messages", "input", "previous_input_messages"):
+        parse(json.dumps({field: [message]}).encode())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "kv_transfer_params", "ec_transfer_params", "lora_path", "lora_request", "chat_template", "logits_processors",
+        "prompt_embeds", "any_embeds", "media_url", "model_path",
+    ],
+)  # fmt: skip
+def test_names_within_vllms_own_arguments_are_looked_at_like_the_requests(name: str) -> None:
+    parse(b'{"vllm_xargs": {"bad_words_penalty": 1, "note": "https://example.org"}}')
+    parse(b'{"vllm_xargs": null}')
+    with pytest.raises(BadRequest, match="vllm_xargs") as caught:
+        parse(json.dumps({"vllm_xargs": {name: "x"}}).encode())
+    assert caught.value.param == "vllm_xargs"
+
+
 def test_media_inside_the_request_and_addresses_in_text_and_arguments_pass() -> None:
     content = [
         {"type": "text", "text": "see https://example.org"},

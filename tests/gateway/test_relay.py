@@ -333,7 +333,7 @@ def test_keys_and_cookies_never_reach_an_engine_and_request_ids_do(gateway: Runn
         ("POST", "/v1/unload_lora_adapter"),
         ("POST", "/v1/chat/completions/../load_lora_adapter"),
         ("POST", "/v1/chat/completions/%2e%2e/load_lora_adapter"),
-        ("POST", "/tokenize"),
+        ("POST", "/pooling"),
         ("GET", "/v1/chat/completions"),
         ("DELETE", "/v1/models/acme/tiny"),
         ("GET", "/metrics"),

@@ -14,6 +14,7 @@ import msgspec
 
 from modelyard.bodies import as_utf8, decompressor, refuse_half_characters
 from modelyard.errors import BadRequest, ContentTypeNotAllowed, InvalidJson, TooLarge
+from modelyard.gateway.media import check_media
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
@@ -33,11 +34,18 @@ REFUSED = {
 #: How many of the likeliest tokens a request may see at each place; vLLM's own bound, which is off for beam searches.
 MOST_LOGPROBS = 20
 LOGPROBS = ("logprobs", "top_logprobs", "prompt_logprobs")
+#: Names within `vllm_xargs`, which vLLM's plugins and connectors read as they read the request's own.
+REFUSED_ENDS = ("_transfer_params", "_embeds", "_url", "_path")
+#: Fields whose parts may hold media.
+CONVERSATIONS = ("messages", "input", "system", "previous_input_messages")
 TOO_DEEP = "The body is nested too deeply."
 
 
 class ClientGone(Exception):
     """The client went away before its request was complete."""
+
+
+ABSENT = msgspec.Raw(b"null")
 
 
 class Envelope(msgspec.Struct):
@@ -46,6 +54,9 @@ class Envelope(msgspec.Struct):
     model: str | None = None
     messages: Any = None
     input: Any = None
+    system: Any = None
+    previous_input_messages: Any = None
+    vllm_xargs: Any = None
     chat_template_kwargs: Any = None
     chat_template: Any = None
     lora_path: Any = None
@@ -62,6 +73,35 @@ class Envelope(msgspec.Struct):
     media_io_kwargs: Any = None
     kv_transfer_params: Any = None
     ec_transfer_params: Any = None
+    # What `limits` looks at, mostly as it came: it is taken apart only where it is long enough to matter.
+    best_of: Any = None
+    prompt: msgspec.Raw = ABSENT
+    tokens: msgspec.Raw = ABSENT
+    stop: msgspec.Raw = ABSENT
+    stop_sequences: msgspec.Raw = ABSENT
+    bad_words: msgspec.Raw = ABSENT
+    stop_token_ids: msgspec.Raw = ABSENT
+    allowed_token_ids: msgspec.Raw = ABSENT
+    logit_bias: msgspec.Raw = ABSENT
+    tools: msgspec.Raw = ABSENT
+    functions: msgspec.Raw = ABSENT
+    response_format: msgspec.Raw = ABSENT
+    structured_outputs: msgspec.Raw = ABSENT
+    text: msgspec.Raw = ABSENT
+    output_config: msgspec.Raw = ABSENT
+    output_format: msgspec.Raw = ABSENT
+    guided_json: msgspec.Raw = ABSENT
+    guided_regex: msgspec.Raw = ABSENT
+    guided_grammar: msgspec.Raw = ABSENT
+    guided_choice: msgspec.Raw = ABSENT
+
+    def raw(self, name: str) -> bytes:
+        """Return a field as it came; nothing for one that is null or not there."""
+        found = getattr(self, name)
+        if found is ABSENT:
+            return b""
+        data = bytes(found)
+        return b"" if data == b"null" else data
 
 
 _decoder = msgspec.json.Decoder(Envelope)
@@ -150,8 +190,10 @@ def parse(body: bytes) -> Envelope:
         envelope = _decoder.decode(body)
         _refuse_fields(envelope)
         _check_logprobs(envelope)
-        _check_media(envelope.messages, "messages")
-        _check_media(envelope.input, "input")
+        for name in CONVERSATIONS:
+            value = getattr(envelope, name)
+            if isinstance(value, dict | list):
+                check_media(value, name)
     except msgspec.ValidationError as error:
         reason, _, where = str(error).partition(" - at `$.")
         if not where:
@@ -185,6 +227,11 @@ def _refuse_fields(envelope: Envelope) -> None:
             f"The field 'chat_template_kwargs.chat_template' is not accepted: {REFUSED['chat_template']}.",
             param="chat_template_kwargs",
         )
+    extra = envelope.vllm_xargs
+    for name in extra if isinstance(extra, dict) else ():
+        if name in REFUSED or name.startswith("lora_") or name.endswith(REFUSED_ENDS):
+            reason = REFUSED.get(name, "engines fetch and load nothing that a request names")
+            raise BadRequest(f"The field 'vllm_xargs.{name[:200]}' is not accepted: {reason}.", param="vllm_xargs")
 
 
 def _check_logprobs(envelope: Envelope) -> None:
@@ -196,34 +243,3 @@ def _check_logprobs(envelope: Envelope) -> None:
         if isinstance(count, int | float) and not 0 <= count <= MOST_LOGPROBS:
             most = f"{MOST_LOGPROBS // 2} with use_beam_search" if name == "n" else str(MOST_LOGPROBS)
             raise BadRequest(f"'{name}' must be at least 0 and at most {most}.", param=name)
-
-
-def _check_media(value: Any, where: str) -> None:
-    """Walk through messages and their parts, in OpenAI's and Anthropic's forms. A tool's arguments are left alone."""
-    if isinstance(value, list):
-        for number, item in enumerate(value):
-            if isinstance(item, (dict, list)):
-                _check_media(item, f"{where}[{number}]")
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            if inner is None or (isinstance(inner, str) and key in {"content", "output"}):
-                continue
-            if key in {"content", "output"}:
-                _check_media(inner, f"{where}.{key}")
-            elif key.endswith("_url"):
-                _check_address(inner.get("url") if isinstance(inner, dict) else inner, f"{where}.{key}")
-            elif key == "source" and isinstance(inner, dict):
-                _check_address(inner.get("url"), f"{where}.{key}")
-                _check_media(inner, f"{where}.{key}")
-            elif key.endswith("_embeds"):
-                raise BadRequest(f"'{where}.{key}' is not accepted: it holds serialized tensors.", param=where)
-
-
-def _check_address(address: Any, where: str) -> None:
-    if address is None:
-        return
-    if not isinstance(address, str) or not address[:5].lower() == "data:":
-        raise BadRequest(
-            f"'{where}' must be a data: URL with the content in it. Engines fetch nothing from a network or a disk.",
-            param=where,
-        )

@@ -20,6 +20,8 @@ from starlette.types import Receive, Scope, Send
 from modelyard.errors import BadGateway, BadRequest, EngineStarting, ModelyardError
 from modelyard.gateway.client_watch import ClientWatch
 from modelyard.gateway.envelope import ClientGone, Envelope, check_headers, parse, read_body, with_model
+from modelyard.gateway.lengths import Lengths
+from modelyard.gateway.limits import ALWAYS_TOKENISED, DEFAULT_LIMITS, Limits
 from modelyard.gateway.listing import Served
 from modelyard.gateway.metrics import Metrics, Passage
 from modelyard.gateway.upstream import Call, EngineBrokeOff, Engines, EngineUnreachable
@@ -29,6 +31,8 @@ log = logging.getLogger(__name__)
 CLIENT_GONE = 499
 BROKEN_OFF = 599
 ANY_TASK = "any"
+#: Here vLLM takes a text of any length; elsewhere it refuses by its length what no model could take.
+TOKENISING = frozenset({"tokenize", "detokenize", "messages/count_tokens"})
 #: Request headers that an engine has a use for. Keys and cookies are the server's own business.
 FORWARDED = (b"accept", b"traceparent", b"tracestate")
 #: Answer headers that belong to one connection only, and those that the server sets itself.
@@ -104,11 +108,15 @@ class Endpoint:
 class Gateway:
     """What all passages share."""
 
-    def __init__(self, routing: Routing, engines: Engines, metrics: Metrics, max_body_bytes: int) -> None:
+    def __init__(
+        self, routing: Routing, engines: Engines, metrics: Metrics, max_body_bytes: int, limits: Limits = DEFAULT_LIMITS
+    ) -> None:
         self.routing = routing
         self.engines = engines
         self.metrics = metrics
         self.max_body_bytes = max_body_bytes
+        self.limits = limits
+        self.lengths = Lengths(engines)
 
     async def forward(self, endpoint: Endpoint, scope: Scope, receive: Receive, send: Send) -> None:
         """Ask the engine that serves the request's model, and hand its answer on as it comes.
@@ -133,6 +141,9 @@ class Gateway:
                 check_target(target, endpoint, envelope.model)
                 if envelope.model != target.served_name:
                     body = with_model(body, target.served_name)
+                if endpoint.name in TOKENISING and len(body) > ALWAYS_TOKENISED:
+                    length = await watch.unless_gone(self.lengths.of(target.url, target.served_name))
+                    self.limits.check_tokenised(envelope, length)
                 call = self.engines.call(target.url)
                 watch.when_gone(call.give_up)
                 status = await self._relay(call, endpoint, target, headers, request_id, body, send)
@@ -155,7 +166,9 @@ class Gateway:
     async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> tuple[Envelope, bytes]:
         check_headers(headers.get(b"content-type"), headers.get(b"content-length"), self.max_body_bytes)
         body = await read_body(receive, self.max_body_bytes, headers.get(b"content-encoding"))
-        return parse(body), body
+        envelope = parse(body)
+        self.limits.check(envelope)
+        return envelope, body
 
     async def _relay(
         self, call: Call, endpoint: Endpoint, target: Target, headers: dict[bytes, bytes], request_id: bytes,
