@@ -158,7 +158,8 @@ def create_app(foundation: Foundation) -> FastAPI:
         await app.state.raw_lane.kept.learn()
         async with sessions.begin() as session:
             await deployments.reconcile(session)
-            await models.sweep(session, settings.models_dir, await finetunes.unpublished(session))
+            in_use = await deployments.folders_in_use(session) | await finetunes.folders_in_use(session)
+            await models.sweep(session, settings.models_dir, await finetunes.unpublished(session), in_use)
             await bring_back_forgotten(session)
             forgotten = await datasets.leftovers(session)
         keep = await runner.folders_in_use()

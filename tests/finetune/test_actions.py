@@ -230,3 +230,25 @@ async def test_what_is_measured_needs_rows_that_are_held_back(
                 await start(sessions, dataset, **wish)
         promote = {"alias": "default", "if": "always"}
         assert (await start(sessions, dataset, **wish | {"promote": promote})).promote == promote
+
+
+async def test_a_training_stays_with_the_commit_that_it_began_on_and_its_folder_is_in_use(
+    database_url: str, tmp_path: Path
+) -> None:
+    async with database(database_url, tmp_path) as sessions:
+        row = await start(sessions, await add_dataset(sessions))
+        moved = {"adapter": False, "base_model_id": None, "task": "generate", "commit": "f00d", "size_bytes": 1,
+                 "path": "acme--tiny/f00d"}  # fmt: skip
+        async with sessions.begin() as session:
+            await models.add(session, MODEL, "main", moved)
+        async with sessions.read() as session:
+            base = models.at_pin(await models.get(session, MODEL), row.pinned)
+            assert (base.commit, base.path, base.size_bytes) == ("c0ffee", "acme--tiny/c0ffee", 1000)
+            assert (base.model_id, base.task) == (MODEL, "generate")
+            assert await actions.folders_in_use(session) == {"acme--tiny/c0ffee"}
+        await end(sessions, row)
+        async with sessions.begin() as session:
+            assert (await models.get(session, MODEL)).commit == "f00d", "the copy is not written back"
+            assert await actions.folders_in_use(session) == set()
+            await actions.resume(session, row.id)
+            assert await actions.folders_in_use(session) == {"acme--tiny/c0ffee"}

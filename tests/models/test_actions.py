@@ -74,10 +74,12 @@ async def test_a_job_that_was_interrupted_is_not_taken_up_again(database_url: st
 async def test_another_revision_while_one_is_on_its_way_is_a_conflict(database_url: str) -> None:
     async with opened(database_url) as sessions, sessions.begin() as session:
         first = await actions.request_download(session, "acme/tiny", "v1")
-        with pytest.raises(Conflict, match="'v1'") as caught:
-            await actions.request_download(session, "acme/tiny", "v2")
-        assert caught.value.code == "download_running"
-        assert (await actions.request_download(session, "acme/tiny")).id == first.id
+        # No revision is main, which is not what is on its way either.
+        for other in ("v2", None, "main"):
+            with pytest.raises(Conflict, match="'v1'") as caught:
+                await actions.request_download(session, "acme/tiny", other)
+            assert caught.value.code == "download_running"
+        assert (await actions.request_download(session, "acme/tiny", "v1")).id == first.id
 
 
 async def test_a_name_that_cannot_be_makes_no_job(database_url: str) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 
@@ -13,13 +14,17 @@ from modelyard.jobs.tables import JobStatus
 from modelyard.models import actions
 from tests.eventually import eventually
 from tests.models.repositories import CONFIG, adapter, as_json, embedder, llama, noise, safetensors, sharded
-from tests.models.yard import child_pid, failure_of, fetched, files_below, make_settings, open_yard
+from tests.models.yard import Yard, child_pid, failure_of, fetched, files_below, make_settings, open_yard
 from tests.servers.hub import Fault, Hub, XetStore
 
 TINY = "acme/tiny"
 WEIGHTS = "model.safetensors"
 SIZE = 2_000_000
 MIB_IN_GIB = 1 / 1024
+
+
+async def said(yard: Yard, job_id: UUID) -> str:
+    return " ".join(event.message for event in await yard.events(job_id))
 
 
 async def test_a_model_arrives_with_what_is_needed_and_nothing_else(hub: Hub, tmp_path: Path) -> None:
@@ -92,16 +97,80 @@ async def test_a_mirror_that_lists_no_sizes_still_delivers_verified_files(hub: H
         assert hub.starts(TINY, WEIGHTS) == [0, 0]
 
 
-async def test_a_model_that_is_there_finishes_at_once_without_the_network(hub: Hub, tmp_path: Path) -> None:
+async def test_a_commit_that_is_there_finishes_at_once_without_the_network(hub: Hub, tmp_path: Path) -> None:
     commit = hub.add(TINY, llama())
     async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:
         await yard.bring(TINY)
         asked = hub.listings
-        for revision in (None, "main", commit):
-            job = await yard.bring(TINY, revision)
-            assert job.status == JobStatus.FINISHED
+        job = await yard.bring(TINY, commit)
+        assert job.status == JobStatus.FINISHED
         assert hub.listings == asked
         assert not list(yard.runner.log_of(job.id).parent.glob("attempt-*"))
+
+
+async def test_a_branch_that_is_there_is_asked_about_and_brings_nothing_when_it_has_not_moved(
+    hub: Hub, tmp_path: Path
+) -> None:
+    commit = hub.add(TINY, llama())
+    async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:
+        await yard.bring(TINY)
+        asked, got = hub.listings, len(hub.requests)
+        for revision in (None, "main"):
+            job = await yard.bring(TINY, revision)
+            assert job.status == JobStatus.FINISHED
+            assert f"at commit {commit}: main has not moved" in await said(yard, job.id)
+        assert hub.listings == asked + 2
+        assert len(hub.requests) == got, "not a byte of a file"
+
+
+async def test_a_branch_that_has_moved_brings_its_new_commit_and_keeps_the_folder_of_the_old_one(
+    hub: Hub, tmp_path: Path
+) -> None:
+    old_commit = hub.add(TINY, llama())
+    async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:
+        await yard.bring(TINY)
+        old = await yard.model(TINY)
+        assert old is not None
+        new_commit = hub.add(TINY, llama(seed="trained on"))
+        configurations = len(hub.gets(TINY, "tokenizer.json"))
+        job = await yard.bring(TINY)
+        model = await yard.model(TINY)
+        assert model is not None
+        assert (model.commit, model.id) == (new_commit, old.id)
+        assert (yard.folder(model) / WEIGHTS).read_bytes() == llama(seed="trained on")[WEIGHTS]
+        assert (yard.folder(old) / WEIGHTS).read_bytes() == llama()[WEIGHTS]
+        assert f"main has moved on from {old_commit}" in await said(yard, job.id)
+        assert len(hub.gets(TINY, "tokenizer.json")) == configurations + 1
+
+
+@pytest.mark.parametrize("what", ["down", "busy"])
+async def test_a_hub_that_does_not_answer_is_no_reason_to_lose_what_is_there(
+    what: str, hub: Hub, tmp_path: Path
+) -> None:
+    commit = hub.add(TINY, llama())
+    async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:
+        await yard.bring(TINY)
+    endpoint = "http://127.0.0.1:9" if what == "down" else hub.endpoint
+    hub.misbehave(TINY, "", Fault("status", times=None, status=503))
+    async with open_yard(make_settings(tmp_path, endpoint)) as yard:
+        job = await yard.bring(TINY)
+        assert job.status == JobStatus.FINISHED
+        (told,) = [event for event in await yard.events(job.id) if event.level == "warning"]
+        assert commit in told.message
+        assert "could not be asked" in told.message
+        missing = await yard.bring("acme/other")
+        assert failure_of(missing).code in ("no_network", "unknown_model"), "what is not there is not"
+
+
+async def test_a_branch_that_is_gone_says_so_and_keeps_what_is_there(hub: Hub, tmp_path: Path) -> None:
+    hub.add(TINY, llama(), revision="v1")
+    async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:
+        await yard.bring(TINY, "v1")
+        hub.repositories[TINY].revisions = {"main": llama(seed="other")}
+        assert failure_of(await yard.bring(TINY, "v1")).code == "unknown_revision"
+        model = await yard.model(TINY)
+        assert model is not None
+        assert (yard.folder(model) / WEIGHTS).is_file()
 
 
 async def test_another_revision_replaces_the_model_and_shares_nothing_half(hub: Hub, tmp_path: Path) -> None:

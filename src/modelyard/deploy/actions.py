@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 from uuid import UUID
 
@@ -40,14 +41,22 @@ class Wish:
     strategy: Strategy = Strategy.AUTO
     keep_others: bool = False
     idle_timeout_s: float | None = None
+    #: The commit that is wanted back, as a deployment's row has it; None: the one that is in the store now.
+    pinned: Mapping[str, Any] | None = None
+
+    def is_met_by(self, deployment: Deployment, path: str) -> bool:
+        """Whether a deployment serves this model in this way, from the folder that a row names."""
+        is_same = (deployment.model_id, deployment.options) == (self.model_id, self.options)
+        return is_same and (deployment.pinned is None or deployment.pinned["path"] == path)
 
 
 async def deploy(session: AsyncSession, wish: Wish) -> tuple[Job, list[UUID]]:
     """Want a model in service, as the current one of its task.
 
-    A deployment of the same model with the same options is changed in place: its adapters, and that it is the current
-    one. Else there is a new one. Either way the others of the task leave as soon as it is ready, unless they are to be
-    kept. Wanting what is current already returns its job. Two wishes at the same moment are taken one after the other.
+    A deployment of the same commit of the model with the same options is changed in place: its adapters, and that it is
+    the current one. Else there is a new one. Either way the others of the task leave as soon as it is ready, unless
+    they are to be kept. Wanting what is current already returns its job. Two wishes at the same moment are taken one
+    after the other.
 
     Returns:
         The deployment's job, and the ids of the other jobs that this concerns: tell their followers after the commit.
@@ -60,13 +69,14 @@ async def deploy(session: AsyncSession, wish: Wish) -> tuple[Job, list[UUID]]:
     model, _ = await wanted_models(session, wish.model_id, wish.adapter_ids)
     adapter_ids = list(dict.fromkeys(wish.adapter_ids))
     up = await _up(session, model.task)
-    same = next((one for one in up if (one.model_id, one.options) == (wish.model_id, wish.options)), None)
+    pinned = dict(wish.pinned or models.pin(model))
+    same = next((one for one in up if wish.is_met_by(one, pinned["path"])), None)
     others = [] if wish.keep_others else [one for one in up if one is not same]
     if same is None:
         name = job_name(wish.model_id, adapter_ids)
         job = await jobs.create(session, kind=KIND, name=name, spec={}, subject=wish.model_id)
         same = Deployment(
-            job_id=job.id, model_id=wish.model_id, adapter_ids=adapter_ids, task=model.task,
+            job_id=job.id, model_id=wish.model_id, adapter_ids=adapter_ids, task=model.task, pinned=pinned,
             options=dict(wish.options), strategy=wish.strategy, idle_timeout_s=wish.idle_timeout_s,
         )  # fmt: skip
         session.add(same)
@@ -149,7 +159,7 @@ async def restore_replaced(session: AsyncSession, failed: Deployment) -> Job | N
     if last.model_id not in found:
         return None
     adapter_ids = [one for one in last.adapter_ids if one in found]
-    wish = Wish(last.model_id, adapter_ids, last.options, idle_timeout_s=last.idle_timeout_s)
+    wish = Wish(last.model_id, adapter_ids, last.options, idle_timeout_s=last.idle_timeout_s, pinned=last.pinned)
     failed.replaces = []
     failed.wanted = Wanted.DOWN
     job, _ = await deploy(session, wish)
@@ -164,9 +174,10 @@ async def wanted_models(session: AsyncSession, model_id: str, adapter_ids: Seque
 
     Raises:
         ModelNotFound: the store lacks the model or an adapter.
+        Conflict: one of them is being downloaded.
         Unprocessable: an adapter is given as the model, or does not belong to it.
     """
-    model = await models.get(session, model_id)
+    model = await models.get_for_use(session, model_id)
     if model.adapter:
         raise Unprocessable(
             f"'{model_id}' is an adapter of '{model.base_model_id}': deploy that model with this one in adapter_ids.",
@@ -262,8 +273,18 @@ async def release(session: AsyncSession, deployment_id: UUID) -> None:
     await session.execute(delete(DeploymentModel).where(DeploymentModel.deployment_id == deployment_id))
 
 
+async def folders_in_use(session: AsyncSession) -> set[str]:
+    """Return the folders of the store that live deployments read, as models' rows name them."""
+    found = set()
+    for one in await succession.live(session):
+        if one.pinned is not None:
+            found.add(one.pinned["path"])
+        found |= {"/".join(PurePath(loaded["path"]).parts[-2:]) for loaded in one.loaded}
+    return found
+
+
 async def model_rows(session: AsyncSession, deployment: Deployment) -> tuple[Model, list[Model]]:
-    """Return the rows of a deployment's model and adapters.
+    """Return the rows of a deployment's model, at the commit that it serves, and its adapters.
 
     Raises:
         ModelNotFound: one is gone, which the hold of a live deployment prevents.
@@ -277,7 +298,8 @@ async def model_rows(session: AsyncSession, deployment: Deployment) -> tuple[Mod
     missing = {deployment.model_id, *deployment.adapter_ids} - found.keys()
     if missing:
         raise ModelNotFound(min(missing))
-    return found[deployment.model_id], [found[adapter_id] for adapter_id in deployment.adapter_ids]
+    model = models.at_pin(found[deployment.model_id], deployment.pinned)
+    return model, [found[adapter_id] for adapter_id in deployment.adapter_ids]
 
 
 async def ended(session: AsyncSession, job_id: UUID) -> None:
@@ -319,7 +341,9 @@ async def reconcile(session: AsyncSession) -> list[UUID]:
         if one.model_id not in known:
             continue
         adapter_ids = [adapter_id for adapter_id in one.adapter_ids if adapter_id in known]
-        wish = Wish(one.model_id, adapter_ids, one.options, Strategy(one.strategy), True, one.idle_timeout_s)
+        wish = Wish(
+            one.model_id, adapter_ids, one.options, Strategy(one.strategy), True, one.idle_timeout_s, one.pinned
+        )
         job, _ = await deploy(session, wish)
         again = await of_job(session, job.id)
         again.restores = one.id if one.has_served else None

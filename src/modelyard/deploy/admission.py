@@ -48,7 +48,7 @@ async def check(sessions: Sessions, settings: Settings, wish: actions.Wish) -> N
     """
     async with sessions.read() as session:
         model, adapters = await actions.wanted_models(session, wish.model_id, wish.adapter_ids)
-        running = await _running(session, wish)
+        running = await _running(session, wish, model.path)
     await asyncio.to_thread(_check_kind, settings, model)
     if not wish.adapter_ids:
         return
@@ -79,11 +79,10 @@ def _check_kind(settings: Settings, model: Model) -> None:
             raise Unprocessable(f"{failure.message} {failure.hint}", param="model_id", code=failure.code) from failure
 
 
-async def _running(session: AsyncSession, wish: actions.Wish) -> Deployment | None:
+async def _running(session: AsyncSession, wish: actions.Wish, path: str) -> Deployment | None:
     """Return the deployment with an engine that the wish would change in place."""
     for one in await succession.live(session):
-        is_same = (one.model_id, one.options) == (wish.model_id, wish.options)
-        if is_same and one.engine_url and await actions.is_wanted(session, one):
+        if wish.is_met_by(one, path) and one.engine_url and await actions.is_wanted(session, one):
             return one
     return None
 

@@ -11,7 +11,7 @@ from modelyard.http import Sessions, Settings, documented, router
 api = router("/api/v1/deploy", "Deploy")
 
 
-@api.post("/plan/", summary="Plan a deploy", responses=documented(400, 404, 413, 422))
+@api.post("/plan/", summary="Plan a deploy", responses=documented(400, 404, 409, 413, 422))
 async def plan_deploy(wanted: DeployIn, sessions: Sessions, settings: Settings) -> PlanOut:
     """Say what POST /api/v1/deploy/ with this body would take and do. Nothing is started, nothing changes.
 

@@ -36,7 +36,7 @@ async def get_deployment(sessions: Sessions, task: Task = None) -> DeployOut:
         return DeployOut.of(await actions.current(session, task))
 
 
-@api.post("/", summary="Deploy a model", responses=documented(400, 404, 413, 422))
+@api.post("/", summary="Deploy a model", responses=documented(400, 404, 409, 413, 422))
 async def deploy_model(
     wanted: DeployIn, sessions: Sessions, settings: Settings, runner: Runner, routing: CurrentRouting
 ) -> JobOut:

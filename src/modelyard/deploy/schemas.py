@@ -140,6 +140,11 @@ class DeployOut(BaseModel):
 
     model_id: str = Field(examples=["openchat/openchat-3.5-0106"])
     adapter_ids: list[str] = Field(description="The adapters that are wanted.", examples=[[]])
+    commit: str | None = Field(
+        description="The commit of the model that it serves. A newer one in the store is served when it is deployed "
+        "again.",
+        examples=["c1899de289a04d12100db370d81485cdf75e47ca"],
+    )
     id: UUID
     task: str = Field(description="generate or embed", examples=["generate"])
     state: DeploymentState = Field(description=_STATES)
@@ -173,6 +178,7 @@ class DeployOut(BaseModel):
         return cls(
             model_id=deployment.model_id,
             adapter_ids=deployment.adapter_ids,
+            commit=deployment.pinned["commit"] if deployment.pinned is not None else None,
             id=deployment.id,
             task=deployment.task,
             state=DeploymentState(deployment.state),

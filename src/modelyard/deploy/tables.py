@@ -98,6 +98,9 @@ class Deployment(Base):
     model_id: Mapped[str] = mapped_column(String(200))
     adapter_ids: Mapped[list[str]] = mapped_column(JSON(), default=list)
     task: Mapped[str] = mapped_column(String(16))
+    #: The commit of the model that it serves, whatever its row has gone on to: `{"commit", "path", "size_bytes"}`.
+    #: NULL: that of the row.
+    pinned: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     options: Mapped[dict[str, Any]] = mapped_column(JSON(), default=dict)
     strategy: Mapped[str] = mapped_column(String(16), default=Strategy.AUTO)
     #: Ids of the deployments that leave when this one is ready, or before it starts.

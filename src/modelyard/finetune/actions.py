@@ -57,6 +57,7 @@ async def start(session: AsyncSession, wanted: FinetuneIn) -> Job:
         name=wanted.name,
         model_id=model.model_id,
         dataset_id=dataset.id,
+        pinned=models.pin(model),
         adapter_id=await _free_id(session, wanted.name, finetune_id),
         hyperparameters=asdict(wanted.hyperparameters.filled()),
         on_busy=wanted.on_busy,
@@ -207,6 +208,12 @@ async def unpublished(session: AsyncSession) -> Sequence[str]:
     return (await session.scalars(query)).all()
 
 
+async def folders_in_use(session: AsyncSession) -> set[str]:
+    """Return the folders of the store that trainings which have not ended read, as models' rows name them."""
+    query = select(Finetune).join(Job, Job.id == Finetune.job_id).where(Job.status.in_(ACTIVE))
+    return {row.pinned["path"] for row in (await session.scalars(query)).all() if row.pinned is not None}
+
+
 async def trainable(session: AsyncSession, model_id: str) -> Model:
     """Return a model of the store that can be the base of a training, as far as its row tells.
 
@@ -214,7 +221,7 @@ async def trainable(session: AsyncSession, model_id: str) -> Model:
         ModelNotFound: it is not in the store.
         Unprocessable: it is an adapter, or embeds.
     """
-    model = await models.get(session, model_id)
+    model = await models.get_for_use(session, model_id)
     if model.adapter:
         raise Unprocessable(
             f"'{model_id}' is an adapter: train its base"

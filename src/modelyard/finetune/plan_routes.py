@@ -16,7 +16,7 @@ from modelyard.http import Sessions, Settings, documented, router
 api = router("/api/v1/finetune", "Fine-tuning")
 
 
-@api.post("/plan/", summary="Plan a training", responses=documented(400, 404, 413, 422, 502, 503))
+@api.post("/plan/", summary="Plan a training", responses=documented(400, 404, 409, 413, 422, 502, 503))
 async def plan_finetune(
     request: Request, wanted: FinetuneIn, sessions: Sessions, settings: Settings, storage: Storage, errands: Errands
 ) -> FinetunePlanOut:

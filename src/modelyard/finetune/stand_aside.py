@@ -196,13 +196,14 @@ async def _why_not(
 async def _deploy(session: AsyncSession, entry: dict[str, Any], name: str) -> Deployment:
     found = set(await session.scalars(select(Model.model_id)))
     adapter_ids = [one for one in entry["adapter_ids"] if one in found]
+    was = await roster.get(session, UUID(entry["deployment_id"]))
     wish = deployments.Wish(
-        entry["model_id"], adapter_ids, entry["options"], Strategy(entry["strategy"]), True, entry["idle_timeout_s"]
-    )
+        entry["model_id"], adapter_ids, entry["options"], Strategy(entry["strategy"]), True, entry["idle_timeout_s"],
+        was.pinned,
+    )  # fmt: skip
     job, _ = await deployments.deploy(session, wish)
     row = await deployments.of_job(session, job.id)
     # What has served waits for memory that somebody was quicker to take, and does without an adapter that fails.
-    was = await roster.get(session, UUID(entry["deployment_id"]))
     row.restores = was.id if was.has_served else None
     # What others were asked to be meanwhile, they stay.
     row.current_at = datetime.fromisoformat(entry["current_at"])

@@ -55,6 +55,8 @@ class Finetune(Base):
     job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="RESTRICT"), unique=True)
     name: Mapped[str] = mapped_column(String(200))
     model_id: Mapped[str] = mapped_column(String(200))
+    #: The commit of the base that it began on, as `deployments.pinned`; NULL: that of the base's row.
+    pinned: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     dataset_id: Mapped[uuid.UUID] = mapped_column(Uuid(), index=True)
     #: What the adapter is called in the store; no two trainings share one.
     adapter_id: Mapped[str] = mapped_column(String(200), unique=True)

@@ -110,8 +110,15 @@ class Trainings:
         _leave_if_interrupted(job)
         async with self._sessions.read() as session:
             row = await actions.get(session, finetune_id)
-            base = await models.get(session, row.model_id)
+            base = models.at_pin(await models.get(session, row.model_id), row.pinned)
             dataset = await datasets.get(session, row.dataset_id)
+        if not await asyncio.to_thread(store.folder_of(self._settings.models_dir, base.path).is_dir):
+            raise JobFailure(
+                "base_lost",
+                f"The training began on commit {base.commit} of {base.model_id}, whose folder is not in the store any "
+                "more.",
+                f"Add the model again with revision={base.commit} and resume the training, or start it anew.",
+            )
         training = _Training(self, job, row, base, dataset)
         try:
             await training.run()

@@ -49,14 +49,43 @@ async def get(session: AsyncSession, model_id: str) -> Model:
     return model
 
 
+async def get_for_use(session: AsyncSession, model_id: str) -> Model:
+    """Return a model that somebody wants to use now.
+
+    Raises:
+        ModelNotFound: as `get`.
+        Conflict: it is being downloaded; the error names the job and how much of it has arrived.
+    """
+    if await find(session, model_id) is None:
+        await _refuse_while_it_arrives(session, model_id, "model_id")
+    return await get(session, model_id)
+
+
+async def _refuse_while_it_arrives(session: AsyncSession, model_id: str, param: str) -> None:
+    job = await jobs.find_active(session, kind=DOWNLOAD, subject=model_id)
+    if job is None:
+        return
+    arrived = "nothing of it has arrived yet"
+    if job.progress_total:
+        arrived = f"{job.progress_done or 0} of {job.progress_total} bytes have arrived"
+    raise Conflict(
+        f"{model_id} is being downloaded: {arrived}. Ask again when its job {job.id} is FINISHED: "
+        f"GET /api/v1/jobs/{job.id}/status/ tells how far it is.",
+        param=param,
+        code="download_running",
+    )
+
+
 async def get_adapter(session: AsyncSession, adapter_id: str, base_model_id: str) -> Model:
     """Return what is to be put on a model as its adapter, whatever it turns out to be.
 
     Raises:
         ModelNotFound: it is not in the store; the error names the model's adapters that are.
+        Conflict: it is being downloaded.
     """
     adapter = await find(session, adapter_id)
     if adapter is None:
+        await _refuse_while_it_arrives(session, adapter_id, "adapter_ids")
         mine = select(Model.model_id).where(Model.adapter, Model.base_model_id == base_model_id)
         raise ModelNotFound(
             adapter_id[:200],
@@ -72,7 +101,8 @@ async def get_adapter(session: AsyncSession, adapter_id: str, base_model_id: str
 async def request_download(session: AsyncSession, model_id: str, revision: str | None = None) -> Job:
     """Return the job that brings a model into the store: the one that is at it, or a new one.
 
-    Wake the runner after the commit. A new job for a model that is there at that revision ends at once.
+    Wake the runner after the commit. A new job for a model that is there at that commit ends at once; for a branch or
+    a tag it asks the hub whether that has moved. No revision is `main`, whatever else is on its way.
 
     Raises:
         Unprocessable: no such name or revision can exist.
@@ -96,7 +126,7 @@ async def request_download(session: AsyncSession, model_id: str, revision: str |
         spec = {"model_id": model_id, "revision": wanted}
         return await jobs.create(session, kind=DOWNLOAD, name=f"DOWNLOAD_{model_id}", spec=spec, subject=model_id)
     running = active.spec["revision"]
-    if running != wanted and revision is not None:
+    if running != wanted:
         raise Conflict(
             f"{model_id} is being downloaded at revision '{running}' (job {active.id}): wait for it, or interrupt it.",
             param="revision",
@@ -111,6 +141,24 @@ async def is_there(session: AsyncSession, model_id: str, revision: str) -> Model
     if model is None or is_local(model_id) or revision not in (model.revision, model.commit):
         return None
     return model
+
+
+def is_fixed(model: Model, revision: str) -> bool:
+    """Whether a revision is the very commit that is in the store: a branch or a tag may have moved."""
+    return revision == model.commit
+
+
+def pin(model: Model) -> dict[str, Any]:
+    """Return what somebody who uses a model keeps of it, to stay with its commit when the row goes on to another."""
+    return {"commit": model.commit, "path": model.path, "size_bytes": model.size_bytes}
+
+
+def at_pin(model: Model, pinned: Mapping[str, Any] | None) -> Model:
+    """Return a model as it was when it was pinned: a copy that no session knows, or the row itself."""
+    if pinned is None or pinned["path"] == model.path:
+        return model
+    said = {column.key: getattr(model, column.key) for column in Model.__table__.columns}
+    return Model(**said | {name: pinned[name] for name in ("commit", "path", "size_bytes")})
 
 
 async def add(session: AsyncSession, model_id: str, revision: str, result: Mapping[str, Any]) -> Model:
@@ -145,12 +193,15 @@ async def note_checks(session: AsyncSession, model_id: str, checks: Mapping[str,
         await session.flush()
 
 
-async def sweep(session: AsyncSession, models_dir: Path, unpublished: Collection[str] = ()) -> list[Path]:
-    """Remove folders that no row stands for, such as a revision that was replaced. Call it before any job runs.
+async def sweep(
+    session: AsyncSession, models_dir: Path, unpublished: Collection[str] = (), in_use: Collection[str] = ()
+) -> list[Path]:
+    """Remove folders that no row stands for, such as a commit that was replaced. Call it before any job runs.
 
-    `unpublished` are adapters that are being trained: their folder may be in place before their row.
+    `unpublished` are adapters that are being trained: their folder may be in place before their row. `in_use` are
+    paths, as rows have them, that an engine or a training still reads.
     """
-    known = (await session.scalars(select(Model.path))).all()
+    known = {*(await session.scalars(select(Model.path))).all(), *in_use}
     unfinished = select(Job.subject).where(Job.kind == DOWNLOAD, Job.status.in_(ACTIVE), Job.subject.is_not(None))
     busy = [subject for subject in (await session.scalars(unfinished)).all() if subject is not None]
     busy += unpublished

@@ -24,6 +24,7 @@ from modelyard.errors import JobFailure
 from modelyard.jobs.runner import JobContext, JobInterrupted
 from modelyard.models import actions, store
 from modelyard.models.download_spec import GIB, Spec
+from modelyard.models.tables import Model
 from modelyard.processes import Child, Children, Command, child_environment
 from modelyard.settings import Settings
 
@@ -36,6 +37,8 @@ READ_TIMEOUT_S = 20
 START_TIMEOUT_S = 60.0
 #: How much of its log shows how a child died.
 LAST_LINES, LAST_BYTES = 5, 4096
+#: Failures by which a hub says nothing about a model.
+UNANSWERED = frozenset({"no_network", "connection_lost", "hub_failed", "hub_busy", "stalled"})
 
 _PHASES = {
     "configuration": "Fetching and checking the configuration.",
@@ -63,20 +66,35 @@ class Downloads:
         _leave_if_interrupted(job)
         async with self._sessions.read() as session:
             model = await actions.is_there(session, model_id, revision)
-        if model is not None and store.folder_of(self._settings.models_dir, model.path).is_dir():
+        if model is not None and not store.folder_of(self._settings.models_dir, model.path).is_dir():
+            model = None
+        if model is not None and actions.is_fixed(model, revision):
             await job.event(f"{model_id} is in the store already, at commit {model.commit}.")
             return
-        result = await self._attempts(job)
+        try:
+            result = await self._attempts(job, asks_only=model is not None)
+        except _NotAsked as failure:
+            assert model is not None
+            await job.event(
+                f"{model_id} is in the store already, at commit {model.commit}. Whether {revision} has moved since "
+                f"could not be asked: {failure}",
+                level="warning",
+            )
+            return
         async with self._sessions.begin() as session:
             await actions.add(session, model_id, revision, result)
         await asyncio.to_thread(shutil.rmtree, job.folder / "hub", ignore_errors=True)
-        await job.event(f"{model_id} is in the store, at commit {result['commit']}.", data=result)
+        await job.event(_arrived(model_id, revision, model, result["commit"]), data=result)
         left_out = result.get("left_out") or []
         if left_out:
             await job.event(_told(left_out), data={"left_out": left_out})
 
-    async def _attempts(self, job: JobContext) -> dict[str, Any]:
-        """Run children until one brings the model, or nothing helps any more."""
+    async def _attempts(self, job: JobContext, *, asks_only: bool = False) -> dict[str, Any]:
+        """Run children until one brings the model, or nothing helps any more.
+
+        Raises:
+            _NotAsked: with `asks_only`: the hub did not answer, so that nobody knows whether there is more to bring.
+        """
         partial = store.partial_dir(self._settings.models_dir, job.spec["model_id"])
         number = len(list(job.folder.glob("attempt-*")))
         child = await self._children.adopt(job.folder / f"attempt-{number}") if number else None
@@ -90,6 +108,8 @@ class Downloads:
             if failure is None:
                 return result
             present = await asyncio.to_thread(store.bytes_below, partial)
+            if asks_only and failure["code"] in UNANSWERED and not present:
+                raise _NotAsked(failure["message"])
             fruitless = 0 if present > best else fruitless + 1
             best, child = max(present, best), None
             xet = xet and failure["code"] != "stalled"
@@ -159,6 +179,10 @@ class Downloads:
         return await asyncio.to_thread(_result_of, child, self._settings.models_dir, job.log)
 
 
+class _NotAsked(Exception):
+    """The hub did not answer a question that could wait."""
+
+
 class _Teller:
     """Reads what the child appends to its progress file, and passes it on."""
 
@@ -187,6 +211,18 @@ class _Teller:
             self._phase = phase
         if state is not None and state["total"]:
             await self._job.progress(max(0, min(state["done"], state["total"])), state["total"], "bytes")
+
+
+def _arrived(model_id: str, revision: str, before: Model | None, commit: str) -> str:
+    """Return one sentence on what is in the store now."""
+    if before is None:
+        return f"{model_id} is in the store, at commit {commit}."
+    if before.commit == commit:
+        return f"{model_id} is in the store already, at commit {commit}: {revision} has not moved."
+    return (
+        f"{model_id} is in the store, at commit {commit}: {revision} has moved on from {before.commit}. What serves or "
+        "trains on that one stays with it; deploy it again to move."
+    )
 
 
 def _told(left_out: list[dict[str, Any]]) -> str:
