@@ -332,6 +332,8 @@ def test_a_value_out_of_its_range_is_an_error_that_names_the_field_and_the_range
         {"do_sample": False, "repetition_penalty": 1.01},
         {"do_sample": False, "repetition_penalty": 0.99},
         {"do_sample": True, "temperature": 0},
+        {"do_sample": False, "temperature": 25.0, "top_p": 7.0, "repetition_penalty": 1.000001},
+        {"do_sample": True, "temperature": 0.05, "top_p": 0},
         {"do_sample": True, "temperature": 0.1, "top_k": 2},
         {"do_sample": True, "temperature": 0.1, "top_k": 0, "top_p": 0.9},
         {"do_sample": True, "top_k": 50, "top_p": 0.5, "repetition_penalty": 1.01},

@@ -10,7 +10,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from modelyard.gateway.raw_schemas import RANGES, Range
+from modelyard.gateway.raw_schemas import RANGES_OF_BEAMS, Range
 from modelyard.gateway.routes import PassedRoute
 from modelyard.gateway.schemas import MODEL, Json
 from modelyard.http import documented_in_plain_text, router
@@ -36,11 +36,11 @@ STREAM_RESPONSE: Json = {
 MEANINGS = {
     "num_beams": "Beams of a beam search, as transformers defines it; 1 is none. With do_sample they are drawn.",
     "do_sample": "Draw each token by its probability. false: always the likeliest.",
-    "temperature": "How much chance there is in the drawing; 0 is none.",
-    "top_p": "Draw among the likeliest tokens that have this probability together.",
+    "temperature": "How much chance there is in the drawing; 0 is none. At most 2 without beams.",
+    "top_p": "Draw among the likeliest tokens that have this probability together. Without beams above 0, at most 1.",
     "top_k": "Draw among so many of the likeliest tokens; 0 or -1: among all.",
     "max_new_tokens": "Tokens after which the text stops; at most the model's length.",
-    "repetition_penalty": "Above 1 makes tokens that were there already less likely.",
+    "repetition_penalty": "Above 1 makes tokens that were there already less likely. 0.01 to 100 without beams.",
     "length_penalty": "Above 1 has a beam search prefer long texts, below 1 short ones.",
 }
 EXAMPLE_CONFIG: Json = {
@@ -63,7 +63,10 @@ GENERATION_CONFIG: Json = {
     "description": "How to generate. What is left out comes from the server's settings; of a kept text that goes on, "
     "from how it was generated so far, if the whole object is left out.",
     "properties": {
-        name: {**(_limits(RANGES[name]) if name in RANGES else {"type": "boolean"}), "description": meaning}
+        name: {
+            **(_limits(RANGES_OF_BEAMS[name]) if name in RANGES_OF_BEAMS else {"type": "boolean"}),
+            "description": meaning,
+        }
         for name, meaning in MEANINGS.items()
     },
 }

@@ -52,6 +52,15 @@ RANGES = {
 }
 
 
+#: A beam search is not the engine's, and takes what transformers takes: a top_p of 1 or more is off.
+RANGES_OF_BEAMS = {
+    **RANGES,
+    "temperature": Range(float, 0, 1_000_000_000),
+    "top_p": Range(float, 0, 1_000_000_000),
+    "repetition_penalty": Range(float, 0, 1_000_000_000, is_above=True),
+}
+
+
 @dataclass(frozen=True)
 class Config:
     """How to generate. `sent` names what the request itself said; the rest are defaults, which bend where they must."""
@@ -178,13 +187,14 @@ def _config(given: object, defaults: Config) -> Config:
     if not isinstance(given, dict):
         raise BadRequest(BAD_DATA, param="generation_config")
     sent = {name: value for name, value in given.items() if name in CONFIG_FIELDS}
+    beams = sent.get("num_beams", defaults.num_beams)
+    ranges = RANGES_OF_BEAMS if isinstance(beams, int) and beams > 1 else RANGES
     for name, value in sent.items():
-        _check(name, value)
+        _check(name, value, ranges.get(name))
     return Config(**{**defaults.stored(), **sent}, sent=frozenset(sent))
 
 
-def _check(name: str, value: object) -> None:
-    range_ = RANGES.get(name)
+def _check(name: str, value: object, range_: Range | None) -> None:
     if range_ is None:
         is_right = isinstance(value, bool)
     else:
