@@ -367,6 +367,20 @@ def test_beams_end_at_the_tokens_that_the_models_files_name(
     assert yard.text(generation_config={**GREEDY, "num_beams": 2}) == CATS + END
 
 
+def test_texts_are_bounded_each_beam_being_one(tmp_path: Path) -> None:
+    with lane(tmp_path, request_max_prompts=7) as yard:
+        engine = yard.engine()
+        asked = [(str(number), "cats?") for number in range(8)]
+        few = {**GREEDY, "max_new_tokens": 2}
+        for count, beams in ((8, 1), (3, 3), (1, 8)):
+            answer = yard.batch(*asked[:count], generation_config={**few, "num_beams": beams})
+            assert (answer.status, "7 texts are allowed" in answer.text) == (400, True)
+            assert "MODELYARD_REQUEST_MAX_PROMPTS" in answer.text
+        assert not completions(engine)
+        assert yard.batch(*asked[:7], generation_config=few).status == 206
+        assert yard.batch(*asked[:3], generation_config={**few, "num_beams": 2}).status == 206
+
+
 def test_beams_draw_the_same_with_the_same_seed(tmp_path: Path) -> None:
     config = {"num_beams": 3, "temperature": 2, "top_k": 0, "max_new_tokens": 6}
     with lane(tmp_path, generate_seed=3) as yard:

@@ -198,12 +198,24 @@ class RawLane:
         texts = kept.texts if kept is not None else [Text([]) for _ in request.prompts]
         turns = [Turn(text, prompt.text, prompt.field) for text, prompt in zip(texts, request.prompts, strict=True)]
         config = request.config or (Config.of_kept(kept.config, self._defaults) if kept else self._defaults)
+        self._check_size(len(turns), config.num_beams)
         work = Work(
             request, asking, target, config, self._settings.generate_seed, turns, await self._length(asking, target)
         )
         if config.num_beams > 1:
             work.eos_ids = await self._ending_ids(asking, target)
         return work
+
+    def _check_size(self, texts: int, beams: int) -> None:
+        """Refuse more texts than one request may have an engine work on, each beam being one."""
+        most = self._settings.request_max_prompts
+        if texts * beams > most:
+            asked = f"{texts} prompts with {beams} beams each" if beams > 1 else f"{texts} prompts"
+            raise BadRequest(
+                f"The request has {asked}; {most} texts are allowed, each beam being one "
+                "(MODELYARD_REQUEST_MAX_PROMPTS). Send fewer at a time.",
+                param="prompts",
+            )
 
     async def _length(self, asking: Asking, target: Target) -> int:
         if target.url not in self._lengths:
