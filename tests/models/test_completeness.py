@@ -115,6 +115,8 @@ async def test_what_is_needed_is_fetched_and_what_was_left_out_is_said(kind: str
         there = files_below(yard.folder(model))
         assert needed <= set(there)
         assert model.size_bytes == sum(map(len, there.values()))
+        assert job.progress is not None
+        assert (job.progress.done, job.progress.total) == (model.size_bytes, model.size_bytes)
         assert {name: files[name] for name in there} == there
         said = [event for event in await yard.events(job.id) if event.message.startswith("Left out: ")]
         for name in left_out:

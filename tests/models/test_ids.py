@@ -9,11 +9,12 @@ import pytest
 from modelyard.errors import Unprocessable
 from modelyard.models.ids import check_model_id, check_revision, folder_name
 
-GOOD = ["gpt2", "openchat/openchat-3.5-0106", "a/b", "Org.x/name_y", "local:mine", "local:my.model-2", "a" * 96]
+GOOD = ["gpt2", "openchat/openchat-3.5-0106", "a/b", "Org.x/name_y", "local:mine", "local:my.model-2", "a" * 96,
+        "local:models--org--name"]  # fmt: skip
 BAD = [
     "", "/", "a/", "/a", "a/b/c", "..", "a/..", "../a", "a..b/c", "a--b/c", ".a/b", "a/b.", "-a/b", "a b/c", "a/b\n",
     "a/b?x", "a/b%2f", "a\\b", "a:b", "local:", "local:a/b", "local:..", "local:/etc", "ä/b", "a" * 97, "a/" + "b" * 97,
-    "a\0b", "hub:a/b",
+    "a\0b", "hub:a/b", "local:models--../x", "local:--x", "ft:a--b",
 ]  # fmt: skip
 
 
@@ -33,7 +34,7 @@ def test_other_names_are_refused_and_never_become_a_path(model_id: str) -> None:
 
 
 def test_no_two_models_share_a_folder() -> None:
-    names = [*GOOD, "a-b", "a/b-c", "a-b/c", "local/mine", "a.b", "a_b"]
+    names = [*GOOD, "models/org-name", "local:models-org-name", "a-b", "a/b-c", "a-b/c", "local/mine", "a.b", "a_b"]
     assert len({folder_name(name) for name in names}) == len(names)
 
 

@@ -9,6 +9,7 @@ import pytest
 from modelyard.jobs.tables import JobStatus
 from tests.models.repositories import adapter, llama
 from tests.models.yard import failure_of, files_below, make_settings, open_yard
+from tests.servers.hub import sha256_of
 
 NOWHERE = "http://127.0.0.1:1"
 
@@ -100,3 +101,60 @@ async def test_a_missing_folder_or_setting_says_what_to_do(tmp_path: Path, confi
         failure = failure_of(await yard.bring("local:mine"))
         assert failure.code == code
         assert "MODELYARD_IMPORT_DIR" in failure.hint
+
+
+def put_in_cache_layout(folder: Path, files: dict[str, bytes], commit: str) -> None:
+    """Write files as the hub's client keeps them: blobs by their hash, and links to them."""
+    for name, content in files.items():
+        blob = folder / "blobs" / sha256_of(content)
+        link = folder / "snapshots" / commit / name
+        for path in (blob, link):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_bytes(content)
+        link.symlink_to(Path(*[".."] * (len(Path(name).parts) + 1), "blobs", blob.name))
+
+
+OLD, NEW = "0" * 40, "1" * 40
+
+
+@pytest.mark.parametrize("name", ["models--acme--tiny", "tiny"])
+async def test_a_folder_of_the_hubs_cache_is_taken_for_the_snapshot_that_main_names(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "imports" / name
+    put_in_cache_layout(folder, {**llama(), "additional_chat_templates/rag.jinja": b"{{ x }}"}, NEW)
+    put_in_cache_layout(folder, llama(seed="old"), OLD)
+    put(folder, {"refs/main": NEW.encode()})
+    async with open_yard(make_settings(tmp_path / "data", NOWHERE, import_dir=tmp_path / "imports")) as yard:
+        job = await yard.bring(f"local:{name}")
+        assert job.status == JobStatus.FINISHED, yard.log(job.id)
+        model = await yard.model(f"local:{name}")
+        assert model is not None
+        copied = files_below(yard.folder(model))
+        assert copied["model.safetensors"] == llama()["model.safetensors"]
+        assert "additional_chat_templates/rag.jinja" in copied
+        assert not any(path.is_symlink() for path in yard.folder(model).rglob("*"))
+
+
+async def test_a_folder_of_the_hubs_cache_that_does_not_say_which_snapshot_is_refused_with_their_names(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "imports" / "tiny"
+    put_in_cache_layout(folder, llama(), OLD)
+    async with open_yard(make_settings(tmp_path / "data", NOWHERE, import_dir=tmp_path / "imports")) as yard:
+        assert (await yard.bring("local:tiny")).status == JobStatus.FINISHED, "there is only one"
+        put_in_cache_layout(folder, llama(seed="new"), NEW)
+        for main in (b"", b"../../../secrets", b"2" * 40):
+            put(folder, {"refs/main": main})
+            failure = failure_of(await yard.bring("local:tiny"))
+            assert failure.code == "ambiguous_snapshot"
+            assert OLD in failure.message
+            assert NEW in failure.message
+
+
+async def test_a_link_to_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "imports" / "tiny"
+    put_in_cache_layout(folder, llama(), OLD)
+    (folder / "blobs" / sha256_of(llama()["model.safetensors"])).unlink()
+    async with open_yard(make_settings(tmp_path / "data", NOWHERE, import_dir=tmp_path / "imports")) as yard:
+        failure = failure_of(await yard.bring("local:tiny"))
+        assert failure.code == "missing_file"
+        assert "'model.safetensors' is a link to a file that is not there" in failure.message

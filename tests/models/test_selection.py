@@ -161,6 +161,14 @@ def test_modules_of_an_embedding_model_come_along_as_safetensors_only() -> None:
     assert {"modules.json", "1_Pooling/config.json", "2_Dense/config.json", "vocab.txt"} <= set(chosen.configuration)
 
 
+@pytest.mark.parametrize("missing", ["2_Dense/model.safetensors", "2_Dense/config.json"])
+def test_a_layer_that_an_embedding_model_names_and_does_not_have_is_refused(missing: str) -> None:
+    # vLLM would serve the model without it, and give other vectors.
+    failure = refused({name: content for name, content in embedder().items() if name != missing})
+    assert failure.code == "missing_module"
+    assert missing in failure.message
+
+
 def test_an_adapter_is_told_from_a_model_by_whose_weights_are_there() -> None:
     assert chosen_of(adapter()).adapter
     assert "adapter_config.json" in chosen_of(adapter()).configuration

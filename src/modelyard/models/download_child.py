@@ -45,7 +45,8 @@ LOCK_WAIT_S = 30.0
 # Nothing of a model that was refused for one of these is worth keeping for another try.
 REFUSALS = frozenset(
     {"remote_code", "bad_configuration", "bad_weights", "bad_index", "pickle_only", "unsupported_format", "no_weights",
-     "incomplete_weights", "ambiguous_weights", "lfs_pointer", "missing_configuration", "unsupported_adapter",
+     "missing_module", "incomplete_weights", "ambiguous_weights", "lfs_pointer", "missing_configuration",
+     "unsupported_adapter",
      "unsupported_kind", "loads_from_elsewhere", "adapter_without_base"}
 )  # fmt: skip
 
@@ -101,7 +102,9 @@ class _Fetched:
 
     def read(self, path: str) -> bytes:
         """Fetch one configuration file ahead of the others, and return what it holds."""
-        self._fetch_configuration(transfer.patiently(lambda: self._source.describe(path)))
+        file = transfer.patiently(lambda: self._source.describe(path))
+        self._fetch_configuration(file)
+        self._progress.update(done=-file.size)  # it is counted when it comes with the others
         return self.blobs[path].read_bytes()
 
     def configuration(self, files: Iterable[SourceFile]) -> None:

@@ -1,7 +1,8 @@
 """A folder under the import directory as a source of files: read, never changed, never linked to.
 
 Nothing outside the import directory is read: a link that leads out of it is refused, whichever part of the path it
-is. Runs in the download child only; blocks.
+is. A folder in the layout of the hub's cache is understood: its files are those of the snapshot. Runs in the download
+child only; blocks.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from modelyard.errors import JobFailure
-from modelyard.models.scan import refuse_pointer
+from modelyard.models.scan import MAX_CONFIG_BYTES, refuse_pointer
 from modelyard.models.selection import choose
+from modelyard.models.shards import listed
 from modelyard.models.transfer import BLOCK, Progress, SourceFile, digest_of
 
 
@@ -36,6 +38,7 @@ class FolderSource:
                 f"The import directory has no folder '{self._name}'.",
                 f"Put the model's files into {self._folder}, or check MODELYARD_IMPORT_DIR.",
             )
+        self._folder = self._in_cache_layout() or self._folder
         digest = hashlib.sha1(usedforsecurity=False)
         names = sorted(self._walk())
         chosen = choose(names, self._read)
@@ -57,8 +60,32 @@ class FolderSource:
             content.seek(offset)
             yield offset, iter(lambda: content.read(BLOCK), b"")
 
+    def _in_cache_layout(self) -> Path | None:
+        """Return the folder of the snapshot, where the folder is one of the hub's cache: blobs/, refs/, snapshots/."""
+        snapshots = self._folder / "snapshots"
+        if (self._folder / "config.json").exists() or not self._inside(snapshots).is_dir():
+            return None
+        found = sorted(path.name for path in snapshots.iterdir() if path.is_dir())
+        main = self._inside(self._folder / "refs" / "main")
+        named = main.read_text("utf-8", "replace").strip()[:64] if main.is_file() else ""
+        commit = named if named in found or len(found) != 1 else found[0]
+        if commit not in found:
+            raise JobFailure(
+                "ambiguous_snapshot",
+                f"'{self._name}' is a folder of the hub's cache with {len(found)} snapshots ({listed(found)}), and its "
+                "refs/main names none of them.",
+                "Put one of the snapshots into the import directory as a folder of its own (cp -L copies what links "
+                "point to).",
+            )
+        return snapshots / commit
+
     def _read(self, path: str) -> bytes:
-        return self._file(path).read_bytes()
+        file = self._file(path)
+        if file.stat().st_size > MAX_CONFIG_BYTES:
+            raise JobFailure(
+                "bad_configuration", f"{path} is too large for a configuration file.", "Look at what it is."
+            )
+        return file.read_bytes()
 
     def _file(self, path: str) -> Path:
         file = self._inside(self._folder / path)

@@ -35,7 +35,9 @@ def is_model_id(text: str) -> bool:
     name = text.partition(":")[2] if ours else text
     if not (_LOCAL_NAME if ours else _HUB_ID).fullmatch(name):
         return False
-    return not ("--" in name or ".." in name) and all(len(part) <= MAX_PART for part in name.split("/"))
+    # A folder may be one of the hub's cache, models--org--name.
+    doubled = "--" in name and not is_local(text)
+    return not (doubled or ".." in name) and all(len(part) <= MAX_PART for part in name.split("/"))
 
 
 def check_model_id(text: str) -> str:
@@ -68,5 +70,8 @@ def check_revision(text: str) -> str:
 
 
 def folder_name(model_id: str) -> str:
-    """Return the name of the model's folder in the store; no two models share one ('--' and '@' are in no name)."""
+    """Return the name of the model's folder in the store; no two models share one.
+
+    '@' is in no name, and '--' only in names of folders, which have no '/'.
+    """
     return check_model_id(model_id).replace(":", "@").replace("/", "--")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from modelyard.errors import JobFailure
 from modelyard.models import kinds, shards
 from modelyard.models.file_names import MODULE_FOLDER, is_configuration, is_safe_path
-from modelyard.models.scan import read_json
+from modelyard.models.scan import parse, read_json
 from modelyard.models.shards import INDEX, listed
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -57,11 +57,14 @@ def choose(paths: Collection[str], read: Callable[[str], bytes]) -> Selection:
     """Choose the files to fetch from all files of a repository; `read` brings the one that says which weights belong.
 
     Raises:
-        JobFailure: as `select` says, and `bad_index`: the index is malformed, or names files that are not there.
+        JobFailure: as `select` says; `bad_index`: the index is malformed, or names files that are not there;
+            `missing_module`: a layer of a model for embeddings is not there.
     """
     chosen = select(paths)
     if INDEX in chosen.configuration:
         chosen = _as_indexed(chosen, read)
+    if kinds.MODULES in chosen.configuration:
+        _check_modules(parse(kinds.MODULES, read(kinds.MODULES)), paths)
     _distinct(chosen.weights)
     return replace(chosen, left_out=_left_out(paths, chosen))
 
@@ -109,6 +112,22 @@ def _as_indexed(chosen: Selection, read: Callable[[str], bytes]) -> Selection:
         configuration = tuple(path for path in chosen.configuration if path != INDEX)
         return replace(chosen, configuration=configuration, weights=(SINGLE, *modules))
     return replace(chosen, weights=(*named, *modules), weight_map=weight_map)
+
+
+def _check_modules(modules: object, paths: Collection[str]) -> None:
+    """Refuse a model for embeddings without a layer that it names: vLLM would leave it out and give other vectors."""
+    for module in modules if isinstance(modules, list) else []:
+        kind, folder = (module.get("type"), module.get("path")) if isinstance(module, dict) else (None, None)
+        if not isinstance(kind, str) or kind.rpartition(".")[2] != "Dense" or not isinstance(folder, str) or not folder:
+            continue
+        missing = [name for name in (f"{folder}/config.json", f"{folder}/{SINGLE}") if name not in paths]
+        if missing:
+            raise JobFailure(
+                "missing_module",
+                f"{kinds.MODULES} names the layer {folder[:80]!r}, and the repository lacks {listed(missing)}.",
+                "Choose a revision that has it as safetensors (pickled weights are not loaded), or convert it in a "
+                "copy, and import that.",
+            )
 
 
 def _is_model_weights(path: str) -> bool:
