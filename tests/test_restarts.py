@@ -179,6 +179,30 @@ def test_killed_while_an_engine_stops_it_still_ends(tmp_path: Path) -> None:
         assert it.state() == "nothing_deployed"
 
 
+def test_a_job_that_the_server_dies_with_again_and_again_is_not_resumed_for_ever(tmp_path: Path) -> None:
+    with yard(tmp_path) as it:
+        it.misbehave({"start_delay_s": 60})
+        job_id = it.deploy()
+        for _ in range(2):
+            until(lambda: it.record("start"), "an engine starts", it.server)
+            it.server.kill()
+            it.server.start()
+        until(lambda: it.job(job_id)["status"] == "FAILED", "the job failed", it.server)
+        failure = it.job(job_id)["failure"]
+        assert failure["code"] == "server_died"
+        assert "a deployment is made by another deploy" in failure["hint"]
+        until(lambda: not it.server.processes(), "its engine is gone, too", it.server)
+        assert it.state() == "nothing_deployed"
+        it.misbehave({})
+        job_id = it.deploy()
+        until(lambda: it.state() == "READY", "another deploy serves", it.server)
+        for _ in range(3):
+            it.server.kill()
+            it.server.start()
+            assert it.state() == "READY", "what has served is never suspected"
+        interrupted_leaves_nothing(it, job_id)
+
+
 @pytest.mark.usefixtures("on_each_database")
 def test_killed_right_after_the_wish_the_deployment_is_made_or_taken_up_once(tmp_path: Path) -> None:
     with yard(tmp_path) as it:

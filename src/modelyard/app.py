@@ -156,6 +156,7 @@ def create_app(foundation: Foundation) -> FastAPI:
         )
         app.state.raw_lane = RawLane(app.state.gateway, sessions, settings)
         await app.state.raw_lane.kept.learn()
+        await runner.end_deadly()
         async with sessions.begin() as session:
             await deployments.reconcile(session)
             in_use = await deployments.folders_in_use(session) | await finetunes.folders_in_use(session)

@@ -70,7 +70,15 @@ async def test_a_failure_is_recorded_with_its_code_message_hint_and_evidence(dat
         assert (await yard.moves(job_id))[-1] == ("FAILED", "no_disk")
 
 
-@pytest.mark.parametrize("cause", [KeyError("a-private-detail"), asyncio.CancelledError("a-private-detail")])
+class Panic(BaseException):
+    """What a library of Rust raises when it panics: no `Exception`."""
+
+
+CAUSES = [KeyError("a-private-detail"), asyncio.CancelledError("a-private-detail"), Panic("a-private-detail"),
+          SystemExit("a-private-detail")]  # fmt: skip
+
+
+@pytest.mark.parametrize("cause", CAUSES, ids=lambda cause: type(cause).__name__)
 async def test_what_nobody_expected_fails_the_job_and_its_cause_goes_to_the_log_alone(
     database_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, cause: BaseException
 ) -> None:

@@ -99,9 +99,9 @@ class Service:
                 if step == Step.GIVE_UP:
                     raise await self._cause()
                 await self._do(step)
-        except JobInterrupted:
+        except (JobInterrupted, asyncio.CancelledError, GeneratorExit, KeyboardInterrupt):
             raise
-        except Exception as error:  # whatever it was, no engine may be left without a deployment
+        except BaseException as error:  # whatever it was, no engine may be left without a deployment
             if self.child is not None:
                 await self.child.stop()
             to = DeploymentState.STOPPED if self.row.state == DeploymentState.STOPPING else DeploymentState.FAILED
@@ -352,6 +352,7 @@ class Service:
         self.stable_at = time.monotonic() + STABLE_S
         if await self.record.become_ready("it generated a token", ready_at=utcnow(), loaded=loaded):
             self.requests.asked()
+            await self.context.survived()
             await self.context.event(
                 f"Ready: {self.row.model_id} did its first work after {seconds:.1f} s.",
                 data={"state": "READY", "seconds": seconds},

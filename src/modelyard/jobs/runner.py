@@ -29,7 +29,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from modelyard import outages, tasks
 from modelyard.db import Sessions, utcnow
 from modelyard.errors import IllegalMove, JobFailure
-from modelyard.jobs import actions
+from modelyard.jobs import actions, survival
 from modelyard.jobs.tables import ACTIVE, MOVES, Job, JobStatus
 from modelyard.states import move
 
@@ -39,6 +39,8 @@ T = TypeVar("T")
 # A wake-up that got lost must not stop the yard: the runner also looks by itself this often.
 LOOK_AGAIN_S = 2.0
 PROGRESS_EVERY_S = 0.5
+#: How long a server that stops waits for its database.
+GOOD_END_S = 5.0
 UNLIMITED = 1_000_000
 
 
@@ -63,6 +65,10 @@ class JobContext:
         self._sessions = sessions
         self._news = news
         self._progress_at = 0.0
+        #: How far it had come when the function was called: further, and it is not what ended an earlier server.
+        self._done_before = job.progress_done or 0
+        self._started_at = asyncio.get_running_loop().time()
+        self.is_at_risk = True
 
     async def event(self, message: str, *, level: str = "info", data: dict[str, Any] | None = None) -> None:
         """Append to the job's event list, and tell those who follow it. Waits while the database is away."""
@@ -90,9 +96,27 @@ class JobContext:
         try:
             async with self._sessions.begin() as session:
                 await actions.set_progress(session, self.id, done, total, unit)
+                if self.is_at_risk and done > self._done_before:
+                    await survival.note_survival(session, [self.id])
+                    self.is_at_risk = False
         except SQLAlchemyError as error:  # a figure that got lost is no reason to fail: the next one tells more
             log.warning("the progress of job %s could not be written: %s", self.id, error)
         self._news.tell(self.id)
+
+    async def survived(self) -> None:
+        """Say that the job has done its work once: deaths of the server are never counted against it again."""
+
+        async def note() -> None:
+            async with self._sessions.begin() as session:
+                await survival.note_survival(session, [self.id], for_good=True)
+
+        await self.patiently(note)
+        self.is_at_risk = False
+
+    @property
+    def has_run_long(self) -> bool:
+        """Whether it ran for long enough to say that it survives, and nobody has said so yet."""
+        return self.is_at_risk and asyncio.get_running_loop().time() - self._started_at > survival.SURVIVED_S
 
     def tell(self) -> None:
         """Tell those who follow the job of what was written in a transaction of the function's own."""
@@ -177,6 +201,15 @@ class JobRunner:
             active = (await session.scalars(select(Job.id).where(Job.status.in_(ACTIVE)))).all()
         return {self._jobs_dir / str(job_id) for job_id in active}
 
+    async def end_deadly(self) -> None:
+        """Fail the jobs during which servers died again and again. For the start of a server, before any job runs."""
+        async with self._sessions.begin() as session:
+            deadly = await survival.count_deaths(session)
+        for job in deadly:
+            to, failure = JobStatus.FAILED, survival.failure(job)
+            log.error("job %s (%s) is not resumed: the server died %s times while it ran", job.name, job.id, job.deaths)
+            await self._move(job.id, to, failure.code, failure=failure, ending=self._endings.get(job.kind))
+
     async def run(self) -> None:
         """Run jobs until cancelled; on cancellation every function is cancelled and waited for."""
         try:
@@ -194,6 +227,15 @@ class JobRunner:
                         await self._wake.wait()
         finally:
             await tasks.end(*(task for _, task in self._running.values()))
+            await self._note_good_end()
+
+    async def _note_good_end(self) -> None:
+        """Write that no job ended this server: it stops in good order."""
+        try:
+            async with asyncio.timeout(GOOD_END_S), self._sessions.begin() as session:
+                await survival.note_good_end(session)
+        except (SQLAlchemyError, TimeoutError) as error:
+            log.warning("that the server ends in good order could not be written: %s", error)
 
     async def _look(self) -> None:
         # Taken before the rows are read: a row that says otherwise than this and has no task by now is just ending.
@@ -212,9 +254,16 @@ class JobRunner:
                 # One that is interrupted while it waits is called too, to clear what its request had prepared.
                 self._start(job)
             elif self.running(job.kind) < self._limits.get(job.kind, UNLIMITED) and await self._move(
-                job.id, JobStatus.RUNNING, "its turn", started_at=utcnow()
+                job.id, JobStatus.RUNNING, "its turn", started_at=utcnow(), at_risk=True
             ):
                 self._start(job)
+
+        long = {job_id: context for job_id, (context, _) in self._running.items() if context.has_run_long}
+        if long:
+            async with self._sessions.begin() as session:
+                await survival.note_survival(session, long)
+            for context in long.values():
+                context.is_at_risk = False
 
     def _start(self, job: Job) -> None:
         context = JobContext(job, self._jobs_dir / str(job.id), self._sessions, self.news)
@@ -230,7 +279,9 @@ class JobRunner:
             to, reason = JobStatus.KILLED, "interrupted"
         except JobFailure as error:
             to, reason, failure = JobStatus.FAILED, error.code, error
-        except (Exception, asyncio.CancelledError) as error:  # the edge of a supervised task
+        except (KeyboardInterrupt, GeneratorExit):
+            raise  # the process ends
+        except BaseException as error:  # the edge of a supervised task: a library's panic is no Exception
             task = asyncio.current_task()
             if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
                 raise  # the server stops; a cancellation that nobody asked this task for is a failure like any other

@@ -7,7 +7,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, Index, String, Text, Uuid
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, String, Text, Uuid, false
 from sqlalchemy.orm import Mapped, mapped_column
 
 from modelyard.db import Base, Number, UtcDateTime, utcnow
@@ -71,6 +71,10 @@ class Job(Base):
     failure_code: Mapped[str | None] = mapped_column(String(64))
     failure_message: Mapped[str | None] = mapped_column(Text())
     failure_hint: Mapped[str | None] = mapped_column(Text())
+    #: A server has called its function, and has neither ended in good order nor seen it survive (`survival`).
+    at_risk: Mapped[bool] = mapped_column(default=False, server_default=false())
+    #: Servers that died while it was at risk, one after the other.
+    deaths: Mapped[int] = mapped_column(default=0, server_default="0")
     #: The lines of a log that show the failure.
     failure_evidence: Mapped[list[str] | None] = mapped_column(JSON(none_as_null=True))
 
