@@ -23,7 +23,7 @@ LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 #: A page's, an app's or an extension's origin; null is what a sandboxed page or one from a file sends.
 ORIGIN = re.compile(
-    r"[a-z][a-z0-9+.-]{0,63}://([a-z0-9._~-]{1,253}|\[[0-9a-f:.]{2,45}\])(:[0-9]{1,5})?|null", re.IGNORECASE
+    r"^(?:[a-z][a-z0-9+.-]{0,63}://([a-z0-9._~-]{1,253}|\[[0-9a-f:.]{2,45}\])(:[0-9]{1,5})?|null)", re.IGNORECASE
 )
 
 #: No credentials, which belong elsewhere, and no path, which boto3 would put before every bucket.
@@ -388,4 +388,4 @@ def _one_line(error: ValidationError) -> str:
 
 def _presentable(value: object) -> str:
     """Return a value on one line, without the user and password that an address may hold."""
-    return re.sub(r"//.*@", "//***@", " ".join(str(value).split()))[:200]
+    return re.sub(r"(?<!/)//.*@", "//***@", " ".join(str(value).split()))[:200]

@@ -54,7 +54,7 @@ _UNSERVED = {
 # The others change the base's weights when PEFT loads them (PiSSA, OLoRA, CorDA, LoftQ), or are not known.
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
-_NAME = re.compile(r"(?:base_model\.model\.)?(.+)\.(?:lora_(A|B)\.weight|lora_embedding_(A|B))")
+_NAME = re.compile(r"^(?:base_model\.model\.)?(.+)\.(?:lora_(A|B)\.weight|lora_embedding_(A|B))")
 # PEFT keeps a copy of the base's own embedding beside an adapter on it; vLLM passes it over.
 _COPIES = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
 _NUMBERED = re.compile(r"(?:^|\.)([A-Za-z_]\w*\.\d+\..+)$")
@@ -269,7 +269,7 @@ class _Check:
 
     def _check_place(self, module: str, known: _Base) -> None:
         kind, tail = module.rpartition(".")[2], _tail(module)
-        number = re.match(r"\w+\.(\d+)\.", tail)
+        number = re.match(r"^\w+\.(\d+)\.", tail)
         if known.kinds:
             if kind not in known.kinds and kind != "lm_head":
                 self._refuse(f"adapts {module[:120]!r}, and its base has no {kind[:40]!r}", _OTHER_BASE)
@@ -301,7 +301,7 @@ class _Check:
                 module, _, last = name.rpartition(".")
                 tail = _tail(module)
                 known.kinds.add(module.rpartition(".")[2])
-                if number := re.match(r"\w+\.\d+\.", tail):
+                if number := re.match(r"^\w+\.\d+\.", tail):
                     known.numbered.add(number[0])
                 # A quantised weight's shape says nothing of the layer's.
                 plain = entry["dtype"] in _FLOATS or str(entry["dtype"]).startswith("F8")

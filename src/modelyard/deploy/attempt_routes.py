@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path as FilePath
 from typing import Annotated
 
@@ -14,10 +16,15 @@ from modelyard.deploy import attempts, roster
 from modelyard.deploy.attempts import Attempt
 from modelyard.deploy.deployment_routes import DeploymentId
 from modelyard.deploy.failures import explain
-from modelyard.errors import AttemptNotFound
+from modelyard.errors import AttemptNotFound, JobFailure
 from modelyard.http import Sessions, documented, router
 from modelyard.jobs.routes import Runner
 from modelyard.jobs.schemas import FailureOut, Time
+from modelyard.processes import Outcome
+
+#: Attempts whose cause of failure is kept.
+KEPT_CAUSES = 512
+UNKNOWN = datetime.fromtimestamp(0, UTC)
 
 api = router("/api/v1/deployments", "Deploy")
 
@@ -76,10 +83,17 @@ async def _log_of(deployment_id: DeploymentId, sessions: Sessions, runner: Runne
     return runner.log_of(deployment.job_id)
 
 
+@lru_cache(maxsize=KEPT_CAUSES)
+def _cause(log: FilePath, start: int, end: int, outcome: Outcome) -> JobFailure:
+    """Return why an attempt failed. What an attempt that has ended wrote never changes, so that its cause is kept."""
+    attempt = Attempt(0, UNKNOWN, "", start, end, outcome)
+    return explain(attempts.log_of(log, attempt, attempts.TAIL_BYTES), outcome)
+
+
 def _shown(log: FilePath, attempt: Attempt) -> AttemptOut:
     outcome, failure = attempt.outcome, None
     if outcome is not None and not outcome.stopped and not outcome.abandoned:
-        cause = explain(attempts.log_of(log, attempt, attempts.TAIL_BYTES), outcome)
+        cause = _cause(log, attempt.start, attempt.end, outcome)
         hint = cause.hint.replace("<id>", log.parent.name)
         failure = FailureOut(code=cause.code, message=cause.message, hint=hint, evidence=list(cause.evidence))
     return AttemptOut(

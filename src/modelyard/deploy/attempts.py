@@ -6,7 +6,6 @@ command was run, so that a failure can be read after the next attempt began. All
 
 from __future__ import annotations
 
-import mmap
 import os
 import re
 import shlex
@@ -21,8 +20,11 @@ from modelyard.processes import Outcome, outcome_of
 
 HEAD = "=== attempt "
 _TIME = "%Y-%m-%d %H:%M:%S"
-_HEAD_LINE = re.compile(rb"^=== attempt (\d+), (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) UTC: ([^\n]*)\n?", re.MULTILINE)
+_HEAD_LINE = re.compile(rb"=== attempt (\d{1,9}), (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) UTC: ([^\n]*)\n?")
 TAIL_BYTES = 256 * 1024
+BLOCK_BYTES = 1024 * 1024
+#: The longest head line that is read whole: a command has some thousand bytes.
+HEAD_BYTES = 64 * 1024
 #: The most of one attempt's log that one answer carries.
 LOG_LIMIT = 8 * 1024 * 1024
 
@@ -76,16 +78,8 @@ def newest_log(log: Path) -> str:
 
 def listing(job_folder: Path, log: Path) -> list[Attempt]:
     """Return the attempts that the job's log has, the first first."""
-    try:
-        with log.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-            heads = [
-                (int(head[1]), head[2].decode(), head[3].decode("utf-8", "replace"), head.start(), head.end())
-                for head in _HEAD_LINE.finditer(text)
-            ]
-            size = len(text)
-    except (FileNotFoundError, ValueError):  # none, or one without a byte
-        return []
     found: list[Attempt] = []
+    heads, size = _heads(log)
     for number, started, command, start, end in heads:
         if number != len(found) + 1:
             continue  # an engine that wrote such a line: attempts are counted
@@ -95,6 +89,30 @@ def listing(job_folder: Path, log: Path) -> list[Attempt]:
         outcome = outcome_of(job_folder / f"attempt-{number}")
         found.append(Attempt(number, moment, command, end, size, outcome))
     return found
+
+
+def _heads(log: Path) -> tuple[list[tuple[int, str, str, int, int]], int]:
+    """Return number, time, command, start and end of each head line, and the size of the log.
+
+    A log may have gigabytes: it is read in blocks, between which the server's other threads work.
+    """
+    heads, size, rest, wanted = [], 0, b"", HEAD.encode()
+    with suppress(FileNotFoundError), log.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            text, begin = rest + block, size - len(rest)
+            size += len(block)
+            at = -1
+            while (at := text.find(wanted, at + 1)) >= 0:
+                if at + HEAD_BYTES > len(text) and len(block) == BLOCK_BYTES:
+                    break  # its line may go on in the next block
+                is_first = at == 0 and begin == 0
+                head = _HEAD_LINE.match(text, at, at + HEAD_BYTES) if is_first or text[at - 1 : at] == b"\n" else None
+                if head is not None:
+                    words = (int(head[1]), head[2].decode(), head[3].decode("utf-8", "replace"))
+                    heads.append((*words, begin + head.start(), begin + head.end()))
+            # One byte before it tells whether it begins a line.
+            rest = text[max(0, (at if at >= 0 else len(text) - len(wanted)) - 1) :]
+    return heads, size
 
 
 def _ended(attempt: Attempt, end: int) -> Attempt:

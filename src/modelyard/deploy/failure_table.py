@@ -158,7 +158,7 @@ TABLE = (
     ),
     _row(
         r"Unknown quantization method: (?P<method>[\w.-]+?)\. Must be one of"
-        r"|(?P<method2>[\w.-]+) quantization is currently not supported in (?P<where>\w+)",
+        r"|(?<![\w.-])(?P<method2>[\w.-]+) quantization is currently not supported in (?P<where>\w+)",
         "quantisation_unsupported",
         "This vLLM cannot serve the quantisation {method}{method2}.",
         "Choose a version of the model that is not quantised, or in a quantisation that this machine can serve.",
@@ -196,7 +196,7 @@ TABLE = (
         "Choose a version of the model in an architecture that vLLM has itself.",
     ),
     _row(
-        r"(?P<name>\w+) does not support LoRA",
+        r"(?<!\w)(?P<name>\w+) does not support LoRA",
         "adapters_unsupported",
         "vLLM cannot serve adapters with the architecture {name}.",
         'Deploy with {{"options": {{"max_loras": 0}}}}.',

@@ -46,7 +46,8 @@ FRAMES = 3
 
 
 def explain(log: str, outcome: Outcome | None) -> JobFailure:
-    """Return why the engine that wrote this log failed; `outcome` is None if it still ran."""
+    """Return why the engine that wrote this log failed; `outcome` is None if it still ran. Blocks."""
+    log = evidence.cut(log)
     for row in TABLE:
         found = row.pattern.search(log)
         if found:
@@ -83,7 +84,7 @@ def _last_words(log: str) -> tuple[str, ...]:
 
 def telling_line(log: str) -> str:
     """Return the line of an unknown failure that says most: the last error that is not vLLM's farewell."""
-    found = telling_lines(log)
+    found = telling_lines(evidence.cut(log))
     return evidence.redacted(found[-1])[:300] if found else ""
 
 
@@ -96,7 +97,7 @@ def telling_lines(log: str, frames: int = 0) -> list[str]:
     stack: list[str] = []
     where: list[str] = []
     previous = ""
-    for text in log.splitlines():
+    for text in filter(None, log.splitlines()):
         bare = _bare(text)
         if FRAME.match(bare):
             stack.append(bare)

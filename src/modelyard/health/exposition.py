@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 COMMENT = re.compile(r"# (HELP|TYPE) (\S+)")
 VALUE = r"(?:[+-]?Inf|NaN|[+-]?[0-9][0-9.eE+-]*)(?: -?[0-9]+)?"
-SAMPLE = re.compile(r"([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})? (" + VALUE + ")")
+SAMPLE = re.compile(r"^([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})? (" + VALUE + ")")
 SUFFIXES = ("_bucket", "_count", "_sum", "_total", "_created", "_info")
 
 

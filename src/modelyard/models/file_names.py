@@ -14,7 +14,7 @@ MAX_PATH_BYTES = 255
 MAX_FOLDERS = 3
 
 #: A module of sentence-transformers: a folder with a number.
-MODULE_FOLDER = re.compile(r"[0-9]+_[A-Za-z]+/[^/]+\.(?:json|safetensors)")
+MODULE_FOLDER = re.compile(r"^[0-9]+_[A-Za-z]+/[^/]+\.(?:json|safetensors)")
 
 _READ = frozenset(
     {

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from modelyard.errors import JobFailure
 
 INDEX = "model.safetensors.index.json"
-_SHARD = re.compile(r"(.+)-(\d{1,6})-of-(\d{1,6})\.safetensors")
+_SHARD = re.compile(r"^(.+)-(\d{1,6})-of-(\d{1,6})\.safetensors")
 _OTHER_REVISION = "Tell its authors, or try another revision."
 
 

@@ -18,7 +18,7 @@ _NAME = r"[A-Za-z0-9_][A-Za-z0-9_.=+@-]{0,199}"
 _KEY = re.compile(rf"{_NAME}(/{_NAME})*")
 KEY_RULE = "a key has names of ASCII letters, digits and _.=+@- (no dot in front), joined by single slashes"
 _PREFIX = re.compile(rf"({_NAME}/)*({_NAME})?")
-_CONTENT_TYPE = re.compile(r"[\w.+-]+/[\w.+-]+(; ?[\w.+-]+=[\w.+-]+)*", re.ASCII)
+_CONTENT_TYPE = re.compile(r"^[\w.+-]+/[\w.+-]+(; ?[\w.+-]+=[\w.+-]+)*", re.ASCII)
 
 
 @dataclass(frozen=True)

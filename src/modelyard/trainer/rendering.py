@@ -30,7 +30,7 @@ _LOOPS_OVER_CONTENT = re.compile(
 )
 #: Characters of a text that are not found in another's by accident.
 TELLING = 24
-_THOUGHT = re.compile(r"\s*<think>(.*?)</think>(\s*)", re.DOTALL)
+_THOUGHT = re.compile(r"(?<!\s)\s*<think>(.*?)</think>(\s*)", re.DOTALL)
 #: Appended to a text to see whether a rendering depends on it.
 _MARK = " qzvjx"
 
