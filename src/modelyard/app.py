@@ -203,6 +203,7 @@ def create_app(foundation: Foundation) -> FastAPI:
     )
     app.state.settings = settings
     app.state.registry = _registry()
+    app.state.uploads = intake.Uploads(settings.max_uploads)
     # The gateway comes first: it answers OpenAI's clients at an address that the models room has too. An export's path
     # would be a model's.
     apis = (

@@ -46,7 +46,8 @@
         ├── EngineStarting          503 engine_starting
         ├── StorageUnavailable      503 storage_unavailable
         ├── OutOfFiles              503 too_many_open_files
-        └── TooManyConnections      503 too_many_connections
+        ├── TooManyConnections      503 too_many_connections
+        └── TooManyUploads          503 too_many_uploads
 
 The application maps the tree to HTTP once (`http.error_response`). A message speaks to the user (what,
 where, what to do), the code to a program (stable), and the log line with its cause to the operator.
@@ -430,6 +431,15 @@ class TooManyConnections(Unavailable):
         super().__init__(
             f"All {limit} connections that this server takes are in use: close some. "
             "MODELYARD_MAX_CONNECTIONS and the limit of open files (ulimit -n) set how many there are."
+        )
+
+
+class TooManyUploads(Unavailable):
+    code = "too_many_uploads"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            f"{limit} uploads go on already, as many as MODELYARD_MAX_UPLOADS allows: upload it when one has ended."
         )
 
 

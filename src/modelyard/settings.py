@@ -108,6 +108,8 @@ class Settings(BaseSettings):
     """Characters that /tokenize takes for each token of the model's length; 64 KiB it always takes."""
     max_dataset_gib: float = Field(default=10.0, gt=0.0, le=150.0)
     """Largest dataset, in GiB."""
+    max_uploads: int = Field(default=8, ge=1, le=256)
+    """Uploads of datasets that go on at the same time; more get 503."""
     dataset_line_mib: int = Field(default=16, ge=1, le=256)
     """Longest line of a dataset, in MiB."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -15,6 +15,7 @@ from modelyard.datasets import inspection
 from modelyard.datasets.inspection import SMALL_BYTES, Inspection
 from modelyard.datasets.validator import Found
 from modelyard.errors import InvalidDataset, Unavailable
+from modelyard.filters import Filter
 from tests.datasets.forms import bad_at, questions
 
 MIB = 1024 * 1024
@@ -97,3 +98,34 @@ async def test_no_process_to_be_had_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(Unavailable, match=r"no process for it can be started \(No such file or directory\)"):
         await found_in(questions(70_000))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"x\n" * 1000, b'{"messages":[' + b"1," * 200_000 + b"1]}\n", questions(1) + b"\n" * 200_000],
+    ids=["bad lines", "a long line", "many lines"],
+)
+async def test_a_small_file_that_is_much_work_goes_to_a_child_all_the_same(
+    data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert len(data) < SMALL_BYTES
+    started: list[str] = []
+
+    class Counted(Filter):
+        def __init__(self, program: str) -> None:
+            started.append(program)
+            super().__init__(program)
+
+    monkeypatch.setattr(inspection, "Filter", Counted)
+    found = await found_in(data)
+    assert found.report is not None
+    assert found.report["stopped_at_line"] is None
+    assert len(started) == 1
+
+
+async def test_a_file_with_too_many_problems_is_refused_by_the_child_with_its_report() -> None:
+    for data in (b"x\n" * 100_000, b"x\n" * (SMALL_BYTES + 1)):
+        with pytest.raises(InvalidDataset, match="Too much is wrong") as refused:
+            await found_in(data)
+        assert refused.value.report is not None
+        assert refused.value.report["stopped_at_line"] == 10_001

@@ -15,6 +15,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -538,3 +539,55 @@ def until(condition: Callable[[], object], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"not in time: {what}"
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        form(part(b"x" * MIB, name="note", filename=None), part(questions(2))),
+        form(part(questions(2)), part(b"x" * MIB, name="note", filename=None)),
+        form(*[part(b"", name="note", filename=None) for _ in range(1000)], part(questions(2))),
+        form(part(questions(2), filename="x" * MIB)),
+        form(part(questions(2))) + b"\r\n" * MIB,
+    ],
+    ids=["before", "behind", "many", "a header", "beyond the end"],
+)
+def test_what_a_form_has_beside_its_file_is_bounded(server: Server, body: bytes) -> None:
+    answer = server.request("POST", UPLOAD, body=body, headers=FORM_HEADERS)
+    assert (answer.status, answer.error_code) in ((413, "form_too_large"), (400, "bad_form"))
+    assert objects(server) == []
+
+
+def test_small_fields_beside_the_file_are_passed_over(server: Server) -> None:
+    body = form(part(b"x" * 30_000, name="note", filename=None), part(questions(2)), part(b"y", "z", None))
+    assert server.request("POST", UPLOAD, body=body, headers=FORM_HEADERS).json()["rows"] == 2
+
+
+def test_uploads_have_a_number_and_a_stalled_one_gives_its_place_back(tmp_path: Path) -> None:
+    settings = {"MODELYARD_MAX_UPLOADS": "2", "MODELYARD_BODY_TIMEOUT_S": "3"}
+    with serving(tmp_path / "data", **settings) as server:
+        body = upload(questions(100_000))
+        with half_sent(server, body), half_sent(server, body):
+            until(lambda: len(validators(server)) == 2, "both are validated")
+            answer = server.request("POST", UPLOAD, body=upload(questions(2)), headers=FORM_HEADERS)
+            assert (answer.status, answer.error_code) == (503, "too_many_uploads")
+            assert answer.headers["retry-after"]
+            until(lambda: validators(server) == [] and objects(server) == [], "the stalled ones are given up")
+            put(server, questions(2))
+
+
+def test_files_full_of_problems_hold_up_nobody(tmp_path: Path) -> None:
+    """Eight at once, the most that may go on: other requests, those that need a thread included, are answered."""
+    with serving(tmp_path / "data") as server:
+        body = upload(b"x\n" * (2 * MIB - 1000))
+        waits: list[float] = []
+        with ThreadPoolExecutor(8) as clients:
+            asked = [clients.submit(server.request, "POST", UPLOAD, body=body, headers=FORM_HEADERS) for _ in range(8)]
+            while not all(answer.done() for answer in asked):
+                began = time.monotonic()
+                assert server.get("/ready").status == 200
+                waits.append(time.monotonic() - began)
+        for answer in asked:
+            assert (answer.result().status, answer.result().json()["error"]["code"]) == (422, "invalid_dataset")
+            assert answer.result().json()["report"]["stopped_at_line"] == 10_001
+    assert max(waits) < 3.0

@@ -8,6 +8,8 @@ import json
 import random
 import subprocess
 import sys
+import time
+import tracemalloc
 import zipfile
 from collections.abc import Iterable
 from typing import Any
@@ -16,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from modelyard.datasets import validation
 from modelyard.datasets.lines import rows_of
 from modelyard.datasets.validation import LISTED_PROBLEMS, Duplicates, Validation
 from modelyard.errors import InvalidDataset
@@ -25,13 +28,13 @@ KIB, MIB = 1024, 1024 * 1024
 
 
 def report_of(blocks: Iterable[bytes], max_line_bytes: int = MIB) -> dict[str, Any]:
-    validation = Validation(max_line_bytes)
+    read = Validation(max_line_bytes)
     try:
         for block in blocks:
-            validation.feed(block)
-        return validation.finish()
+            read.feed(block)
+        return read.finish()
     finally:
-        validation.close()
+        read.close()
 
 
 def refusal(data: bytes) -> InvalidDataset:
@@ -246,3 +249,75 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
     assert int(done.stdout) < 64 * 1024
+
+
+HOSTILE = {
+    "lines of a letter": b"x\n" * (2 * MIB),
+    "empty objects": b"{}\n" * MIB,
+    "unknown keys": b'{"a":1}\n' * (MIB // 2),
+    "bytes that are no text": b"\xff\n" * (2 * MIB),
+    "a line with a million faults": b'{"messages":[' + b",".join([b'{"role":1}'] * (MIB // 3)) + b"]}\n",
+    "a line with a million wrong roles": b'{"messages":['
+    + b",".join([b'{"role":"system","content":"a"}'] * (MIB // 9))
+    + b"]}\n",
+    "a line with a million unknown speakers": b'{"conversations":['
+    + b",".join([b'{"from":"x","value":"a"}'] * (MIB // 7))
+    + b"]}\n",
+    "a long key above a long list": b'{"' + b"k" * MIB + b'":[' + b"1," * MIB + rb'"\ud800"]}' + b"\n",
+    "long keys around half a character": (b'{"messages":[{"' + b"k" * 4000 + rb'":"\ud800"}]}' + b"\n") * 1000,
+    "bad lines of a mebibyte": (b'{"messages":[' + b'"x",' * (MIB // 4) + b"1]}\n") * 80,
+    "blank lines": b"\n" * (4 * MIB),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_whatever_is_wrong_with_a_file_its_problems_cost_little_to_find_and_to_tell(name: str) -> None:
+    """Measured as processor time, which a busy machine does not lengthen; some took more than a minute."""
+    read = Validation(4 * MIB)
+    began = time.process_time()
+    try:
+        read.feed(HOSTILE[name])
+        told: Any = read.finish()
+    except InvalidDataset as refused:
+        told = refused.envelope()
+    finally:
+        read.close()
+    assert time.process_time() - began < 10.0
+    assert len(json.dumps(told)) < MIB
+
+
+def test_a_file_with_too_many_problems_is_refused_with_what_was_found_so_far() -> None:
+    good = questions(20_000).splitlines(keepends=True)
+    data = b"".join(line + b"x\n" for line in good)
+    refused = refusal(data)
+    assert "Too much is wrong with it: 10001 problems in its first 20002 lines" in str(refused)
+    assert refused.report is not None
+    assert (refused.report["stopped_at_line"], refused.report["lines"], refused.report["rows"]) == (20002, 20002, 10001)
+    assert refused.report["problems"]["total"] == 10001
+    just = b"".join(good) + b"x\n" * 10_000
+    report = report_of([just])
+    assert (report["stopped_at_line"], report["bad_lines"], report["rows"]) == (None, 10_000, 20_000)
+
+
+def test_a_line_with_many_faults_tells_a_hundred_of_them() -> None:
+    line = b'{"messages":[' + b",".join([b'{"role":1}'] * 5000) + b"]}\n"
+    report = report_of([line])
+    assert (report["bad_lines"], report["problems"]["total"]) == (1, 100)
+
+
+def test_conversations_of_many_roles_in_many_orders_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither their orders nor what follows from these is kept for ever."""
+    monkeypatch.setattr(validation, "MOST_SHAPE_ROLES", 100_000)
+    chance = random.Random(7)
+    read = Validation(MIB)
+    tracemalloc.start()
+    for _ in range(30):
+        roles = chance.choices(["user", "assistant"], k=20_000)
+        messages = ",".join(f'{{"role":"{role}","content":"a"}}' for role in roles)
+        read.feed(f'{{"messages":[{messages}]}}\n'.encode())
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    report = read.finish()
+    read.close()
+    assert (report["rows"], report["turns"]) == (30, 600_000)
+    assert kept < 2.5 * MIB

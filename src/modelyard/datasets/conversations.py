@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET
 
-from modelyard.datasets.faults import Fault, Faults, Kind
+from modelyard.datasets.faults import MOST_IN_LINE, Fault, Faults, Kind
 from modelyard.datasets.forms import Form, Message, PlainRow, Role, Row, SystemBeside, ToolCall
 
 WARNINGS = {
@@ -28,6 +28,9 @@ WARNINGS = {
     "starts_with_assistant": "the assistant speaks first; some chat templates refuse that",
     "ends_without_answer": "the last message is not the assistant's: nothing is learnt from it",
 }
+
+#: What follows from longer conversations is not kept: a thousand of a million roles are a gigabyte.
+MOST_KEPT_ROLES = 64
 
 
 @dataclass(frozen=True)
@@ -40,15 +43,25 @@ class Shape:
     has_tools: bool
 
 
-@lru_cache(maxsize=1024)
 def shape_of(roles: tuple[Role, ...]) -> Shape:
-    """Return what follows from the order of the roles. Conversations have few different ones."""
-    faults = []
+    """Return what follows from the order of the roles, of which short conversations have few different ones."""
+    return _kept_shape_of(roles) if len(roles) <= MOST_KEPT_ROLES else _shape_of(roles)
+
+
+@lru_cache(maxsize=1024)
+def _kept_shape_of(roles: tuple[Role, ...]) -> Shape:
+    return _shape_of(roles)
+
+
+def _shape_of(roles: tuple[Role, ...]) -> Shape:
+    faults: list[Fault] = []
     if not roles:
         faults.append(Fault(Kind.NOTHING_TO_LEARN, "$.messages", "is empty"))
     elif "assistant" not in roles:
         faults.append(Fault(Kind.NOTHING_TO_LEARN, "$.messages", "has no message of the assistant: nothing to learn"))
     for number, role in enumerate(roles):
+        if len(faults) >= MOST_IN_LINE:
+            break
         if role == "system" and number > 0:
             faults.append(
                 Fault(Kind.WRONG_ORDER, f"$.messages[{number}].role", "is system, which may only be the first message")
@@ -122,6 +135,8 @@ def _examine_closely(row: Row, shape: Shape, form: Form) -> tuple[Shape, int, tu
     warnings = dict.fromkeys(shape.warnings)
     characters, learnt, callable_now = 0, False, False
     for number, message in enumerate(row.messages):
+        if len(faults) >= MOST_IN_LINE:
+            break
         where = f"$.messages[{number}]"
         try:
             _make_canonical(message, where)
@@ -145,7 +160,7 @@ def _examine_closely(row: Row, shape: Shape, form: Form) -> tuple[Shape, int, tu
         reason = "has nothing to learn: every message of the assistant is empty or has weight 0"
         faults.append(Fault(Kind.NOTHING_TO_LEARN, "$.messages", reason))
     if faults:
-        raise Faults(*_in_words_of(form, faults, isinstance(row, SystemBeside)))
+        raise Faults(_in_words_of(form, faults, isinstance(row, SystemBeside)))
     return shape, characters, tuple(warnings)
 
 

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable
 from enum import StrEnum
+from itertools import islice
 from typing import Any
 
 
@@ -38,10 +39,17 @@ class Kind(StrEnum):
     NOTHING_TO_LEARN = "nothing_to_learn"
 
 
+#: Faults of one line that are told: a line may have a million.
+MOST_IN_LINE = 100
+#: Characters of a path and of a reason: both may quote the line, whose keys may have a million.
+MOST_CHARACTERS = 300
+
+
 class Fault(Exception):
     """Something is wrong with a line: where in it (a JSON path, '$' for the line itself) and what."""
 
     def __init__(self, kind: Kind, path: str, reason: str) -> None:
+        path, reason = _clipped(path), _clipped(reason)
         super().__init__(f"{path}: {reason}")
         self.kind = kind
         self.path = path
@@ -49,11 +57,15 @@ class Fault(Exception):
 
 
 class Faults(Exception):
-    """All that is wrong with a line, one at least."""
+    """What is wrong with a line: one fault at least, `MOST_IN_LINE` at most."""
 
-    def __init__(self, *faults: Fault) -> None:
-        super().__init__("; ".join(map(str, faults)))
-        self.faults = faults
+    def __init__(self, faults: Iterable[Fault]) -> None:
+        self.faults = tuple(islice(faults, MOST_IN_LINE))
+        super().__init__("; ".join(map(str, self.faults)))
+
+
+def _clipped(text: str) -> str:
+    return text if len(text) <= MOST_CHARACTERS else text[: MOST_CHARACTERS - 3] + "..."
 
 
 def too_deep() -> Fault:
@@ -88,30 +100,40 @@ def diagnose(line: bytes) -> Fault:
         return too_deep()
     except ValueError as error:  # a number of thousands of digits
         return Fault(Kind.NOT_JSON, "$", f"is not JSON that can be read: {error}"[:200])
-    path = _surrogate_in(value)
+    try:
+        path = _surrogate_in(value)
+    except RecursionError:
+        return too_deep()
     if path is not None:
         reason = r"has half of a surrogate pair (such as \ud800), which is no character"
-        return Fault(Kind.LONE_SURROGATE, path, reason)
+        return Fault(Kind.LONE_SURROGATE, f"${path}", reason)
     return Fault(Kind.NOT_JSON, "$", "is not JSON")
 
 
-def _surrogate_in(value: Any, path: str = "$") -> str | None:
+def _surrogate_in(value: Any) -> str | None:
+    """Return the path, below this value, of the first text with half a surrogate pair; None if there is none.
+
+    The path is put together on the way back from it: one for each value, only to be thrown away, would cost the square
+    of a line.
+    """
     if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return path
-        return None
-    pairs: Iterator[tuple[str, Any]]
+        return "" if _is_cut(value) else None
     if isinstance(value, dict):
-        if any(_surrogate_in(key) for key in value):
-            return path
-        pairs = ((f"{path}.{key}", item) for key, item in value.items())
+        for key, item in value.items():
+            if _is_cut(key):
+                return ""
+            if (found := _surrogate_in(item)) is not None:
+                return f".{_clipped(key)}{found}"
     elif isinstance(value, list):
-        pairs = ((f"{path}[{number}]", item) for number, item in enumerate(value))
-    else:
-        return None
+        for number, item in enumerate(value):
+            if (found := _surrogate_in(item)) is not None:
+                return f"[{number}]{found}"
+    return None
+
+
+def _is_cut(text: str) -> bool:
     try:
-        return next((found for where, item in pairs if (found := _surrogate_in(item, where))), None)
-    except RecursionError:
-        return None
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False

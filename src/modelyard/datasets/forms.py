@@ -20,7 +20,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
-from modelyard.datasets.faults import Fault, Faults, Kind, diagnose, too_deep
+from modelyard.datasets.faults import MOST_IN_LINE, Fault, Faults, Kind, diagnose, too_deep
 
 ROLES = ("system", "user", "assistant", "tool")
 Role = Literal["system", "user", "assistant", "tool"]
@@ -207,11 +207,11 @@ def read_row(line: bytes, likely: Form = Form.MESSAGES) -> tuple[Form, Row]:
     try:
         found = _DECODERS[form].decode(line)
     except msgspec.ValidationError as error:
-        raise Faults(*_all_faults(line, form, error)) from None
+        raise Faults(_all_faults(line, form, error)) from None
     except RecursionError:
-        raise Faults(too_deep()) from None
+        raise Faults([too_deep()]) from None
     except (msgspec.DecodeError, UnicodeDecodeError):
-        raise Faults(diagnose(line)) from None
+        raise Faults([diagnose(line)]) from None
     return form, found if form is Form.MESSAGES else _canonical(found)
 
 
@@ -237,11 +237,11 @@ def _form_of(line: bytes) -> Form:
     try:
         fields = _fields.decode(line)
     except msgspec.ValidationError:
-        raise Faults(Fault(Kind.UNKNOWN_FORM, "$", f"is not an object; {FORMS_HINT}")) from None
+        raise Faults([Fault(Kind.UNKNOWN_FORM, "$", f"is not an object; {FORMS_HINT}")]) from None
     except RecursionError:
-        raise Faults(too_deep()) from None
+        raise Faults([too_deep()]) from None
     except (msgspec.DecodeError, UnicodeDecodeError):
-        raise Faults(diagnose(line)) from None
+        raise Faults([diagnose(line)]) from None
     there = {name for name, value in fields.items() if bytes(value) != b"null"}
     for form, keys in _KEYS:
         if there.issuperset(keys):
@@ -250,9 +250,9 @@ def _form_of(line: bytes) -> Form:
         missing = [key for key in keys if key not in there]
         if 0 < len(missing) < len(keys):
             other = next(key for key in keys if key in there)
-            raise Faults(Fault(Kind.MISSING_FIELD, f"$.{missing[0]}", f"is missing beside '{other}'"))
+            raise Faults([Fault(Kind.MISSING_FIELD, f"$.{missing[0]}", f"is missing beside '{other}'")])
     shown = ", ".join(repr(name[:40]) for name in list(fields)[:8]) or "none"
-    raise Faults(Fault(Kind.UNKNOWN_FORM, "$", f"has the keys {shown}; {FORMS_HINT}"))
+    raise Faults([Fault(Kind.UNKNOWN_FORM, "$", f"has the keys {shown}; {FORMS_HINT}")])
 
 
 def _canonical(found: _ShareGpt | _PromptCompletion | _Instruction) -> Row:
@@ -268,10 +268,12 @@ def _canonical(found: _ShareGpt | _PromptCompletion | _Instruction) -> Row:
         role = SPEAKERS.get(turn.speaker) or SPEAKERS.get(turn.speaker.lower())
         if role is None:
             faults.append(_unknown_speaker(f"$.conversations[{number}].from", turn.speaker))
+            if len(faults) >= MOST_IN_LINE:
+                break
         else:
             messages.append(Message(role, turn.value))
     if faults:
-        raise Faults(*faults)
+        raise Faults(faults)
     return row(messages)
 
 

@@ -1,18 +1,21 @@
 """Where an upload is validated: a small file here, when it is whole; a large one in a child, while it arrives.
 
 Validation is computation in Python, which would hold up every other request for as long as it takes. A small file does
-not pay for a process: it waits in memory until it is known to be small.
+not pay for a process: it waits in memory until it is known to be small. One that turns out to be much work all the same
+(bad lines cost ten times as much as good ones, and a long line is read in one go) is given to a child after all. The
+threads are this module's own: nobody else waits for uploads.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
 from modelyard.datasets.validation import Validation
-from modelyard.datasets.validator import Found, found_by
+from modelyard.datasets.validator import Found, found_by, refused
 from modelyard.errors import InvalidDataset, ModelyardError, Unavailable
 from modelyard.filters import Filter, FilterFailed
 from modelyard.storage.streams import to_the_end
@@ -23,6 +26,14 @@ log = logging.getLogger(__name__)
 SMALL_BYTES = 4 * 1024 * 1024
 #: A thread of the server works on no more at once.
 STEP_BYTES = 64 * 1024
+#: What a thread of the server does not take: a longer line, more lines, more problems, more in bad lines.
+LONG_LINE_BYTES = 256 * 1024
+MANY_LINES = 100_000
+FEW_PROBLEMS = 100
+FEW_BAD_BYTES = 256 * 1024
+THREADS = 2
+
+_threads = ThreadPoolExecutor(THREADS, thread_name_prefix="validation")
 
 
 class Inspection:
@@ -46,13 +57,21 @@ class Inspection:
             self._waiting_bytes += len(block)
             if self._waiting_bytes <= SMALL_BYTES:
                 return
-            try:
-                self._child = Filter(
-                    f"from modelyard.datasets.validator import validate; validate({self._max_line_bytes})"
-                )
-            except OSError as error:
-                raise _unavailable(f"no process for it can be started ({error.strerror})") from error
-        waiting, self._waiting = self._waiting or [block], []
+            await self._hand_over()
+        else:
+            await self._pass_on([block])
+
+    async def _hand_over(self) -> None:
+        """Start the child, and give it what waits."""
+        try:
+            self._child = Filter(f"from modelyard.datasets.validator import validate; validate({self._max_line_bytes})")
+        except OSError as error:
+            raise _unavailable(f"no process for it can be started ({error.strerror})") from error
+        waiting, self._waiting = self._waiting, []
+        await self._pass_on(waiting)
+
+    async def _pass_on(self, waiting: list[bytes]) -> None:
+        assert self._child is not None
         try:
             for piece in waiting:
                 await self._child.feed(piece)
@@ -69,13 +88,16 @@ class Inspection:
             InvalidDataset: the file is of another kind altogether, or there is nothing in it.
             Unavailable: the child has died.
         """
-        if self._child is not None:
-            return _checked(await self._answer())
-        work = asyncio.ensure_future(asyncio.to_thread(_validate, self._waiting, self._max_line_bytes))
-        try:
-            return _checked(await asyncio.shield(work))
-        finally:
-            await to_the_end(work)
+        if self._child is None:
+            work = asyncio.get_running_loop().run_in_executor(_threads, _validate, self._waiting, self._max_line_bytes)
+            try:
+                found = await asyncio.shield(work)
+            finally:
+                await to_the_end(work)
+            if found is not None:
+                return _checked(found)
+            await self._hand_over()
+        return _checked(await self._answer())
 
     async def close(self) -> None:
         """End the child, if there is one. Safe to repeat."""
@@ -90,22 +112,38 @@ class Inspection:
             raise _unavailable(f"its process ended early: {failed}") from failed
 
 
-def _validate(blocks: list[bytes], max_line_bytes: int) -> Found:
-    validation = Validation(max_line_bytes)
+def _validate(blocks: list[bytes], max_line_bytes: int) -> Found | None:
+    """Return what was found; None if it is more work than the server's own threads do."""
+    data = b"".join(blocks)
+    if data.count(b"\n") > MANY_LINES or _has_long_line(data):
+        return None
+    validation = Validation(max_line_bytes, most_problems=FEW_PROBLEMS, most_bad_bytes=FEW_BAD_BYTES)
     try:
-        for block in blocks:
-            for start in range(0, len(block), STEP_BYTES):
-                validation.feed(block[start : start + STEP_BYTES])
+        for start in range(0, len(data), STEP_BYTES):
+            validation.feed(data[start : start + STEP_BYTES])
     except InvalidDataset as error:
         validation.close()
-        return Found(refusal=(error.code, error.message))
-    return found_by(validation)
+        found = refused(error)
+    else:
+        found = found_by(validation)
+    return None if validation.is_over_budget else found
+
+
+def _has_long_line(data: bytes) -> bool:
+    """Return whether some line is longer than `LONG_LINE_BYTES`, in steps of that size."""
+    start = 0
+    while start + LONG_LINE_BYTES < len(data):
+        end = data.rfind(b"\n", start, start + LONG_LINE_BYTES)
+        if end < 0:
+            return True
+        start = end + 1
+    return False
 
 
 def _checked(found: Found) -> Found:
     if found.refusal is not None:
         code, message = found.refusal
-        raise InvalidDataset(message, code=code)
+        raise InvalidDataset(message, code=code, report=found.report)
     return found
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from typing import Any, Literal
 from uuid import UUID, uuid4
 
@@ -21,7 +21,7 @@ from modelyard.datasets import actions
 from modelyard.datasets.inspection import Inspection
 from modelyard.datasets.tables import Dataset, data_key, metadata_key, prefix
 from modelyard.db import Sessions
-from modelyard.errors import InvalidDataset, ModelyardError, TooLarge
+from modelyard.errors import InvalidDataset, ModelyardError, TooLarge, TooManyUploads
 from modelyard.storage import Storage, delete_prefix
 from modelyard.storage.streams import to_the_end
 
@@ -33,6 +33,29 @@ BLOCK_BYTES = 128 * 1024
 #: So many blocks (of up to 256 KiB) may wait to be validated while others are stored already.
 MOST_WAITING = 32
 OnError = Literal["refuse", "skip"]
+
+
+class Uploads:
+    """How many uploads go on. Each may take a process of its own, and some MiB of memory."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._open = 0
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Count an upload for the block.
+
+        Raises:
+            TooManyUploads: as many as may go on do.
+        """
+        if self._open >= self._limit:
+            raise TooManyUploads(self._limit)
+        self._open += 1
+        try:
+            yield
+        finally:
+            self._open -= 1
 
 
 async def take_in(

@@ -1,7 +1,8 @@
 """The one file of a form, as a stream: its bytes are handed on as they come, and kept nowhere.
 
-A form may have other fields beside the file; they mean nothing here and are passed over. What the form says of the
-file is its name, which never becomes a path: only what follows the last slash counts.
+A form may have other fields beside the file; they mean nothing here and are passed over, up to `OTHER_BYTES` with all
+that is not the file's content. What the form says of the file is its name, which never becomes a path: only what
+follows the last slash counts.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from collections.abc import AsyncGenerator, AsyncIterable
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from modelyard.errors import BadRequest, Unprocessable
+from modelyard.errors import BadRequest, TooLarge, Unprocessable
 
 FIELD = "file"
 MAX_NAME_LENGTH = 255
+#: Other fields, boundaries and headers of parts, and what lies around them: all that a form may add to its file.
+OTHER_BYTES = 64 * 1024
 HINT = f"Send it as a form with the field '{FIELD}': curl -F '{FIELD}=@train.jsonl'."
 
 
@@ -30,6 +33,7 @@ class FormFile:
         self._headers: dict[bytes, bytes] = {}
         self._in_file = self._is_found = self._has_ended = False
         self._is_empty = True
+        self._other_bytes = 0
         self._parser = MultipartParser(
             _boundary(content_type),
             {
@@ -49,6 +53,7 @@ class FormFile:
 
         Raises:
             BadRequest: there is no such field, or the body is no form.
+            TooLarge: too much comes before it.
             Unprocessable: the file has no name, or one that is too long.
         """
         while not self._is_found:
@@ -60,6 +65,7 @@ class FormFile:
 
         Raises:
             BadRequest: a second file, or the body ends before the form does.
+            TooLarge: the form has too much beside the file.
         """
         while True:
             while self._data:
@@ -81,6 +87,11 @@ class FormFile:
             raise BadRequest(
                 f"The body is not the form that its header says: {error}. {HINT}", code="bad_form"
             ) from None
+        self._other_bytes += len(chunk)
+        if self._other_bytes > OTHER_BYTES:
+            raise TooLarge(
+                f"The form has more than {OTHER_BYTES // 1024} KiB beside the file. {HINT}", code="form_too_large"
+            )
         return True
 
     def _on_part_begin(self) -> None:
@@ -118,6 +129,7 @@ class FormFile:
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
         if self._in_file:
             self._data.append(data[start:end])
+            self._other_bytes -= end - start
 
     def _on_part_end(self) -> None:
         self._in_file = False

@@ -13,7 +13,7 @@ from starlette.responses import Response, StreamingResponse
 
 from modelyard.datasets import actions, intake, reading, tokens
 from modelyard.datasets.download import content_disposition, part_of
-from modelyard.datasets.multipart import FormFile
+from modelyard.datasets.multipart import OTHER_BYTES, FormFile
 from modelyard.datasets.schemas import DatasetOut, PageOut, ReportOut, Tokens
 from modelyard.errors import BadRequest, EncodingNotAllowed, ModelyardError, TooLarge
 from modelyard.http import Sessions, Settings, documented, router
@@ -25,8 +25,6 @@ api = router("/api/v1/datasets", "Datasets")
 
 GIB = 1024**3
 MIB = 1024**2
-#: What a form adds to its file, at most.
-FORM_BYTES = 64 * 1024
 #: How long a client that was refused may go on sending.
 HEAR_OUT_S = 30.0
 MEDIA_TYPE = "application/jsonl"
@@ -54,6 +52,12 @@ def _storage(request: Request) -> ObjectStorage:
     return found
 
 
+def _uploads(request: Request) -> intake.Uploads:
+    found: intake.Uploads = request.app.state.uploads
+    return found
+
+
+Uploads = Annotated[intake.Uploads, Depends(_uploads)]
 Storage = Annotated[ObjectStorage, Depends(_storage)]
 DatasetId = Annotated[UUID, Path(description="The dataset's id.", examples=["01be6d68-f790-434b-aa6d-5bd492aef202"])]
 
@@ -71,6 +75,7 @@ async def upload_dataset(
     sessions: Sessions,
     storage: Storage,
     settings: Settings,
+    uploads: Uploads,
     description: Annotated[str | None, Query(max_length=10_000, description="A word on what it is.")] = None,
     parent_id: Annotated[UUID | None, Query(description="The dataset that this one was made from.")] = None,
     on_error: Annotated[
@@ -90,26 +95,27 @@ async def upload_dataset(
         if (encoding := request.headers.get("content-encoding", "identity").lower()) != "identity":
             # Only files that are compressed themselves would gain, and these are no JSONL.
             raise EncodingNotAllowed(encoding[:100], accepted="identity")
-        if announced.isdecimal() and int(announced) > max_bytes + FORM_BYTES:
+        if announced.isdecimal() and int(announced) > max_bytes + OTHER_BYTES:
             raise TooLarge(
                 f"The upload is longer than the {settings.max_dataset_gib:g} GiB that a dataset may have "
                 "(MODELYARD_MAX_DATASET_GIB).",
                 param="file",
                 code="dataset_too_large",
             )
-        form = FormFile(request.headers.get("content-type", ""), body.chunks())
-        await form.open()
-        dataset = await intake.take_in(
-            sessions,
-            storage,
-            form.chunks(),
-            name=form.name,
-            description=description,
-            parent_id=parent_id,
-            on_error=on_error,
-            max_bytes=max_bytes,
-            max_line_bytes=settings.dataset_line_mib * MIB,
-        )
+        with uploads.one():
+            form = FormFile(request.headers.get("content-type", ""), body.chunks())
+            await form.open()
+            dataset = await intake.take_in(
+                sessions,
+                storage,
+                form.chunks(),
+                name=form.name,
+                description=description,
+                parent_id=parent_id,
+                on_error=on_error,
+                max_bytes=max_bytes,
+                max_line_bytes=settings.dataset_line_mib * MIB,
+            )
     return DatasetOut.model_validate(dataset)
 
 

@@ -155,6 +155,7 @@ REPORT_EXAMPLE: dict[str, JsonValue] = {
     "problems": {"total": 0, "kinds": {}, "listed": [], "unlisted": 0},
     "byte_order_mark": False,
     "crlf_lines": 0,
+    "stopped_at_line": None,
     "tokens": None,
 }
 
@@ -189,6 +190,8 @@ class ReportOut(BaseModel):
     """Whether the file begins with one."""
     crlf_lines: int
     """Lines that end as on Windows."""
+    stopped_at_line: int | None = None
+    """Where reading stopped because too much was wrong (10,000 problems, or 64 MiB in bad lines); null: nowhere."""
     tokens: Tokens | None = None
     """With `model_id`: lengths in tokens of that model."""
 

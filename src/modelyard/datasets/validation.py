@@ -22,6 +22,12 @@ from modelyard.errors import InvalidDataset
 
 LISTED_PROBLEMS = 1000
 LISTED_LINES = 20
+#: A file with more problems, or more in bad lines, is no dataset: the rest of it is not looked at.
+MOST_PROBLEMS = 10_000
+MOST_BAD_BYTES = 64 * 1024 * 1024
+#: Different orders of roles that are counted one by one, and their roles together.
+MOST_SHAPES = 4096
+MOST_SHAPE_ROLES = 1_000_000
 #: How many runs of lines are read one by one, at most, before the short way is tried again.
 MOST_DOUBT = 64
 #: So much of a file lies between two entries of the index, at least.
@@ -74,8 +80,14 @@ class Duplicates:
 class Validation:
     """The state of one pass: `feed` it the file's bytes in order, then ask it to `finish`."""
 
-    def __init__(self, max_line_bytes: int) -> None:
+    def __init__(
+        self, max_line_bytes: int, *, most_problems: int = MOST_PROBLEMS, most_bad_bytes: int = MOST_BAD_BYTES
+    ) -> None:
+        self.is_over_budget = False
         self._max_line_bytes = max_line_bytes
+        self._most_problems = most_problems
+        self._most_bad_bytes = most_bad_bytes
+        self._bad_bytes = self._shape_roles = 0
         self._reader = Lines(max_line_bytes)
         self._head: list[bytes] = []
         self._is_begun = False
@@ -101,7 +113,8 @@ class Validation:
         """Take the next bytes of the file, of any length (128 KiB is a good one).
 
         Raises:
-            InvalidDataset: the file is of another kind altogether, which its first bytes show.
+            InvalidDataset: the file is of another kind altogether, which its first bytes show; or too much is wrong
+                with it to go on (`is_over_budget`), with the report so far.
         """
         if not self._is_begun:
             self._head.append(block)
@@ -110,12 +123,14 @@ class Validation:
             block = self._begin()
         for run in self._reader.feed(block):
             self._take(run)
+            if self.is_over_budget:
+                self._give_up()
 
     def finish(self) -> dict[str, Any]:
         """Return the report, once all bytes were fed.
 
         Raises:
-            InvalidDataset: the file is of another kind altogether, or there is nothing in it.
+            InvalidDataset: the file is of another kind altogether, or there is nothing in it, or too much is wrong.
         """
         if not self._is_begun:
             head = self._begin()
@@ -125,6 +140,8 @@ class Validation:
                 self._take(run)
         for run in self._reader.finish():
             self._take(run)
+        if self.is_over_budget:
+            self._give_up()
         if not self._rows and not self._bad_lines:
             raise InvalidDataset(f"The file has {self._lines} lines, and all of them are blank.", code="dataset_empty")
         return self._report()
@@ -151,17 +168,22 @@ class Validation:
         """Take some lines, each with its end, or one that was too long to keep."""
         if run is None:
             self._lines += 1
-            self._refuse(self._lines, [self._too_long()])
+            self._refuse(self._lines, [self._too_long()], 0)
             return
         offset = self._reader.offset
         if not self.index or offset - self.index[-1][0] >= INDEX_STEP_BYTES:
             self.index.append((offset, self._lines, self._rows))
+        if run.isspace():
+            self._lines += run.count(b"\n")
+            self._blank += run.count(b"\n")
+            self._crlf += run.count(b"\r\n")
+            return
         is_text = is_utf8(run)
         lines = run.split(b"\n")
         lines.pop()
         if not (is_text and self._take_at_once(run, lines)):
             self._take_one_by_one(lines, is_text)
-        if len(self._shapes) > 4096:
+        if len(self._shapes) > MOST_SHAPES or self._shape_roles > MOST_SHAPE_ROLES:
             self._merge_shapes()
 
     def _take_at_once(self, run: bytes, lines: list[bytes]) -> bool:
@@ -182,6 +204,7 @@ class Validation:
         self._lines += len(lines)
         self._rows += len(lines)
         self._forms[Form.MESSAGES] += len(lines)
+        self._shape_roles += sum(map(len, orders))
         self._shapes.update(orders)
         self._measure(lengths)
         return True
@@ -203,6 +226,9 @@ class Validation:
         likely = self._likely
         rows, numbers, lengths = [], [], []
         for line in lines:
+            if self.is_over_budget:
+                self._lines = number
+                break
             number += 1
             if line.endswith(b"\r"):
                 self._crlf += 1
@@ -211,20 +237,21 @@ class Validation:
                 self._blank += 1
                 continue
             if len(line) > self._max_line_bytes:
-                self._refuse(number, [self._too_long()])
+                self._refuse(number, [self._too_long()], 0)
                 continue
             try:
                 if not is_text and not is_utf8(line):
-                    raise Faults(diagnose(line))
+                    raise Faults([diagnose(line)])
                 likely, row = read_row(line, likely)
                 shape, characters, warnings = examine(row, likely)
             except Faults as wrong:
-                self._refuse(number, wrong.faults)
+                self._refuse(number, wrong.faults, len(line))
                 continue
             rows.append(line)
             numbers.append(number)
             forms[likely] += 1
             shapes[shape.roles] += 1
+            self._shape_roles += len(shape.roles)
             lengths.append(characters)
             for warning in warnings:
                 self._warned[warning] += 1
@@ -243,15 +270,27 @@ class Validation:
             for role in roles:
                 merged[(role,)] += count
         self._shapes = merged
+        self._shape_roles = 0
 
-    def _refuse(self, number: int, faults: Any) -> None:
+    def _refuse(self, number: int, faults: Iterable[Fault], line_bytes: int) -> None:
         self._bad_lines += 1
+        self._bad_bytes += line_bytes
         for fault in faults:
             self._kinds[fault.kind] += 1
             if len(self._problems) < LISTED_PROBLEMS:
                 self._problems.append(
                     {"line": number, "path": fault.path, "reason": fault.reason, "kind": str(fault.kind)}
                 )
+        self.is_over_budget = sum(self._kinds.values()) > self._most_problems or self._bad_bytes > self._most_bad_bytes
+
+    def _give_up(self) -> None:
+        number = self._lines
+        first = self._problems[0]
+        raise InvalidDataset(
+            f"Too much is wrong with it: {sum(self._kinds.values())} problems in its first {number} lines. The rest "
+            f"was not looked at. The first: line {first['line']}: {first['path']}: {first['reason']}.",
+            report=self._report() | {"stopped_at_line": number},
+        )
 
     def _report(self) -> dict[str, Any]:
         roles: Counter[str] = Counter()
@@ -293,4 +332,5 @@ class Validation:
             },
             "byte_order_mark": self._has_mark,
             "crlf_lines": self._crlf,
+            "stopped_at_line": None,
         }

@@ -19,7 +19,7 @@ READ_BYTES = 1024 * 1024
 
 
 class Found(Struct):
-    """What a validation ended with: a report and an index, or the code and the words of a refusal."""
+    """What a validation ended with: a report and an index, or the code and the words of a refusal, and its report."""
 
     report: dict[str, Any] | None = None
     index: list[tuple[int, int, int]] = []
@@ -31,9 +31,15 @@ def found_by(validation: Validation) -> Found:
     try:
         return Found(validation.finish(), validation.index)
     except InvalidDataset as error:
-        return Found(refusal=(error.code, error.message))
+        return refused(error)
     finally:
         validation.close()
+
+
+def refused(error: InvalidDataset) -> Found:
+    """Return a refusal as what was found."""
+    report = dict(error.report) if error.report is not None else None
+    return Found(report, refusal=(error.code, error.message))
 
 
 def validate(max_line_bytes: int) -> None:
@@ -44,7 +50,9 @@ def validate(max_line_bytes: int) -> None:
             validation.feed(block)
         found = found_by(validation)
     except InvalidDataset as error:
-        found = Found(refusal=(error.code, error.message))
+        found = refused(error)
+    # Whoever feeds us must not wait for room in this pipe while we wait for room in the other one.
+    os.close(0)
     answer = memoryview(msgspec.json.encode(found))
     while answer:
         answer = answer[os.write(1, answer) :]
