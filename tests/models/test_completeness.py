@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from modelyard.demo import tiny_llama
 from modelyard.jobs.tables import JobStatus
 from tests.models.repositories import as_json, embedder, llama, noise, safetensors, sharded
 from tests.models.yard import failure_of, files_below, make_settings, open_yard
@@ -116,11 +119,92 @@ async def test_what_is_needed_is_fetched_and_what_was_left_out_is_said(kind: str
         assert needed <= set(there)
         assert model.size_bytes == sum(map(len, there.values()))
         assert job.progress is not None
-        assert (job.progress.done, job.progress.total) == (model.size_bytes, model.size_bytes)
-        assert {name: files[name] for name in there} == there
+        assert job.progress.done == job.progress.total <= model.size_bytes
+        made = {INDEX} if kind == "odd name" else set()
+        assert {name: files[name] for name in there if name not in made} == {
+            name: content for name, content in there.items() if name not in made
+        }
         said = [event for event in await yard.events(job.id) if event.message.startswith("Left out: ")]
         for name in left_out:
             assert name in said[0].message
             assert name in json.dumps(said[0].data)
             assert name not in there
             assert not hub.gets(NAME, name)
+
+
+def without_an_index() -> dict[str, bytes]:
+    files = sharded()
+    del files[INDEX], files["consolidated.safetensors"]
+    return files
+
+
+def two_odd_files() -> dict[str, bytes]:
+    files = llama()
+    del files["model.safetensors"]
+    return {**files, **{f"model ({n}).safetensors": safetensors(noise(64), tensor=f"w{n}") for n in (1, 2)}}
+
+
+@pytest.mark.parametrize(
+    ("make", "index"),
+    [
+        (without_an_index, dict(zip(("w0", "w1", "w2"), SHARDS, strict=True))),
+        (two_odd_files, {"w1": "model (1).safetensors", "w2": "model (2).safetensors"}),
+        (with_an_odd_name, {"weight": "modèle [final] (1).safetensors"}),
+    ],
+)
+async def test_weights_that_came_without_an_index_get_one_by_which_transformers_finds_them(
+    make: Callable[[], dict[str, bytes]], index: dict[str, str], hub: Hub, tmp_path: Path
+) -> None:
+    hub.add(NAME, make())
+    async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:
+        await yard.bring(NAME)
+        model = await yard.model(NAME)
+        assert model is not None
+        made = yard.folder(model) / INDEX
+        assert json.loads(made.read_bytes())["weight_map"] == index
+        made.unlink()
+        sent = len(hub.requests)
+        assert (await yard.bring(NAME)).status == JobStatus.FINISHED
+        assert json.loads(made.read_bytes())["weight_map"] == index
+        assert not [one for one in hub.requests[sent:] if one.file.endswith(".safetensors")], "they are there"
+
+
+async def test_two_files_with_the_same_tensor_and_nothing_to_say_which_are_refused(hub: Hub, tmp_path: Path) -> None:
+    files = llama()
+    files["model (1).safetensors"] = files.pop("model.safetensors")
+    files["model (2).safetensors"] = safetensors(noise(4096, "another"))
+    code, message = await refused(files, hub, tmp_path)
+    assert code == "ambiguous_weights"
+    assert "'weight'" in message
+
+
+LOADS = """
+import sys
+from transformers import AutoModelForCausalLM
+for folder in sys.argv[1:]:
+    model, info = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    print(sorted(map(str, info["missing_keys"])), model.num_parameters() > 0)
+"""
+
+
+@pytest.mark.slow
+async def test_transformers_loads_what_was_brought_under_any_name(hub: Hub, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    tiny_llama.make_llama(tmp_path / "llama")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "llama").iterdir()}
+    weights = files.pop("model.safetensors")
+    tensors = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])
+    shard = "model-00001-of-00001.safetensors"
+    index = {tensor: shard for tensor in tensors if tensor != "__metadata__"}
+    hub.add("acme/shard", {**files, shard: weights, INDEX: as_json({"metadata": {}, "weight_map": index})})
+    hub.add("acme/odd", {**files, "model (1).safetensors": weights})
+    async with open_yard(make_settings(tmp_path / "data", hub.endpoint)) as yard:
+        folders = []
+        for name in ("acme/shard", "acme/odd"):
+            await yard.bring(name)
+            model = await yard.model(name)
+            assert model is not None
+            folders.append(str(yard.folder(model)))
+        argv = [sys.executable, "-c", LOADS, *folders]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=200, check=False)
+    assert done.stdout.split("\n") == ["[] True", "[] True", ""], done.stderr[-2000:]

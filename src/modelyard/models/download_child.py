@@ -34,7 +34,7 @@ from modelyard.errors import JobFailure
 from modelyard.models import config_file, ids, kinds, scan, transfer
 from modelyard.models.download_spec import GIB, Spec
 from modelyard.models.selection import ADAPTER_CONFIG, Selection, choose
-from modelyard.models.shards import check_tensors
+from modelyard.models.shards import INDEX, check_tensors, index_of
 from modelyard.models.transfer import Progress, Source, SourceFile, TryAgain
 from modelyard.paths import below, inside, remove_tree
 
@@ -69,7 +69,7 @@ def download(spec: Spec, progress: Progress) -> dict[str, Any]:
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         files = list(pool.map(lambda path: transfer.patiently(lambda: source.describe(path)), _all(chosen)))
     target = below(models, f"{ids.folder_name(spec.model_id)}/{commit}")
-    if _is_whole(target, files):
+    if _is_whole(target, files) and (not chosen.unindexed or (target / INDEX).is_file()):
         _count_all(progress, files)
     else:
         if target.is_dir():
@@ -81,6 +81,8 @@ def download(spec: Spec, progress: Progress) -> dict[str, Any]:
         _scan_whole(fetched, chosen)
         progress.update(phase="weights")
         fetched.weights([file for file in files if file.path in chosen.weights])
+        if chosen.unindexed:
+            fetched.index(chosen.unindexed)
         progress.update(phase="publish")
         if target.is_dir():
             _repair(fetched, partial, inside(models, target))
@@ -128,6 +130,12 @@ class _Fetched:
             if file.path not in self.blobs:
                 self.blobs[file.path] = below(self._folder, transfer.blob_name(file, self._commit))
                 self._scan_weights(file.path)
+
+    def index(self, paths: Iterable[str]) -> None:
+        """Make the index that these weights came without."""
+        blob = self._folder / "made-index"
+        blob.write_bytes(index_of({path: scan.scan_safetensors(self.blobs[path], path) for path in paths}))
+        self.blobs[INDEX] = blob
 
     def json(self, path: str) -> dict[str, Any]:
         """Return a configuration file that holds an object; empty if there is none."""
@@ -295,6 +303,7 @@ def _describe(target: Path, chosen: Selection, files: list[SourceFile], commit: 
         path = target / name
         return scan.read_json(name, path.read_bytes()) if path.is_file() else {}
 
+    made = (target / INDEX).stat().st_size if chosen.unindexed else 0
     base, task = None, kinds.Task.GENERATE
     if chosen.adapter:
         base = scan.scan_adapter(config(ADAPTER_CONFIG))
@@ -302,7 +311,7 @@ def _describe(target: Path, chosen: Selection, files: list[SourceFile], commit: 
         task = kinds.task_of(config_file.read(target), kinds.reader(target))
     return {
         "commit": commit,
-        "size_bytes": sum(file.size for file in files),
+        "size_bytes": sum(file.size for file in files) + made,
         "adapter": chosen.adapter,
         "base_model_id": base,
         "task": str(task),

@@ -52,6 +52,13 @@ class Selection:
     weight_map: dict[str, str] | None = None
     left_out: tuple[LeftOut, ...] = ()
 
+    @property
+    def unindexed(self) -> tuple[str, ...]:
+        """The weights that transformers would not find, having neither its name for them nor an index."""
+        if self.adapter or self.weight_map is not None or SINGLE in self.weights:
+            return ()
+        return tuple(path for path in self.weights if "/" not in path and not path.startswith("consolidated"))
+
 
 def choose(paths: Collection[str], read: Callable[[str], bytes]) -> Selection:
     """Choose the files to fetch from all files of a repository; `read` brings the one that says which weights belong.

@@ -2,10 +2,12 @@
 
 Pure. transformers and vLLM load what `model.safetensors.index.json` names and nothing else; so that is what a model
 is, however many other shards lie beside it, and a shard or a tensor that isn't there makes a model that is not whole.
+Weights that came without an index get one, by which transformers finds them.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
@@ -63,6 +65,26 @@ def check_tensors(weight_map: Mapping[str, str], shard: str, tensors: Collection
             "The model is not whole.",
             _OTHER_REVISION,
         )
+
+
+def index_of(tensors: Mapping[str, Iterable[str]]) -> bytes:
+    """Return an index of weights that came without one, from the tensors that each file holds.
+
+    Raises:
+        JobFailure: `ambiguous_weights`: two files hold the same tensor, and nothing says which is the model's.
+    """
+    weight_map: dict[str, str] = {}
+    for file, names in sorted(tensors.items()):
+        for tensor in names:
+            other = weight_map.setdefault(tensor, file)
+            if other != file:
+                raise JobFailure(
+                    "ambiguous_weights",
+                    f"{listed([other, file])} both hold the tensor {tensor[:80]!r}, and there is no {INDEX} to say "
+                    "which is the model's.",
+                    "Choose another revision, or import a folder with one of them.",
+                )
+    return json.dumps({"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}).encode()
 
 
 def whole_sets(names: Iterable[str]) -> tuple[list[str], list[str]]:
