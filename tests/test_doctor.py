@@ -12,8 +12,17 @@ from pathlib import Path
 import pytest
 
 from modelyard.deploy.cures import WITHOUT
-from modelyard.doctor import Finding, Verdict, check_database, check_engine, check_hub, check_imports, check_training
-from modelyard.settings import Settings
+from modelyard.doctor import (
+    Finding,
+    Verdict,
+    check_database,
+    check_engine,
+    check_hub,
+    check_imports,
+    check_settings,
+    check_training,
+)  # fmt: skip
+from modelyard.settings import Settings, load_settings
 from tests.server import run_modelyard, serving
 
 
@@ -74,6 +83,15 @@ def test_a_machine_without_faults_is_ok_and_nothing_is_made_by_looking(tmp_path:
     assert {name for name, verdict in verdicts.items() if verdict == "FAIL"} == set()
     assert "vLLM 0.32.0, torch 2.13.0+cpu" in done.stdout
     assert list(tmp_path.iterdir()) == [python]
+
+
+def test_a_name_in_the_file_that_nothing_reads_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text("AWS_REGION=eu-north-1\nMODELYARD_PORT=0\n", "utf-8")
+    found = list(check_settings(load_settings()))
+    [warned] = [finding for finding in found if finding.verdict is not Verdict.OK]
+    assert (warned.verdict, warned.what) == (Verdict.WARN, "settings")
+    assert warned.found == "Nothing reads AWS_REGION from .env. Did you mean AWS_DEFAULT_REGION?"
 
 
 def test_everything_broken_is_named_with_what_to_do_and_the_status_is_1(tmp_path: Path) -> None:
