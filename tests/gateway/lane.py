@@ -54,7 +54,7 @@ class Lane:
     def engine(self, model_id: str = "acme/tiny", *aliases: str, **misbehave: Any) -> EngineChild:
         """Put an engine into service that recites CATS, and DOGS to whoever mentions dogs."""
         # What a search ends at is in the model's files.
-        (self.settings.data_dir / "config.json").write_text('{"eos_token_id": 257}', "utf-8")
+        (self.settings.data_dir / "config.json").write_text('{"eos_token_id": 257, "vocab_size": 258}', "utf-8")
         plan = {"recites": {"dogs": DOGS, "": CATS}, "model_folder": str(self.settings.data_dir), **misbehave}
         return self.running.engine(model_id, *aliases, misbehave=plan)
 

@@ -29,7 +29,7 @@ def searched(prompt: list[int], rules: Rules, model: Model, seed: int = 0) -> tu
             is_all = search.count == ALL or search.count >= len(told)
             rows.append(Row(dict(told if is_all else told[: search.count]), is_all))
         asked.append(search.count)
-        search.advance(rows)
+        search.advance([search.shape(number, row) for number, row in enumerate(rows)])
     return search.best, asked
 
 
@@ -126,7 +126,7 @@ def test_only_candidates_that_top_k_and_top_p_leave_are_drawn(rules: dict[str, A
     found = set()
     for seed in range(200):
         search = Search([C, 9], Rules(num_beams=1, max_new_tokens=1, do_sample=True, **rules), random.Random(seed))
-        search.advance([Row(model((9,)), is_all=True)])
+        search.advance([search.shape(0, Row(model((9,)), is_all=True))])
         found.add(search.best[0])
     assert found == drawn
 
@@ -159,7 +159,8 @@ rules_of_all_kinds = st.builds(
 def test_the_likeliest_tokens_give_what_all_tokens_give(rules: Rules, prompt: list[int]) -> None:
     def all_of_them(search: Search) -> list[int]:
         while not search.is_over:
-            assert search.advance([Row(noise(tuple(text)), is_all=True) for text in search.open_texts])
+            rows = [Row(noise(tuple(text)), is_all=True) for text in search.open_texts]
+            assert search.advance([search.shape(number, row) for number, row in enumerate(rows)])
         return search.best
 
     text, _ = searched(prompt, rules, noise)
@@ -167,6 +168,24 @@ def test_the_likeliest_tokens_give_what_all_tokens_give(rules: Rules, prompt: li
     assert len(text) <= rules.max_new_tokens
     assert len(text) == rules.max_new_tokens or text[-1] in rules.eos_ids
     assert not set(text[:-1]) & rules.eos_ids
+
+
+def test_a_step_that_needed_more_is_followed_by_one_that_asks_for_as_many_as_that_needed() -> None:
+    def model(text: tuple[int, ...]) -> Mapping[int, float]:
+        """The second token can only be chosen well by who sees all: the prompt's token comes from far below."""
+        if len(text) == 1:
+            return {token: -0.01 * token - 3.0 for token in range(1, 5000)} | {0: -10_000.0}
+        return {token: -50.0 if token < 10 else -0.01 * token - 9.0 for token in range(1, 5000)} | {0: -20.0}
+
+    text, asked = searched([0], Rules(2, 4, repetition_penalty=0.3), model)
+    assert text[1] == 0
+    assert asked[:2] == [8, 32]
+    assert ALL in asked
+    with_all = Rules(2, 4, repetition_penalty=0.3)
+    search = Search([0], with_all, random.Random(0))
+    while not search.is_over:
+        search.advance([search.shape(n, Row(model(tuple(t)), is_all=True)) for n, t in enumerate(search.open_texts)])
+    assert text == search.best
 
 
 def test_no_more_is_asked_for_than_a_step_needs() -> None:

@@ -332,6 +332,7 @@ def test_a_value_out_of_its_range_is_an_error_that_names_the_field_and_the_range
         {"do_sample": False, "repetition_penalty": 1.01},
         {"do_sample": False, "repetition_penalty": 0.99},
         {"do_sample": True, "temperature": 0},
+        {"do_sample": False, "num_beams": 32, "repetition_penalty": 0.05},
         {"do_sample": False, "temperature": 25.0, "top_p": 7.0, "repetition_penalty": 1.000001},
         {"do_sample": True, "temperature": 0.05, "top_p": 0},
         {"do_sample": True, "temperature": 0.1, "top_k": 2},
@@ -346,8 +347,9 @@ def test_a_beam_search_heeds_every_field(yard: Lane, config: dict[str, Any]) -> 
     assert (answer.status, answer.text) == (200, CATS[:12])
     asked = completions(engine)
     assert all((one["temperature"], one["repetition_penalty"]) == (0, 1) for one in asked), "they are the search's"
+    assert all(one["logprobs"] < 258 for one in asked), "an engine refuses to tell more tokens than there are"
     if config.get("top_k") == 0:
-        assert {one["logprobs"] for one in asked} == {-1}, "any token may be drawn"
+        assert {one["logprobs"] for one in asked} == {-1}, "any of its few tokens may be drawn"
 
 
 @pytest.mark.parametrize(

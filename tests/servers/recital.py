@@ -107,6 +107,9 @@ def check(request: Json, max_model_len: int) -> None:
                                ("repetition_penalty", 1e-9, float("inf"))):  # fmt: skip
         if not least <= (request.get(field) or least) <= most:
             raise Invalid(f"{field} must be in [{least}, {most}], got {request[field]}.", field)
+    if (request.get("logprobs") or 0) > TOKENS:
+        asked = request["logprobs"]
+        raise Invalid(f"Requested sample logprobs of {asked}, which is greater than max allowed: {TOKENS}", "logprobs")
     if request["max_tokens"] > max_model_len:
         raise Invalid(
             f"max_tokens={request['max_tokens']} cannot be greater than max_model_len={max_model_len}. Please request "

@@ -26,13 +26,16 @@ from dataclasses import dataclass
 #: Asks for every token of the vocabulary.
 ALL = -1
 #: Above this many candidates it is all of them.
-MOST_COUNTED = 2048
+MOST_COUNTED = 4096
 GROWTH = 4
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What the search is to do. `top_k` 0 is off. `eos_ids` are the tokens that end a text."""
+    """What the search is to do. `top_k` 0 is off. `eos_ids` are the tokens that end a text.
+
+    `vocabulary` is how many tokens there are, where that is known: an engine refuses to tell more.
+    """
 
     num_beams: int
     max_new_tokens: int
@@ -43,6 +46,7 @@ class Rules:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    vocabulary: int | None = None
 
     @property
     def kept(self) -> int:
@@ -73,16 +77,27 @@ class Beam:
 
 @dataclass(frozen=True)
 class _Candidate:
+    """A continuation. `place` is what it is chosen by: its score, or its score with the chance of the drawing."""
+
     beam: Beam
     token: int
     score: float
+    place: float
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """What is left of a row: its best candidates, and by `count` the most that a token beyond so many could score."""
+
+    candidates: list[_Candidate]
+    beyond: Mapping[int, float]
 
 
 class Search:
     """The search for the continuation of one prompt.
 
-    Ask the engine for the `count` likeliest next tokens of each of `open_texts` (ALL: for every token), and hand the
-    rows to `advance`, until `is_over`; then `best` is the text.
+    Until `is_over`: ask the engine for the `count` likeliest next tokens of each of `open_texts` (ALL: for every
+    token), hand each row to `shape` as it comes, and what is left of them to `advance`. Then `best` is the text.
     """
 
     def __init__(self, prompt_ids: Sequence[int], rules: Rules, chance: random.Random) -> None:
@@ -92,6 +107,8 @@ class Search:
         self._running = [Beam((), 0.0)]
         #: Texts that have ended, the best first, with their scores.
         self._ended: list[Beam] = []
+        #: Each row has a chance of its own, so that the same seed gives the same text whatever was asked for, and when.
+        self._seed = chance.getrandbits(64)
         self.is_over = False
         self.count = self._first_count()
 
@@ -105,18 +122,52 @@ class Search:
         """The new tokens of the best text, which is complete once the search is over."""
         return list(self._ended[0].ids)
 
-    def advance(self, rows: Sequence[Row]) -> bool:
-        """Take one step with what the engine says of `open_texts`; False if that is too little for it.
+    def shape(self, number: int, row: Row) -> Shaped | None:
+        """Score what the engine says of a text by the rules; None if it says too little for that.
+
+        No more than `kept` candidates are left, since no beam has more of those that are kept of all: a row of a whole
+        vocabulary can go.
+        """
+        beam, rules = self._running[number], self._rules
+        penalised = self._penalised(beam, row.logprobs)
+        if rules.do_sample:
+            shaped = self._warped(beam, row, penalised)
+            if shaped is None:
+                return None
+            chance = random.Random(self._seed + number)
+            # The largest of scores with Gumbel noise are a draw without replacement from their softmax, in its order.
+            found = (
+                _Candidate(beam, token, beam.score + score, beam.score + score - math.log(chance.expovariate(1.0)))
+                for token, score in shaped.items()
+            )
+        else:
+            found = (_Candidate(beam, token, beam.score + score, beam.score + score)
+                     for token, score in penalised.items())  # fmt: skip
+        # Of equals the lower token, as from a flat list of all of them.
+        candidates = heapq.nlargest(rules.kept, found, key=lambda one: (one.place, -one.token))
+        return Shaped(candidates, {} if rules.do_sample else self._beyond(beam, row))
+
+    def advance(self, rows: Sequence[Shaped | None]) -> bool:
+        """Take one step with what is left of the rows of `open_texts`; False if they were too short for it.
 
         Then nothing has changed but `count`.
         """
-        shaped = [self._shape(beam, row) for beam, row in zip(self._running, rows, strict=True)]
-        candidates = [one for each in shaped if each is not None for one in each]
-        if None in shaped or not self._suffices(candidates, rows):
+        rules = self._rules
+        shaped = [row for row in rows if row is not None]
+        # The sort keeps the order of the beams among equals.
+        candidates = sorted((one for row in shaped for one in row.candidates), key=lambda one: one.place, reverse=True)
+        chosen = candidates[: rules.kept]
+        is_known = len(shaped) == len(rows)
+        if is_known and not rules.do_sample:
+            threshold = chosen[-1].score if len(chosen) == rules.kept else -math.inf
+            enough = [count for count in shaped[0].beyond if all(row.beyond[count] <= threshold for row in shaped)]
+            is_known = bool(enough)
+        if not is_known:
             self.count = self._more()
             return False
-        self.count = self._least_count(candidates, rows)
-        self._step(self._choose(candidates))
+        # Next time as many as would have been enough now.
+        self.count = self._first_count() if rules.do_sample else min(enough, key=lambda count: (count == ALL, count))
+        self._step(chosen)
         return True
 
     def _first_count(self) -> int:
@@ -129,26 +180,25 @@ class Search:
             count = rules.kept
         if rules.repetition_penalty != 1:
             count *= 2
-        return count if count <= MOST_COUNTED else ALL
+        return self._askable(count)
 
     def _more(self) -> int:
-        count = self.count * GROWTH
-        return count if self.count != ALL and count <= MOST_COUNTED else ALL
+        return ALL if self.count == ALL else self._askable(self.count * GROWTH)
 
-    def _shape(self, beam: Beam, row: Row) -> list[_Candidate] | None:
-        """Return a beam's candidates with their scores as the rules have them; None if the row is too short for it."""
+    def _askable(self, count: int) -> int:
+        return count if count <= MOST_COUNTED and count < (self._rules.vocabulary or math.inf) else ALL
+
+    def _warped(self, beam: Beam, row: Row, penalised: Mapping[int, float]) -> dict[int, float] | None:
+        """Return the candidates of which one may be drawn."""
         rules = self._rules
-        penalised = self._penalised(beam, row.logprobs)
-        if rules.do_sample:
-            most = max(rules.top_k, rules.least_shaped) if rules.top_k > 0 else len(penalised)
-            if not row.is_all and (rules.top_k <= 0 or len(penalised) < most):
-                return None
-            tokens = heapq.nlargest(most, penalised, key=lambda token: (penalised[token], -token))
-            if not row.is_all and penalised[tokens[-1]] < self._unseen(beam, row):
-                return None
-            scores = {token: penalised[token] / rules.temperature for token in tokens}
-            penalised = _nucleus(scores, rules.top_p, rules.least_shaped)
-        return [_Candidate(beam, token, beam.score + score) for token, score in penalised.items()]
+        most = max(rules.top_k, rules.least_shaped) if rules.top_k > 0 else len(penalised)
+        if not row.is_all and (rules.top_k <= 0 or len(penalised) < most):
+            return None
+        tokens = heapq.nlargest(most, penalised, key=lambda token: (penalised[token], -token))
+        if not row.is_all and penalised[tokens[-1]] < self._unseen(beam, row, min(row.logprobs.values())):
+            return None
+        scores = {token: penalised[token] / rules.temperature for token in tokens}
+        return _nucleus(scores, rules.top_p, rules.least_shaped)
 
     def _penalised(self, beam: Beam, logprobs: Mapping[int, float]) -> Mapping[int, float]:
         penalty = self._rules.repetition_penalty
@@ -160,9 +210,8 @@ class Search:
             for token, logprob in logprobs.items()
         }
 
-    def _unseen(self, beam: Beam, row: Row, least: float | None = None) -> float:
-        """Return the most that a token can score which the row does not tell, or none at or below `least`."""
-        least = min(row.logprobs.values()) if least is None else least
+    def _unseen(self, beam: Beam, row: Row, least: float) -> float:
+        """Return the most that a token can score of which a row tells nothing, if it tells none below `least`."""
         penalty = self._rules.repetition_penalty
         if penalty < 1:
             told = (token for token, logprob in row.logprobs.items() if logprob >= least)
@@ -170,51 +219,24 @@ class Search:
                 return least * penalty
         return least
 
-    def _suffices(self, candidates: list[_Candidate], rows: Sequence[Row]) -> bool:
-        """Whether no token that the rows do not tell could be among those that are kept."""
-        if self._rules.do_sample or all(row.is_all for row in rows):
-            return True
-        if len(candidates) < self._rules.kept:
-            return False
-        threshold = self._threshold(candidates)
-        return all(
-            row.is_all or beam.score + self._unseen(beam, row) <= threshold
-            for beam, row in zip(self._running, rows, strict=True)
-        )
-
-    def _threshold(self, candidates: list[_Candidate]) -> float:
-        return heapq.nlargest(self._rules.kept, (one.score for one in candidates))[-1]
-
-    def _least_count(self, candidates: list[_Candidate], rows: Sequence[Row]) -> int:
-        """Return how many tokens to ask for next: as many as would have sufficed now."""
+    def _beyond(self, beam: Beam, row: Row) -> dict[int, float]:
+        """Return the most that a token could score beyond the likeliest, for each count that could be asked for."""
+        found = {self.count: -math.inf}
         count = self._first_count()
-        if self._rules.do_sample or self.count == count or len(candidates) < self._rules.kept:
-            return count
-        threshold = self._threshold(candidates)
-        ordered = [sorted(row.logprobs.values(), reverse=True) for row in rows]
-        while count != ALL and (self.count == ALL or count < self.count):
-            if all(
-                beam.score + self._unseen(beam, row, values[min(count, len(values)) - 1]) <= threshold
-                for beam, row, values in zip(self._running, rows, ordered, strict=True)
-            ):
-                return count
-            count = count * GROWTH if count * GROWTH <= MOST_COUNTED else ALL
-        return self.count
-
-    def _choose(self, candidates: list[_Candidate]) -> list[_Candidate]:
-        """Return the continuations of this step in their order: the best, or as they were drawn."""
-        if not self._rules.do_sample:
-            # Of equals the one of the earlier beam and the lower token, as from a flat list of all of them.
-            place = {id(beam): number for number, beam in enumerate(self._running)}
-            return heapq.nlargest(
-                self._rules.kept, candidates, key=lambda one: (one.score, -place[id(one.beam)], -one.token)
-            )
-        # The largest of scores with Gumbel noise are a draw without replacement from their softmax, in its order.
-        noisy = [(one.score - math.log(self._chance.expovariate(1.0)), one) for one in candidates]
-        return [one for _, one in heapq.nlargest(self._rules.kept, noisy, key=lambda each: each[0])]
+        if not row.is_all:
+            found = {self.count: beam.score + self._unseen(beam, row, min(row.logprobs.values()))}
+        elif count != ALL and len(row.logprobs) <= count:
+            return {count: -math.inf}
+        if count != self.count:
+            ordered = heapq.nlargest(MOST_COUNTED, row.logprobs.values())
+            while count != ALL and count != self.count and count <= len(ordered):
+                found[count] = beam.score + self._unseen(beam, row, ordered[count - 1])
+                count = self._askable(count * GROWTH)
+        return found
 
     def _step(self, chosen: list[_Candidate]) -> None:
         rules = self._rules
+        self._seed = self._chance.getrandbits(64)
         length = len(self._running[0].ids) + 1
         is_last = length >= rules.max_new_tokens
         running: list[Beam] = []

@@ -25,7 +25,7 @@ from modelyard.gateway.continuations import Kept, Text
 from modelyard.gateway.envelope import ClientGone, check_length, check_type, read_body
 from modelyard.gateway.kept_texts import KeptTexts
 from modelyard.gateway.metrics import Passage
-from modelyard.gateway.raw_engine import Asking, Choice, EngineRefused
+from modelyard.gateway.raw_engine import Asking, Choice, EngineRefused, Vocabulary
 from modelyard.gateway.raw_schemas import Config, RawRequest, parse_batch, parse_one
 from modelyard.gateway.raw_turns import Turn
 from modelyard.gateway.raw_work import Work
@@ -96,8 +96,8 @@ class RawLane:
         self._origins = frozenset(origin.encode("latin-1") for origin in settings.cors_origins)
         #: How much the model of an engine takes, by the engine's URL, which is another one after every start.
         self._lengths: dict[str, int] = {}
-        #: The tokens that end a text of it, likewise.
-        self._endings: dict[str, frozenset[int]] = {}
+        #: What is known of its tokens, likewise.
+        self._vocabularies: dict[str, Vocabulary] = {}
 
     async def one(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer POST /api/generate-one.
@@ -203,7 +203,7 @@ class RawLane:
             request, asking, target, config, self._settings.generate_seed, turns, await self._length(asking, target)
         )
         if config.num_beams > 1:
-            work.eos_ids = await self._ending_ids(asking, target)
+            work.vocabulary = await self._vocabulary(asking, target)
         return work
 
     def _check_size(self, texts: int, beams: int) -> None:
@@ -227,15 +227,15 @@ class RawLane:
                 raise BadGateway(f"The engine of '{target.model_id}' failed: {error.message}") from error
         return self._lengths[target.url]
 
-    async def _ending_ids(self, asking: Asking, target: Target) -> frozenset[int]:
-        if target.url not in self._endings:
-            if len(self._endings) >= LENGTHS_KNOWN:
-                self._endings.clear()
+    async def _vocabulary(self, asking: Asking, target: Target) -> Vocabulary:
+        if target.url not in self._vocabularies:
+            if len(self._vocabularies) >= LENGTHS_KNOWN:
+                self._vocabularies.clear()
             try:
-                self._endings[target.url] = await asking.ending_ids()
+                self._vocabularies[target.url] = await asking.vocabulary()
             except EngineRefused as error:
                 raise BadGateway(f"The engine of '{target.model_id}' failed: {error.message}") from error
-        return self._endings[target.url]
+        return self._vocabularies[target.url]
 
     async def _one(self, visit: Visit, work: Work) -> int:
         [turn], reply = work.turns, visit.reply

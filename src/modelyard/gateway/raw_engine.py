@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
@@ -51,6 +52,14 @@ class Choice(msgspec.Struct):
     def is_finished(self) -> bool:
         """Whether the model ended the text by itself."""
         return self.finish_reason == "stop"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens that end a text, and how many tokens there are, where that is known."""
+
+    eos_ids: frozenset[int] = frozenset()
+    size: int | None = None
 
 
 class _Completion(msgspec.Struct):
@@ -178,20 +187,26 @@ class Asking:
             raise engine_ended(self._model_id)
         return rows
 
-    async def ending_ids(self) -> frozenset[int]:
-        """Return the tokens that end a text: those that the model's files name, else its tokenizer's own."""
+    async def vocabulary(self) -> Vocabulary:
+        """Return what the model's files say of its tokens: those that end a text, else its tokenizer's own end."""
         cards = _cards.decode(await self._whole("/v1/models", b"", method=b"GET")).data
         root = next((card.root for card in cards if card.id == self._model_id), None)
         if not root:
-            return frozenset()
-        if found := await asyncio.to_thread(stop_ids_of, Path(root)):
-            return frozenset(found)
-        named = (await asyncio.to_thread(read_settings, Path(root), "tokenizer_config")).get("eos_token")
+            return Vocabulary()
+        config = await asyncio.to_thread(read_settings, Path(root), "config")
+        text = config.get("text_config")
+        sizes = [part.get("vocab_size") for part in (config, text) if isinstance(part, dict)]
+        size = next((one for one in sizes if type(one) is int and one > 0), None)
+        found = await asyncio.to_thread(stop_ids_of, Path(root)) or await self._end_of_tokenizer(Path(root))
+        return Vocabulary(frozenset(found), size)
+
+    async def _end_of_tokenizer(self, folder: Path) -> list[int]:
+        named = (await asyncio.to_thread(read_settings, folder, "tokenizer_config")).get("eos_token")
         text = named.get("content") if isinstance(named, dict) else named
         if not isinstance(text, str):
-            return frozenset()
+            return []
         ids, _ = await self.tokenize(text, adds_special=False)
-        return frozenset(ids if len(ids) == 1 else ())
+        return ids if len(ids) == 1 else []
 
     async def stream(self, body: bytes, take: Take) -> None:
         """Give each piece of a streamed text to `take`, to the text's end.

@@ -11,20 +11,23 @@ from functools import partial
 from modelyard.errors import BadGateway, BadRequest, ModelyardError, NotFound
 from modelyard.gateway.beam_search import Rules, Search
 from modelyard.gateway.raw_beams import PROMPTS_AT_ONCE, run
-from modelyard.gateway.raw_engine import Asking, Choice, EngineRefused, completion_body, together
+from modelyard.gateway.raw_engine import Asking, Choice, EngineRefused, Vocabulary, completion_body, together
 from modelyard.gateway.raw_schemas import Config, RawRequest, out_of_range
 from modelyard.gateway.raw_turns import Turn
 from modelyard.gateway.relay import Target, engine_ended
 
 #: Small questions to an engine, such as for a prompt's text, at the same time.
 QUESTIONS_AT_ONCE = 8
+#: The most tokens of a beam of which the next may be drawn; what lies beyond is hardly ever drawn, and costs the most.
+DRAWN_AMONG = 1000
+NOTHING_KNOWN = Vocabulary()
 
 
 @dataclass
 class Work:
     """The texts of one request, in its order, on one engine.
 
-    `length` is the most tokens that the model takes, `eos_ids` those at which a beam search ends.
+    `length` is the most tokens that the model takes, `vocabulary` what a beam search must know of them.
     """
 
     request: RawRequest
@@ -34,7 +37,7 @@ class Work:
     seed: int | None
     turns: list[Turn]
     length: int
-    eos_ids: frozenset[int] = frozenset()
+    vocabulary: Vocabulary = NOTHING_KNOWN
 
     @property
     def open(self) -> list[Turn]:
@@ -101,11 +104,12 @@ class Work:
 
     async def _search(self, turns: Sequence[Turn]) -> list[Choice]:
         searches = [Search(turn.text.all_ids, self._rules(turn), random.Random(self._seed([turn]))) for turn in turns]
-        await run(self.asking, searches)
-        found = [search.best for search in searches]
+        await run(self.asking, searches, self.vocabulary.size)
+        eos_ids = self.vocabulary.eos_ids
         return [
-            Choice(token_ids=ids, finish_reason="stop" if ids[-1] in self.eos_ids else "length") for ids in found
-        ]  # fmt: skip
+            Choice(token_ids=ids, finish_reason="stop" if ids[-1] in eos_ids else "length")
+            for ids in (search.best for search in searches)
+        ]
 
     def _rules(self, turn: Turn) -> Rules:
         config = self.config
@@ -114,11 +118,12 @@ class Work:
             max_new_tokens=min(config.max_new_tokens, self.length - len(turn.text.all_ids)),
             length_penalty=config.length_penalty,
             repetition_penalty=config.repetition_penalty,
-            eos_ids=self.eos_ids,
+            eos_ids=self.vocabulary.eos_ids,
+            vocabulary=self.vocabulary.size,
             # As without beams, temperature 0 draws nothing.
             do_sample=config.do_sample and config.temperature > 0,
             temperature=config.temperature,
-            top_k=max(config.top_k, 0),
+            top_k=min(config.top_k if config.top_k > 0 else DRAWN_AMONG, DRAWN_AMONG),
             top_p=config.top_p,
         )
 
