@@ -64,6 +64,19 @@ async def test_the_listing_has_models_adapters_and_aliases(tmp_path: Path) -> No
         assert [name for name, _ in await table.routing.ready_engines()] == ["org/e", "org/a"]
 
 
+async def test_an_adapter_can_be_asked_by_the_name_that_answers_give_it(tmp_path: Path) -> None:
+    async with rows(tmp_path) as table:
+        await table.add("org/a", adapter_ids=["org/poems"], loaded={"org/poems": "org/poems@2"})
+        await table.alias("poet", "org/poems")
+        for name in ("org/poems", "org/poems@2", "poet"):
+            target = await table.routing.resolve(name, "generate")
+            assert (target.model_id, target.served_name) == ("org/a", "org/poems@2")
+        assert "org/poems@2" not in [served.name for served in await table.routing.listing()]
+        for name in ("org/poems@1", "org/poems@3", "org/a@2"):
+            with pytest.raises(ModelNotFound, match="org/poems"):
+                await table.routing.resolve(name, "generate")
+
+
 async def test_two_ready_engines_of_one_model_have_names_of_their_own(tmp_path: Path) -> None:
     async with rows(tmp_path) as table:
         older = await table.add("org/a")
@@ -142,7 +155,7 @@ async def test_an_adapter_is_served_under_its_engines_name_for_it(tmp_path: Path
         target = await table.routing.resolve("org/poems", "generate")
         assert (target.model_id, target.served_name, target.url) == ("org/a", "org/poems@3", "unix:/engine-1")
         with pytest.raises(ModelNotFound):
-            await table.routing.resolve("org/poems@3", "generate")
+            await table.routing.resolve("org/poems@1", "generate")
 
 
 async def test_an_adapter_that_is_being_loaded_is_asked_for_again_soon(tmp_path: Path) -> None:

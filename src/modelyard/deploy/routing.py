@@ -7,7 +7,8 @@ wish that an idle deployment wakes. Of its own it only counts the requests that 
 While the database is away the last snapshot answers (`last_known`): the engines that it names go on serving. A name
 that is not in it may exist all the same, so that is told as an outage.
 
-A name is looked for among the models' ids, then the adapters' ids, the users' aliases and the built-in ones. Of the
+A name is looked for among the models' ids, then the adapters' ids, the adapters with their versions (as answers name
+them), the users' aliases and the built-in ones. Of the
 deployments that could answer, one that serves comes before one that does not, and then the last that was asked to be
 current.
 """
@@ -316,9 +317,13 @@ class Snapshot:
         self.names = names
         self._ids = _ways(self.up)
         self._current = {task: way for task in TASKS if (way := _current(self.up, task)) is not None}
+        #: An adapter as answers name it, by its id and version. It is not listed: the id alone goes on to the next one.
+        self._versions = {
+            way.served_name: way for way in self._ids.values() if way.served_name and way.served_name not in self._ids
+        }
         #: What is answered at once, by name and task.
         self.targets: dict[tuple[str | None, str], Target] = {}
-        for name in (None, *self.known()):
+        for name in (None, *self.known(), *self._versions):
             for task in TASKS:
                 way = self.way(name, task)
                 target = way.target() if way is not None else None
@@ -331,6 +336,8 @@ class Snapshot:
             return self._current.get(task)
         if name in self._ids:
             return self._ids[name]
+        if name in self._versions:
+            return self._versions[name]
         if name in self.names:
             return self._ids.get(self.names[name])
         if name == aliases.DEFAULT:

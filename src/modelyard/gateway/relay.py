@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from modelyard.errors import BadGateway, BadRequest, EngineStarting, ModelyardError
 from modelyard.gateway.client_watch import ClientWatch
+from modelyard.gateway.engine_words import in_our_words
 from modelyard.gateway.envelope import ClientGone, Envelope, check_headers, parse, read_body, with_model
 from modelyard.gateway.lengths import Lengths
 from modelyard.gateway.limits import ALWAYS_TOKENISED, DEFAULT_LIMITS, Limits
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 CLIENT_GONE = 499
 BROKEN_OFF = 599
 ANY_TASK = "any"
+#: Whose errors have the form of Anthropic's interface.
+ANTHROPIC = frozenset({"messages", "messages/count_tokens"})
 #: Here vLLM takes a text of any length; elsewhere it refuses by its length what no model could take.
 TOKENISING = frozenset({"tokenize", "detokenize", "messages/count_tokens"})
 #: Request headers that an engine has a use for. Keys and cookies are the server's own business.
@@ -181,6 +184,8 @@ class Gateway:
         except EngineUnreachable as error:
             log.warning("engine of %s gave no answer to request %s: %s", target.model_id, request_id, error)
             raise engine_ended(target.model_id) from error
+        if call.status >= 400:
+            return await self._relay_error(call, endpoint, target, request_id, send)
         answer = _answer_headers(call.headers, request_id)
         await send({"type": "http.response.start", "status": call.status, "headers": answer})
         message: MutableMapping[str, Any] = {"type": "http.response.body", "body": b"", "more_body": True}
@@ -191,6 +196,30 @@ class Gateway:
 
         await call.hand_on(write)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+        return call.status
+
+    async def _relay_error(self, call: Call, endpoint: Endpoint, target: Target, request_id: bytes, send: Send) -> int:
+        """Hand on the engine's own error, whole, in the words and the form that clients here know."""
+        parts: list[bytes] = []
+
+        async def take(part: bytes) -> None:
+            parts.append(part)
+
+        try:
+            await call.hand_on(take)
+        except EngineBrokeOff as error:
+            if call.is_given_up:
+                raise
+            raise engine_ended(target.model_id) from error
+        is_anthropic = endpoint.name in ANTHROPIC
+        body = in_our_words(call.status, b"".join(parts), for_anthropic=is_anthropic)
+        own = {b"content-length": str(len(body)).encode()}
+        if is_anthropic:
+            own[b"content-type"] = b"application/json"
+        headers = [one for one in _answer_headers(call.headers, request_id) if one[0] not in own]
+        headers += own.items()
+        await send({"type": "http.response.start", "status": call.status, "headers": headers})
+        await send({"type": "http.response.body", "body": body, "more_body": False})
         return call.status
 
 
