@@ -23,6 +23,8 @@ ONE, BATCH = "/api/generate-one", "/api/generate-batch"
 SHORT = {"generation_config": {"do_sample": False, "max_new_tokens": 4}}
 #: What a request may take while the database does not answer: once its first silence was waited for, nothing.
 BOUND_S = 4.0
+#: What /ready may take, whatever hangs.
+READY_S = 6.0
 
 
 @dataclass
@@ -81,6 +83,11 @@ def test_what_is_in_service_is_answered_while_the_database_is_away(away: Away) -
     assert max(took) < BOUND_S
     assert sorted(took)[len(took) // 2] < 0.5, "nothing is waited for once the outage is known"
 
+    began = time.monotonic()
+    ready = yard.server.get("/ready")
+    assert ready.status == 503
+    assert any(reason.startswith("The database does not answer") for reason in ready.json()["reasons"])
+    assert time.monotonic() - began < READY_S
     # What was kept meanwhile goes on; what was kept before cannot be read; what is not known may exist all the same.
     fresh = one(yard, "new-1")
     assert (fresh.status, CATS.startswith(old + fresh.text)) == (200, True)

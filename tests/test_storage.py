@@ -38,6 +38,8 @@ from modelyard.errors import (
 from modelyard.settings import Settings
 from modelyard.storage import FolderStorage, S3Storage, SignedUpload, Storage, delete_prefix, open_storage
 from modelyard.storage.s3 import PART_BYTES
+from modelyard.storage.streams import THREADS
+from tests.eventually import eventually
 from tests.fixtures import S3Server
 
 MIB = 1024 * 1024
@@ -429,10 +431,9 @@ async def test_a_store_that_is_down_is_reported_with_its_address(s3_server: S3Se
 
 
 @pytest.mark.s3
-async def test_a_store_that_never_answers_is_given_up(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modelyard.storage.s3.READ_TIMEOUT_S", 0.2)
+async def test_a_store_that_never_answers_is_given_up(s3_server: S3Server) -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
-        storage = S3Storage(s3_server.bucket, "", f"http://127.0.0.1:{mute.getsockname()[1]}")
+        storage = S3Storage(s3_server.bucket, "", f"http://127.0.0.1:{mute.getsockname()[1]}", timeout_s=1.0)
         with pytest.raises(StorageUnavailable, match=r"cannot be reached \(ReadTimeoutError\)"):
             await asyncio.wait_for(storage.size("object"), 60)
         await storage.close()
@@ -603,6 +604,56 @@ async def test_a_full_disk_is_reported_and_leaves_nothing(folder: FolderStorage)
     assert refused.value.code == "storage_full"
     assert await keys(folder) == []
     assert list((folder.root / ".incoming").iterdir()) == []
+
+
+async def test_a_folder_that_hangs_is_given_up_and_gives_back_what_it_holds_when_it_comes_out_of_it(
+    tmp_path: Path,
+) -> None:
+    """A pipe that nobody writes to hangs whoever opens it, as a network folder does whose server is gone."""
+    folder = FolderStorage(tmp_path / "objects", tmp_path / "upload.key", 0.3)
+    os.mkfifo(folder.root / "pipe")
+    before = len(os.listdir("/proc/self/fd"))
+    began = time.monotonic()
+    # More than there are threads: the last ones do not even begin.
+    asking = [asyncio.create_task(read(folder, "pipe")) for _ in range(THREADS + 4)]
+    try:
+        for answer in await asyncio.gather(*asking, return_exceptions=True):
+            assert isinstance(answer, StorageUnavailable), answer
+            assert str(folder.root) in answer.message
+        assert time.monotonic() - began < 3
+        with pytest.raises(StorageUnavailable, match="does not answer"):
+            await folder.put("object", chunks_of(b"x"))
+    finally:
+        writer = os.open(folder.root / "pipe", os.O_RDWR)
+    await eventually(lambda: len(os.listdir("/proc/self/fd")) == before + 1, "what was opened late is closed")
+    os.close(writer)
+    (folder.root / "pipe").unlink()
+    await folder.put("object", chunks_of(b"x"))
+    assert await keys(folder) == ["object"]
+    assert list((folder.root / ".incoming").iterdir()) == []
+    await folder.close()
+
+
+async def test_a_put_whose_write_hangs_is_given_up_and_tidied_up_after_it(
+    folder: FolderStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    impatient = FolderStorage(folder.root, folder.root.parent / "upload.key", 0.3)
+    hung, published = threading.Event(), os.fsync
+
+    def hangs(descriptor: int) -> None:
+        hung.wait(30)
+        published(descriptor)
+
+    monkeypatch.setattr(os, "fsync", hangs)
+    try:
+        with pytest.raises(StorageUnavailable, match="does not answer"):
+            await impatient.put("object", chunks_of(b"x"))
+    finally:
+        monkeypatch.undo()
+        hung.set()
+    await eventually(lambda: list((folder.root / ".incoming").iterdir()) == [], "nothing half is left")
+    assert await keys(folder) == []
+    await impatient.close()
 
 
 async def test_a_folder_that_vanished_is_reported(folder: FolderStorage) -> None:

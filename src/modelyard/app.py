@@ -64,6 +64,7 @@ from modelyard.gateway.raw_routes import api as raw_api
 from modelyard.gateway.relay import Gateway
 from modelyard.gateway.routes import api as gateway_api
 from modelyard.gateway.upstream import Engines
+from modelyard.health.checks import Checks, of_database, of_storage
 from modelyard.health.routes import api as health_api
 from modelyard.http import error_response
 from modelyard.jobs.routes import api as jobs_api
@@ -170,6 +171,7 @@ def create_app(foundation: Foundation) -> FastAPI:
         task = tasks.spawn(
             "job runner", runner.run(), eternal=True, on_end=lambda: foundation.fail("The job runner ended.")
         )
+        app.state.checks = Checks([of_database(foundation.url), of_storage(storage)])
         app.state.complaints = lambda: [
             *foundation.complaints(),
             *(["The job runner has stopped; the server is ending."] if task.done() else []),
@@ -185,6 +187,7 @@ def create_app(foundation: Foundation) -> FastAPI:
             await tasks.end(task, sweep, look, follower)
             await app.state.raw_lane.kept.close()
             await routing.close()
+            await app.state.checks.close()
             await engines.close()
             await storage.close()
             await sessions.close()

@@ -62,6 +62,8 @@ class Settings(BaseSettings):
     """file:///PATH or s3://BUCKET/PREFIX. Empty: the folder `objects` in the data folder."""
     s3_endpoint_url: str | None = None
     """Address of an S3-compatible store. Empty: Amazon's. Its credentials are AWS_ACCESS_KEY_ID and the next ones."""
+    storage_timeout_s: float = Field(default=30.0, ge=1.0, le=3600.0)
+    """Seconds without an answer after which a request to the storage, of either kind, is given up (503)."""
     import_dir: Path | None = None
     """Folder whose sub-folders may be added as models by name (local:NAME). Empty: no imports."""
     admin_key: str | None = Field(default=None, min_length=8, repr=False)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import resource
+import socket
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import modelyard
 from tests.eventually import eventually
+from tests.fixtures import S3Server
 from tests.models import repositories
 from tests.server import ENGINE_PYTHON, Server, serving
 
@@ -124,3 +128,62 @@ async def test_storage_that_is_gone_is_a_reason_not_to_be_ready(tmp_path: Path) 
         assert server.get("/health").status == 200
         (tmp_path / "aside").rename(store)
         await eventually(lambda: server.get("/ready").status == 200, "ready again")
+
+
+def test_a_locked_database_is_told_as_such_and_so_is_one_whose_disk_is_full(tmp_path: Path) -> None:
+    with serving(tmp_path / "data") as server:
+        path = tmp_path / "data" / "modelyard.db"
+        assert server.get("/ready").status == 200
+        holder = sqlite3.connect(path, isolation_level=None)
+        holder.execute("BEGIN IMMEDIATE")
+        began = time.monotonic()
+        answer = server.get("/ready")
+        assert time.monotonic() - began < 6
+        assert (answer.status, answer.json()["reasons"][0].split(":")[0]) == (503, "database_locked")
+        assert "backup" in answer.text
+        refused = server.post("/api/v1/models/add/?model_id=org/tiny")
+        assert (refused.status, refused.error_code) == (503, "database_locked")
+        holder.execute("ROLLBACK")
+        assert server.get("/ready").status == 200
+
+        holder.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        holder.close()
+        # The kernel's own refusal, as of a full disk.
+        _, hard = resource.prlimit(server.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (0, hard))
+        answer = server.get("/ready")
+        assert (answer.status, answer.json()["reasons"][0].split(":")[0]) == (503, "database_full")
+        refused = server.post("/api/v1/models/add/?model_id=org/tiny")
+        assert (refused.status, refused.error_code) == (503, "database_full")
+        resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (hard, hard))
+        assert server.get("/ready").status == 200
+
+
+@pytest.mark.s3
+def test_readiness_and_an_upload_are_answered_in_time_while_the_store_hangs(
+    tmp_path: Path, s3_server: S3Server
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:  # takes connections, and never says a word
+        settings = {
+            "MODELYARD_STORAGE_URL": f"s3://{s3_server.bucket}/hanging",
+            "MODELYARD_S3_ENDPOINT_URL": f"http://127.0.0.1:{mute.getsockname()[1]}",
+            "MODELYARD_STORAGE_TIMEOUT_S": "3",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+        }
+        with serving(tmp_path / "data", **settings) as server:
+            for _ in range(3):
+                began = time.monotonic()
+                answer = server.get("/ready")
+                assert answer.status == 503
+                assert "storage does not answer" in answer.text or "cannot be reached" in answer.text
+                assert time.monotonic() - began < 6
+            row = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+            form = f'--x\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n{row}\r\n--x--\r\n'
+            began = time.monotonic()
+            answer = server.request(
+                "POST", "/api/v1/datasets/upload/", body=form.encode(),
+                headers={"Content-Type": "multipart/form-data; boundary=x"},
+            )  # fmt: skip
+            assert (answer.status, answer.error_code) == (503, "storage_unavailable")
+            assert time.monotonic() - began < 15

@@ -22,7 +22,7 @@ from modelyard.datasets.inspection import Inspection
 from modelyard.datasets.tables import Dataset, data_key, metadata_key, prefix
 from modelyard.db import Sessions
 from modelyard.errors import InvalidDataset, ModelyardError, TooLarge, TooManyUploads
-from modelyard.storage import Storage, delete_prefix
+from modelyard.storage import Storage, StorageAway, delete_prefix
 from modelyard.storage.streams import to_the_end
 
 log = logging.getLogger(__name__)
@@ -111,6 +111,8 @@ async def take_in(
         await storage.put(metadata_key(dataset_id), _once(msgspec.json.encode(about)))
         async with sessions.begin() as session:
             await actions.add(session, dataset)
+    except StorageAway:
+        raise  # to remove what is left would wait as long again: the next start does
     except BaseException:
         await clear(sessions, storage, dataset_id)
         raise

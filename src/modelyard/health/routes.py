@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated, Literal
 
 from fastapi import Depends, Request
 from prometheus_client import CollectorRegistry, generate_latest
 from pydantic import BaseModel, Field
-from sqlalchemy import text
-from sqlalchemy.exc import SQLAlchemyError
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 import modelyard
-from modelyard.db import Sessions as DatabaseSessions
 from modelyard.deploy.engine_client import metrics_of
 from modelyard.deploy.routes import CurrentRouting
-from modelyard.errors import StorageUnavailable
+from modelyard.health.checks import Checks
 from modelyard.health.exposition import merge
-from modelyard.http import Sessions, documented, router
-from modelyard.storage import Storage
+from modelyard.http import documented, router
 
 api = router(tag="Health")
 
-STORAGE_PATIENCE_S = 5.0
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -58,32 +52,15 @@ async def get_health() -> HealthOut:
     response_model=ReadyOut,
     responses={503: {"model": ReadyOut, "description": "Not ready, with the reasons."}, **documented()},
 )
-async def get_readiness(request: Request, sessions: Sessions) -> Response:
-    """Answer 200, or 503 with the reasons. A deployment that starts is none: its requests get a 503 of their own."""
-    storage: Storage = request.app.state.storage
-    reasons = [*await _database_reasons(sessions), *await _storage_reasons(storage), *request.app.state.complaints()]
+async def get_readiness(request: Request) -> Response:
+    """Answer 200, or 503 with the reasons, within some seconds whatever hangs.
+
+    A deployment that starts is no reason: its requests get a 503 of their own.
+    """
+    checks: Checks = request.app.state.checks
+    reasons = [*await checks.reasons(), *request.app.state.complaints()]
     body = ReadyOut(ready=not reasons, reasons=reasons)
     return JSONResponse(body.model_dump(), status_code=200 if body.ready else 503)
-
-
-async def _database_reasons(sessions: DatabaseSessions) -> list[str]:
-    try:
-        async with sessions.read() as session:
-            await session.execute(text("SELECT 1"))
-    except (SQLAlchemyError, OSError) as error:
-        return [f"The database does not answer: {type(error).__name__}."]
-    return []
-
-
-async def _storage_reasons(storage: Storage) -> list[str]:
-    try:
-        async with asyncio.timeout(STORAGE_PATIENCE_S):
-            await storage.check()
-    except StorageUnavailable as error:
-        return [error.message]
-    except TimeoutError:
-        return ["The storage does not answer."]
-    return []
 
 
 @api.get(

@@ -21,6 +21,7 @@ from modelyard.settings import Settings
 from modelyard.storage.folder import FolderStorage, UploadGrant
 from modelyard.storage.protocol import KEY_RULE, ListedObject, SignedUpload, Storage, StoredObject, is_key
 from modelyard.storage.s3 import S3Storage
+from modelyard.storage.streams import StorageAway
 
 __all__ = [
     "FolderStorage",
@@ -28,6 +29,7 @@ __all__ = [
     "S3Storage",
     "SignedUpload",
     "Storage",
+    "StorageAway",
     "StoredObject",
     "UploadGrant",
     "delete_prefix",
@@ -76,12 +78,14 @@ def open_storage(settings: Settings) -> Storage:
         prefix = url.path.strip("/")
         if prefix and not is_key(prefix):
             raise _refused(settings.storage_url, KEY_RULE)
-        return S3Storage(url.netloc, prefix, settings.s3_endpoint_url, _credentials(settings))
+        return S3Storage(
+            url.netloc, prefix, settings.s3_endpoint_url, _credentials(settings), settings.storage_timeout_s
+        )
     folder = Path(unquote(url.path)) if url.path else settings.data_dir / "objects"
     if folder == Path("/"):
         raise _refused(settings.storage_url, "the folder is missing (file:///PATH)")
     try:
-        return FolderStorage(folder, settings.data_dir / "upload.key")
+        return FolderStorage(folder, settings.data_dir / "upload.key", settings.storage_timeout_s)
     except OSError as error:
         raise StartRefused(f"Objects cannot be kept in {folder}: {error.strerror} ({error.filename}).") from error
     except ValueError as error:  # a byte that no path may hold

@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import os
 import secrets
+import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterator, Mapping
 from contextlib import aclosing, suppress
@@ -34,7 +35,7 @@ from modelyard.storage.protocol import (
     checked_range,
     checked_upload,
 )
-from modelyard.storage.streams import BLOCK_BYTES, P, T, Threads, blocks
+from modelyard.storage.streams import BLOCK_BYTES, TIMEOUT_S, P, StorageAway, T, Threads, blocks
 
 UPLOADS_PATH = "/api/v1/uploads/"
 #: A leftover of a put that is younger than this may not be locked by its writer yet.
@@ -59,20 +60,20 @@ class FolderStorage:
     secret is made once, in `secret_file`.
     """
 
-    def __init__(self, root: Path, secret_file: Path) -> None:
+    def __init__(self, root: Path, secret_file: Path, timeout_s: float = TIMEOUT_S) -> None:
         self.root = root
         self._incoming = root / ".incoming"
         self._incoming.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._remove_leftovers()
         self._secret = _read_or_make_secret(secret_file)
-        self._threads = Threads()
+        self._threads = Threads(timeout_s)
 
     async def check(self) -> None:
         await self._run(self._check)
 
     async def put(self, key: str, chunks: AsyncIterable[bytes], *, max_bytes: int | None = None) -> StoredObject:
         target = self.root / checked_key(key)
-        digest, total = hashlib.sha256(), 0
+        digest, total, given_up = hashlib.sha256(), 0, threading.Event()
         temporary = self._incoming / secrets.token_hex(16)
         descriptor = await self._acquire(
             functools.partial(_create, temporary), lambda descriptor: _discard(descriptor, temporary)
@@ -82,9 +83,15 @@ class FolderStorage:
                 async for block in stream:
                     await self._run(_append, descriptor, block, digest)
                     total += len(block)
-            await self._run(self._publish, descriptor, temporary, target)
-        finally:
+            await self._run(self._publish, descriptor, temporary, target, given_up)
+        except StorageAway as away:
+            given_up.set()
+            away.then(functools.partial(_discard, descriptor, temporary))
+            raise
+        except BaseException:
             await self._run(_discard, descriptor, temporary)
+            raise
+        await self._run(_discard, descriptor, temporary)
         return StoredObject(key, total, digest.hexdigest())
 
     async def get(self, key: str, *, start: int = 0, length: int | None = None) -> AsyncGenerator[bytes]:
@@ -96,12 +103,17 @@ class FolderStorage:
                 wanted = BLOCK_BYTES if left is None else min(left, BLOCK_BYTES)
                 block = await self._run(os.pread, descriptor, wanted, start)
                 if not block:
-                    return
+                    break
                 yield block
                 start += len(block)
                 left = None if left is None else left - len(block)
-        finally:
+        except StorageAway as away:
+            away.then(functools.partial(os.close, descriptor))
+            raise
+        except BaseException:
             os.close(descriptor)
+            raise
+        os.close(descriptor)
 
     async def size(self, key: str) -> int:
         return await self._run(self._size, checked_key(key))
@@ -154,6 +166,9 @@ class FolderStorage:
     async def _acquire(self, function: Callable[[], T], release: Callable[[T], object]) -> T:
         try:
             return await self._threads.acquire(function, release)
+        except StorageAway as away:
+            away.tell(f"The storage folder {self.root} does not answer: look at its disk or network mount.")
+            raise
         except OSError as error:
             raise self._domain_error(error) from error
 
@@ -186,8 +201,10 @@ class FolderStorage:
             finally:
                 os.close(descriptor)
 
-    def _publish(self, descriptor: int, temporary: Path, target: Path) -> None:
+    def _publish(self, descriptor: int, temporary: Path, target: Path, given_up: threading.Event) -> None:
         os.fsync(descriptor)
+        if given_up.is_set():
+            return  # whoever put it was told that it is not stored
         while True:
             made = [folder for folder in target.parents if not folder.exists()]
             try:

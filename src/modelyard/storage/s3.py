@@ -12,6 +12,7 @@ from contextlib import aclosing, suppress
 from threading import Lock
 from typing import Any
 
+from modelyard import tasks
 from modelyard.errors import ModelyardError, ObjectNotFound, StorageUnavailable, TooLarge
 from modelyard.storage.protocol import (
     ListedObject,
@@ -22,14 +23,14 @@ from modelyard.storage.protocol import (
     checked_range,
     checked_upload,
 )
-from modelyard.storage.streams import BLOCK_BYTES, THREADS, T, Threads, blocks, to_the_end
+from modelyard.storage.streams import BLOCK_BYTES, THREADS, TIMEOUT_S, StorageAway, T, Threads, blocks, to_the_end
 
 #: Parts of one size, since some stores want that; S3 allows 10,000 of them, which makes 156 GiB.
 PART_BYTES = 16 * 1024 * 1024
 MAX_PARTS = 10_000
 PARTS_IN_FLIGHT = 2
 CONNECT_TIMEOUT_S = 5
-READ_TIMEOUT_S = 60
+ATTEMPTS = 3
 #: `check` is a question of a moment: it neither waits long nor asks again.
 CHECK_TIMEOUT_S = 5
 
@@ -46,11 +47,14 @@ class S3Storage:
         prefix: str = "",
         endpoint_url: str | None = None,
         credentials: Mapping[str, str] | None = None,
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
         self.bucket = bucket
         self.endpoint_url = endpoint_url
         self._prefix = f"{prefix}/" if prefix else ""
-        self._threads = Threads()
+        self._timeout_s = timeout_s
+        self._threads = Threads(timeout_s, work_is_bounded=True)
+        self._aborting: set[asyncio.Task[None]] = set()
         self._credentials: dict[str, Any] = dict(credentials or {})
         self._made: dict[bool, Any] = {}
         self._making = Lock()
@@ -106,15 +110,24 @@ class S3Storage:
             await self._call(
                 "complete_multipart_upload", UploadId=upload_id, MultipartUpload={"Parts": listed}, **where
             )
-        except BaseException:
+        except BaseException as error:
             # A part that arrives after the abort would stay and cost money: wait for those in flight first.
             for task in in_flight:
                 task.cancel()
             await to_the_end(asyncio.gather(*in_flight, return_exceptions=True))
-            with suppress(ModelyardError):  # the first error says more
-                await self._call("abort_multipart_upload", UploadId=upload_id, **where)
+            if isinstance(error, StorageAway):
+                # Whoever waits has waited long enough.
+                aborting = tasks.spawn("abort of an upload", self._abort(upload_id, where))
+                self._aborting.add(aborting)
+                aborting.add_done_callback(self._aborting.discard)
+            else:
+                await self._abort(upload_id, where)
             raise
         return total
+
+    async def _abort(self, upload_id: str, where: Mapping[str, str]) -> None:
+        with suppress(ModelyardError):  # the first error says more
+            await self._call("abort_multipart_upload", UploadId=upload_id, **where)
 
     async def get(self, key: str, *, start: int = 0, length: int | None = None) -> AsyncGenerator[bytes]:
         checked_range(start, length)
@@ -177,6 +190,7 @@ class S3Storage:
         return SignedUpload(url, expires_at, {"Content-Type": content_type})
 
     async def close(self) -> None:
+        await tasks.end(*self._aborting)
         await self._threads.close()
         for client in self._made.values():
             client.close()
@@ -211,8 +225,9 @@ class S3Storage:
                 session = boto3.Session(**self._credentials)
                 config = Config(
                     connect_timeout=CONNECT_TIMEOUT_S,
-                    read_timeout=CHECK_TIMEOUT_S if is_hasty else READ_TIMEOUT_S,
-                    retries={"mode": "standard", "max_attempts": 1 if is_hasty else 3},
+                    # All attempts together are what the setting bounds.
+                    read_timeout=CHECK_TIMEOUT_S if is_hasty else self._timeout_s / ATTEMPTS,
+                    retries={"mode": "standard", "max_attempts": 1 if is_hasty else ATTEMPTS},
                     max_pool_connections=THREADS,
                     signature_version="s3v4",
                     # Host names of buckets need DNS, which a store of one's own seldom has.
@@ -245,7 +260,7 @@ class S3Storage:
             )
         answer = getattr(error, "response", None)
         if answer is None:
-            return StorageUnavailable(f"{where} cannot be reached ({name}): is MODELYARD_S3_ENDPOINT_URL right?")
+            return StorageAway(f"{where} cannot be reached ({name}): is MODELYARD_S3_ENDPOINT_URL right?")
         code = str(answer.get("Error", {}).get("Code", ""))
         status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
         if code == "NoSuchBucket":
