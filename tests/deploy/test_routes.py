@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.deploy.live import POEMS, PROSE, WIDE, A, B, LiveYard
+from tests.deploy.live import EMBEDDER, POEMS, PROSE, WIDE, A, B, LiveYard
 from tests.server import Answer
 
 pytestmark = pytest.mark.timeout(180)
@@ -28,6 +28,16 @@ def test_other_adapters_change_the_running_engine(live: LiveYard) -> None:
     assert third["id"] == first["id"]
     assert live.ask(POEMS).error_code == "model_not_found"
     assert len(live.record(A, "start")) == 1
+
+
+def test_the_answer_to_a_deploy_warns_of_a_guessed_chat_template(live: LiveYard) -> None:
+    answer = deploy(live).json()
+    [warning] = answer["warnings"]
+    assert "local:a brings no chat template" in warning
+    assert live.server.get(f"/api/v1/models/{A}").json()["chat_template"] == "guessed"
+    assert live.server.get("/api/v1/deploy/").json()["chat_template"] == "guessed"
+    assert deploy(live, model_id=EMBEDDER).json()["warnings"] == []
+    assert live.server.get(f"/api/v1/models/{EMBEDDER}").json()["chat_template"] is None
 
 
 def test_another_model_takes_the_place_of_the_current_one(live: LiveYard) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from modelyard.deploy import actions, succession
+from modelyard.deploy.schemas import DeployOut
 from modelyard.errors import EngineStarting, ModelNotFound, NothingDeployed, Unprocessable
 from modelyard.jobs.tables import JobStatus
 from modelyard.models import actions as models
@@ -89,6 +90,34 @@ async def test_a_cure_that_the_engines_python_lacks_is_said_when_the_engine_stan
         [event] = [one for one in await yard.events(job_id) if "missing_cures" in (one.data or {})]
         assert (event.level, set(event.data["missing_cures"])) == ("warning", {"modelyard_lora"})
         assert "MODELYARD_ENGINE_PYTHON" in event.message
+
+
+async def test_a_guessed_chat_template_is_announced_once_and_shown(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/tiny", has_template=False)
+        job_id = await yard.deploy("org/tiny")
+        deployment = await yard.becomes(job_id, "READY")
+        assert DeployOut.of(deployment).chat_template == "guessed"
+        [start] = yard.record("org/tiny", "start")
+        assert "--chat-template" in start["argv"]
+        os.kill(start["pid"], signal.SIGKILL)
+        await eventually(lambda: len(yard.record("org/tiny", "start")) == 2, "the second engine starts")
+        await yard.becomes(job_id, "READY")
+        events = [event for event in await yard.events(job_id) if "brings no chat template" in event.message]
+        assert [event.level for event in events] == ["warning"]
+        assert "add chat_template.jinja" in events[0].message
+
+
+@pytest.mark.parametrize("source", ["own", "mistral"])
+async def test_a_chat_template_that_is_not_guessed_is_shown_without_a_warning(tmp_path: Path, source: str) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/tiny", has_template=source == "own", chat_template=source)
+        job_id = await yard.deploy("org/tiny")
+        assert DeployOut.of(await yard.becomes(job_id, "READY")).chat_template == source
+        [start] = yard.record("org/tiny", "start")
+        assert ("--tokenizer-mode" in start["argv"]) is (source == "mistral")
+        assert "--chat-template" not in start["argv"]
+        assert not [event for event in await yard.events(job_id) if "chat template" in event.message]
 
 
 async def test_an_interrupt_ends_the_engine_and_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -183,8 +212,7 @@ async def test_an_engine_that_dies_in_service_is_started_again(tmp_path: Path) -
         assert after.engine_url != before.engine_url
         assert (await yard.job(job_id)).status == JobStatus.RUNNING
         warnings = [event.message for event in await yard.events(job_id) if event.level == "warning"]
-        assert len(warnings) == 1
-        assert "SIGKILL" in warnings[0]
+        assert len([one for one in warnings if "SIGKILL" in one]) == 1
 
 
 async def test_an_engine_that_keeps_dying_is_given_up_with_its_cause(tmp_path: Path) -> None:

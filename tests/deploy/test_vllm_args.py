@@ -53,6 +53,19 @@ def test_remote_code_is_never_trusted_and_plugins_are_ours_alone() -> None:
     assert "VLLM_SERVER_DEV_MODE" not in command.env
 
 
+def test_mistrals_tokenizer_is_told_where_its_weights_are_not_there_to_tell_it() -> None:
+    assert "--tokenizer-mode" not in argv()
+    assert value(argv(replace(MODEL, has_mistral_tokenizer=True)), "--tokenizer-mode") == "mistral"
+
+
+def test_a_model_in_mistrals_own_format_has_no_adapters() -> None:
+    model = replace(MODEL, is_mistral_format=True)
+    assert "--enable-lora" not in argv(model)
+    with pytest.raises(JobFailure, match="Mistral's own format") as caught:
+        argv(model, adapters=[AdapterFiles("a", Path("/a"), 8)])
+    assert caught.value.code == "adapters_unsupported"
+
+
 def test_a_model_without_a_chat_template_is_given_one() -> None:
     def arguments(model: ModelFiles, template: str | None) -> tuple[str, ...]:
         return engine_command(Path("/python"), model, [], EngineOptions(), CPU, SCRATCH, CACHE, template).argv

@@ -95,6 +95,7 @@ class DeployYard:
         *,
         misbehave: dict[str, Any] | None = None,
         config: dict[str, Any] | None = None,
+        has_template: bool = True,
         **row: Any,
     ) -> Path:
         """Put a model into the store whose engine behaves as told; return the model's folder."""
@@ -102,6 +103,8 @@ class DeployYard:
         folder = self.settings.models_dir / name
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(CONFIG if config is None else config), "utf-8")
+        if has_template:
+            (folder / "chat_template.jinja").write_text("{{ messages }}", "utf-8")
         record_dir = self.settings.data_dir / "records" / name
         record_dir.mkdir(parents=True)
         self.record_dirs[model_id] = record_dir

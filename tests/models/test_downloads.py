@@ -69,6 +69,59 @@ async def test_shards_are_fetched_once_and_no_second_format_of_them(hub: Hub, tm
         assert "params.json" not in names
 
 
+MISTRAL = {
+    "consolidated.safetensors": safetensors(noise(5000)),
+    "params.json": as_json({"dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2, "vocab_size": 64}),
+    "tekken.json": as_json({"config": {}, "vocab": []}),
+}
+
+
+async def test_a_repository_in_both_of_mistrals_forms_keeps_its_tokenizer_without_its_weights_twice(
+    hub: Hub, tmp_path: Path
+) -> None:
+    files = {**llama(), **MISTRAL}
+    del files["chat_template.jinja"]
+    hub.add("acme/both", files)
+    async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:
+        await yard.bring("acme/both")
+        model = await yard.model("acme/both")
+        assert model is not None
+        assert model.chat_template == "mistral"
+        assert "tekken.json" in files_below(yard.folder(model))
+        assert hub.sent("acme/both", "consolidated.safetensors") == 0
+
+
+async def test_a_repository_in_mistrals_form_alone_arrives_whole(hub: Hub, tmp_path: Path) -> None:
+    hub.add("acme/mistral", MISTRAL)
+    async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:
+        await yard.bring("acme/mistral")
+        model = await yard.model("acme/mistral")
+        assert model is not None
+        assert (model.task, model.chat_template) == ("generate", "mistral")
+        assert files_below(yard.folder(model)) == MISTRAL
+
+
+async def test_params_that_cannot_be_believed_are_refused_before_the_weights(hub: Hub, tmp_path: Path) -> None:
+    params = {"dim": "wide", "n_layers": 1}
+    hub.add("acme/mistral", {**MISTRAL, "params.json": as_json(params)})
+    async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:
+        assert failure_of(await yard.bring("acme/mistral")).code == "bad_configuration"
+        assert hub.sent("acme/mistral", "consolidated.safetensors") == 0
+
+
+@pytest.mark.parametrize("has_template", [True, False])
+async def test_a_guessed_chat_template_is_announced(hub: Hub, tmp_path: Path, has_template: bool) -> None:
+    hub.add(TINY, {name: content for name, content in llama().items() if has_template or "template" not in name})
+    async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:
+        job = await yard.bring(TINY)
+        model = await yard.model(TINY)
+        assert model is not None
+        assert model.chat_template == ("own" if has_template else "guessed")
+        warnings = [event.message for event in await yard.events(job.id) if event.level == "warning"]
+        assert len(warnings) == (0 if has_template else 1)
+        assert all("brings no chat template" in one for one in warnings)
+
+
 async def test_a_lora_repository_becomes_an_adapter_with_its_base(hub: Hub, tmp_path: Path) -> None:
     hub.add("acme/lora", adapter(TINY))
     async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:

@@ -77,7 +77,8 @@ async def deploy(session: AsyncSession, wish: Wish) -> tuple[Job, list[UUID]]:
         job = await jobs.create(session, kind=KIND, name=name, spec={}, subject=wish.model_id)
         same = Deployment(
             job_id=job.id, model_id=wish.model_id, adapter_ids=adapter_ids, task=model.task, pinned=pinned,
-            options=dict(wish.options), strategy=wish.strategy, idle_timeout_s=wish.idle_timeout_s,
+            chat_template=pinned.get("chat_template"), options=dict(wish.options), strategy=wish.strategy,
+            idle_timeout_s=wish.idle_timeout_s,
         )  # fmt: skip
         session.add(same)
         await session.flush()

@@ -93,6 +93,13 @@ def _ranks(settings: Settings, model: Model, adapters: Sequence[Model], running:
         files = model_files(settings, model)
     except JobFailure as failure:
         raise Unprocessable(f"{failure.message} {failure.hint}", param="model_id", code=failure.code) from failure
+    if adapters and files.is_mistral_format:
+        raise Unprocessable(
+            f"The weights of '{model.model_id}' are in Mistral's own format, by whose names no adapter can be checked: "
+            "deploy it without adapters, or add a repository of the model in the format of transformers.",
+            param="adapter_ids",
+            code="adapters_unsupported",
+        )
     loaded = {one["path"] for one in running.loaded} if running is not None else set()
     ranks = {}
     for adapter in adapters:

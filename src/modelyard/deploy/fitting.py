@@ -24,11 +24,13 @@ from modelyard.deploy.tables import LIVE, Deployment, DeploymentState, Strategy,
 from modelyard.deploy.vllm_args import AdapterFiles, ModelFiles, engine_command
 from modelyard.errors import JobFailure, Unprocessable
 from modelyard.models import config_file, kinds, store
+from modelyard.models.chat_template import TemplateSource, source_of
+from modelyard.models.mistral_format import is_mistral_format
 from modelyard.models.tables import Model
 from modelyard.models.tokenizer_child import BAD, HINT, TokenizerChildren
 from modelyard.processes import Command
 from modelyard.settings import Settings
-from modelyard.trainer.model_files import BOS, PLAIN_TEMPLATE, has_chat_template
+from modelyard.trainer.model_files import BOS, PLAIN_TEMPLATE
 
 #: States in which an engine has taken its memory, so that it will give it back.
 HOLDING = (DeploymentState.READY, DeploymentState.DRAINING, DeploymentState.STOPPING)
@@ -42,6 +44,8 @@ class Fitting:
         self._sessions = sessions
         self._children = TokenizerChildren()
         self.message = ""
+        #: What renders the chats of the model that the last command was for; None for one that has none.
+        self.template_source: TemplateSource | None = None
         #: A folder of the store never changes, and to check one is to read all of it.
         self._checked: dict[Path, AdapterFiles] = {}
         #: By a model's folder: the chat template that it gets if it has none.
@@ -115,9 +119,12 @@ class Fitting:
             files, adapter_files = servable_files(self._settings, model), self._adapter_files(model, adapters)
             options = EngineOptions(**row.options).over(self._settings)
             cache = self._settings.data_dir / "cache"
+            source = None
+            if files.task == "generate":
+                source = source_of(files.path, has_mistral_tokenizer=files.has_mistral_tokenizer)
+            self.template_source = source
             # Adapters are trained with the same one.
-            lacks = files.task == "generate" and not has_chat_template(files.path)
-            template = self._templates[files.path] if lacks else None
+            template = self._templates[files.path] if source == TemplateSource.GUESSED else None
             try:
                 command = engine_command(python, files, adapter_files, options, machine, scratch, cache, template)
             except JobFailure as failure:
@@ -170,7 +177,11 @@ def model_files(settings: Settings, model: Model) -> ModelFiles:
             f"{model.model_id} cannot be used: its {failure.message}",
             "Delete the model and add it again, or another revision of it.",
         ) from failure
-    return ModelFiles(model.model_id, path, model.size_bytes, config, model.task)
+    return ModelFiles(
+        model.model_id, path, model.size_bytes, config, model.task,
+        has_mistral_tokenizer=model.chat_template == TemplateSource.MISTRAL,
+        is_mistral_format=is_mistral_format(path),
+    )  # fmt: skip
 
 
 def servable_files(settings: Settings, model: Model) -> ModelFiles:

@@ -42,6 +42,9 @@ class ModelFiles:
     size_bytes: int
     config: Config
     task: str
+    #: Whether Mistral's tokenizer renders its chats, and whether its weights are in Mistral's format.
+    has_mistral_tokenizer: bool = False
+    is_mistral_format: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from fastapi import Depends, Query, Request
 
 from modelyard.deploy import actions, admission, succession
 from modelyard.deploy.routing import Routing
-from modelyard.deploy.schemas import DeployIn, DeployOut, DeployStatusOut
+from modelyard.deploy.schemas import DeployIn, DeployJobOut, DeployOut, DeployStatusOut
 from modelyard.http import Sessions, Settings, documented, router
 from modelyard.jobs import actions as jobs
 from modelyard.jobs.routes import Runner
@@ -39,7 +39,7 @@ async def get_deployment(sessions: Sessions, task: Task = None) -> DeployOut:
 @api.post("/", summary="Deploy a model", responses=documented(400, 404, 409, 413, 422))
 async def deploy_model(
     wanted: DeployIn, sessions: Sessions, settings: Settings, runner: Runner, routing: CurrentRouting
-) -> JobOut:
+) -> DeployJobOut:
     """Put a model with its adapters into service, in place of the current one of its kind.
 
     The job runs for as long as the model is in service. Deploying what is deployed already returns its job; with other
@@ -50,12 +50,13 @@ async def deploy_model(
     await admission.check(sessions, settings, wish)
     async with sessions.begin() as session:
         job, touched = await actions.deploy(session, wish)
+        answer = DeployJobOut.with_warnings(job, await actions.of_job(session, job.id))
     routing.changed()
     routing.stir()
     runner.wake()
     for job_id in (job.id, *touched):
         runner.news.tell(job_id)
-    return JobOut.of(job)
+    return answer
 
 
 @api.get("/status/", summary="Get the current deployment and its job", responses=documented(404, 422))

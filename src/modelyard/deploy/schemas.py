@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from modelyard.deploy.tables import Alias, AliasMove, Deployment, DeploymentState, Strategy, Wanted
 from modelyard.jobs.schemas import JobOut, Time
+from modelyard.jobs.tables import Job
+from modelyard.models.chat_template import GUESSED_HINT, GUESSED_WARNING, TemplateSource
 from modelyard.settings import Settings
 
 
@@ -162,6 +164,10 @@ class DeployOut(BaseModel):
         examples=[{"ft:support": {"tokens_equal": True, "prompts": 6, "acts": True, "changed_answers": 6}}],
     )
     adapter_failure: AdapterFailureOut | None
+    chat_template: TemplateSource | None = Field(
+        description="What renders chats: own, the model's template; mistral, Mistral's tokenizer; guessed, a default, "
+        "since the model has none: its answers to chats may be poor. null for embeddings, and until it is known."
+    )
     strategy: Strategy
     idle_timeout_s: float | None = Field(
         description="Seconds without a request after which the engine is ended; null: never.", examples=[None]
@@ -193,10 +199,29 @@ class DeployOut(BaseModel):
                 one["adapter_id"]: one["checks"] for one in deployment.loaded if serves and "checks" in one
             },
             adapter_failure=AdapterFailureOut(**failure) if failure is not None else None,
+            chat_template=TemplateSource(deployment.chat_template) if deployment.chat_template else None,
             strategy=Strategy(deployment.strategy),
             idle_timeout_s=deployment.idle_timeout_s,
             memory_bytes=deployment.memory_bytes,
         )
+
+
+class DeployJobOut(JobOut):
+    """The job of a deployment, with what whoever asked for it should know."""
+
+    warnings: list[str] = Field(
+        default_factory=list,
+        description="What will be served otherwise than might be expected, such as a guessed chat template.",
+        examples=[[]],
+    )
+
+    @classmethod
+    def with_warnings(cls, job: Job, deployment: Deployment) -> DeployJobOut:
+        """Show a job's row with the warnings about its deployment's."""
+        warnings = []
+        if deployment.chat_template == TemplateSource.GUESSED:
+            warnings.append(f"{GUESSED_WARNING.format(model_id=deployment.model_id)} {GUESSED_HINT}")
+        return cls(**JobOut.of(job).model_dump(), warnings=warnings)
 
 
 class DeployStatusOut(DeployOut):

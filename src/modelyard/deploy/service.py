@@ -32,6 +32,7 @@ from modelyard.deploy.vllm_args import socket_path
 from modelyard.errors import JobFailure
 from modelyard.jobs.runner import JobContext, JobInterrupted
 from modelyard.models import store
+from modelyard.models.chat_template import GUESSED_HINT, GUESSED_WARNING, TemplateSource
 from modelyard.processes import Child, Outcome
 
 if TYPE_CHECKING:
@@ -242,8 +243,9 @@ class Service:
                 lambda: self.fitting.command(self.row, python, private)
             )
             await self.record.move(
-                DeploymentState.STARTING, f"attempt {number}", engine_url=url, memory_bytes=memory_bytes, loaded=[]
-            )
+                DeploymentState.STARTING, f"attempt {number}", engine_url=url, memory_bytes=memory_bytes, loaded=[],
+                chat_template=self.fitting.template_source,
+            )  # fmt: skip
         self.plugins = command.env["VLLM_PLUGINS"].split(",")
         try:
             private.mkdir(mode=0o700)
@@ -266,6 +268,9 @@ class Service:
         self.readiness = Readiness(self.row.model_id, self.row.task)
         self.said_waiting = False
         data = {"attempt": number, "memory_bytes": memory_bytes}
+        if number == 1 and self.fitting.template_source == TemplateSource.GUESSED:
+            message = f"{GUESSED_WARNING.format(model_id=self.row.model_id)} {GUESSED_HINT}"
+            await self.context.event(message, level="warning", data={"code": "chat_template_guessed"})
         await self.context.event(f"Starting the engine (attempt {number}). {self.fitting.message}", data=data)
 
     async def _probe(self) -> None:

@@ -115,6 +115,8 @@ class Deployment(Base):
     #: When it was last asked to be the current one of its task.
     current_at: Mapped[datetime] = mapped_column(UtcDateTime(), default=utcnow)
     state: Mapped[str] = mapped_column(String(16), default=DeploymentState.STARTING)
+    #: What renders its chats (`models.chat_template.TemplateSource`); NULL where it renders none, or nobody looked yet.
+    chat_template: Mapped[str | None] = mapped_column(String(16))
     #: The adapters that clients may name: `{"adapter_id", "name", "path"}`, where `name` is the engine's for them, and
     #: `checks`, what was found before, where the adapter says how it can be checked.
     loaded: Mapped[list[dict[str, Any]]] = mapped_column(JSON(), default=list)

@@ -59,7 +59,13 @@ def engine_command(
     if model.task == "embed":
         argv += ["--runner", "pooling"]
         argv += ["--max-model-len", str(options.max_model_len)] if options.max_model_len else []
-    elif options.max_loras != 0:
+    elif model.is_mistral_format and adapters:
+        raise JobFailure(
+            "adapters_unsupported",
+            f"The weights of {model.model_id} are in Mistral's own format, by whose names no adapter can be checked.",
+            "Deploy it without adapters, or add a repository of the model in the format of transformers.",
+        )
+    elif options.max_loras != 0 and not model.is_mistral_format:
         slots = options.max_loras or MAX_LORAS
         argv += ["--enable-lora", "--max-loras", str(slots), "--max-lora-rank", str(lora_rank(options, rank))]
         # While an adapter is exchanged, its old and its new version are held.
@@ -72,6 +78,8 @@ def engine_command(
         )
     # Beam searches of raw prompts look at as many tokens as they need; the gateway keeps others to vLLM's bound.
     argv += ["--max-logprobs", "-1"] if model.task == "generate" else []
+    # vLLM would see it from the consolidated weights, which are not fetched beside the others.
+    argv += ["--tokenizer-mode", "mistral"] if model.has_mistral_tokenizer else []
     argv += ["--chat-template", chat_template] if chat_template and model.task == "generate" else []
     env = {
         "VLLM_NO_USAGE_STATS": "1",

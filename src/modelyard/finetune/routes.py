@@ -41,7 +41,8 @@ def _trainable(settings: Settings, known: list[Model]) -> list[Model]:
     found = []
     for model in known:
         try:
-            trainable.check(model.model_id, store.folder_of(settings.models_dir, model.path))
+            folder = store.folder_of(settings.models_dir, model.path)
+            trainable.check(model.model_id, folder, model.chat_template)
         except NotTrainable:
             continue
         found.append(model)
@@ -80,7 +81,8 @@ async def check(wanted: FinetuneIn, sessions: Sessions, settings: Settings) -> N
         )
     async with sessions.read() as session:
         model = await actions.trainable(session, wanted.model_id)
-    await asyncio.to_thread(trainable.check, model.model_id, store.folder_of(settings.models_dir, model.path))
+    folder = store.folder_of(settings.models_dir, model.path)
+    await asyncio.to_thread(trainable.check, model.model_id, folder, model.chat_template)
 
 
 @api.get("/", summary="List trainings, newest first", responses=documented(404, 422))

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from modelyard.errors import JobFailure, NotTrainable
 from modelyard.models import config_file
+from modelyard.models.chat_template import TemplateSource, has_chat_template
+from modelyard.models.mistral_format import is_mistral_format
 
 _OTHER = "Train a decoder model such as Llama, Qwen, Mistral, Gemma or Phi: GET /api/v1/finetune/models/ lists them."
 #: What models are for that continue no text.
@@ -20,8 +22,10 @@ _OTHER_USES = (
 _WITHOUT_LINEAR_LAYERS = frozenset({"gpt2", "openai-gpt", "mamba", "mamba2", "rwkv"})
 
 
-def check(model_id: str, folder: Path) -> None:
-    """Refuse a model whose configuration shows that it cannot be trained. Blocks on the disk.
+def check(model_id: str, folder: Path, chat_template: str | None = None) -> None:
+    """Refuse a model whose files show that it cannot be trained. Blocks on the disk.
+
+    `chat_template` is where its template comes from, as its row says.
 
     Raises:
         NotTrainable: with the reason.
@@ -32,8 +36,22 @@ def check(model_id: str, folder: Path) -> None:
         raise NotTrainable(
             f"{model_id} cannot be trained: its {failure.message} {failure.hint}", param="model_id"
         ) from None
-    if (fault := _fault(config)) is not None:
+    if (fault := _mistral_fault(folder, chat_template) or _fault(config)) is not None:
         raise NotTrainable(f"{model_id} {fault}", param="model_id")
+
+
+def _mistral_fault(folder: Path, chat_template: str | None) -> str | None:
+    if is_mistral_format(folder):
+        return (
+            "has weights in Mistral's own format, which the trainer does not read. Train a repository of the model in "
+            "the format of transformers."
+        )
+    if chat_template == TemplateSource.MISTRAL and not has_chat_template(folder):
+        return (
+            "is served with Mistral's own tokenizer and has no chat template in the format of transformers: an adapter "
+            "would learn from other prompts than it is then asked. Train a repository of the model that has one."
+        )
+    return None
 
 
 def _fault(config: config_file.Config) -> str | None:

@@ -22,6 +22,8 @@ from modelyard.models.tables import Model
 
 DOWNLOAD = "DOWNLOAD"
 DEFAULT_REVISION = "main"
+#: What of a row belongs to its commit.
+PINNED = ("commit", "path", "size_bytes", "chat_template")
 #: The revision of everything from the import directory.
 LOCAL_REVISION = "local"
 
@@ -150,7 +152,7 @@ def is_fixed(model: Model, revision: str) -> bool:
 
 def pin(model: Model) -> dict[str, Any]:
     """Return what somebody who uses a model keeps of it, to stay with its commit when the row goes on to another."""
-    return {"commit": model.commit, "path": model.path, "size_bytes": model.size_bytes}
+    return {name: getattr(model, name) for name in PINNED}
 
 
 def at_pin(model: Model, pinned: Mapping[str, Any] | None) -> Model:
@@ -158,7 +160,7 @@ def at_pin(model: Model, pinned: Mapping[str, Any] | None) -> Model:
     if pinned is None or pinned["path"] == model.path:
         return model
     said = {column.key: getattr(model, column.key) for column in Model.__table__.columns}
-    return Model(**said | {name: pinned[name] for name in ("commit", "path", "size_bytes")})
+    return Model(**said | {name: pinned[name] for name in PINNED if name in pinned})
 
 
 async def add(session: AsyncSession, model_id: str, revision: str, result: Mapping[str, Any]) -> Model:
@@ -170,6 +172,7 @@ async def add(session: AsyncSession, model_id: str, revision: str, result: Mappi
     model.adapter = bool(result["adapter"])
     model.base_model_id = result["base_model_id"]
     model.task = str(result["task"])
+    model.chat_template = result.get("chat_template")
     model.revision = revision
     model.commit = str(result["commit"])
     model.size_bytes = int(result["size_bytes"])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from modelyard.errors import JobFailure
+from modelyard.models import mistral_format
 
 CONFIG = "config.json"
 #: The largest honest ones, with 21,000 labels or a list of unquantised layers, have 2 MiB.
@@ -70,17 +71,34 @@ class _Long:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Return the configuration of the model in a folder, checked. Blocks.
+    """Return the configuration of the model in a folder, checked; that of Mistral's format in the same names. Blocks.
 
     Raises:
         JobFailure: `bad_configuration`: it is absent, not readable, or holds what it may not.
     """
+    is_mistral = not (folder / CONFIG).exists() and (folder / mistral_format.PARAMS).exists()
+    name = mistral_format.PARAMS if is_mistral else CONFIG
     try:
-        with open(folder / CONFIG, "rb") as file:
+        with open(folder / name, "rb") as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise _refusal(f"cannot be read ({error.strerror})") from None
-    return parse(content)
+    return parse_params(content) if is_mistral else parse(content)
+
+
+def parse_params(content: bytes) -> dict[str, Any]:
+    """Return what the bytes of Mistral's `params.json` say, checked, in the names of `config.json`.
+
+    Raises:
+        JobFailure: `bad_configuration`, with the key and the value.
+    """
+    try:
+        config = mistral_format.config_of(_parsed(content))
+        _check(config, "")
+    except JobFailure as failure:
+        message = failure.message.replace(CONFIG, mistral_format.PARAMS, 1)
+        raise JobFailure(failure.code, message, failure.hint) from None
+    return config
 
 
 def parse(content: bytes) -> dict[str, Any]:
@@ -89,6 +107,16 @@ def parse(content: bytes) -> dict[str, Any]:
     Raises:
         JobFailure: `bad_configuration`, with the key and the value.
     """
+    config = _parsed(content)
+    _check(config, "")
+    for name in TEXT_PARTS:
+        if isinstance(config.get(name), dict):
+            _check(config[name], f"{name}.")
+    return config
+
+
+def _parsed(content: bytes) -> dict[str, Any]:
+    """Return the object that a file's bytes hold, neither too long nor too deep."""
     if len(content) > MAX_BYTES:
         raise _refusal(f"has more than {MAX_BYTES} bytes")
     try:
@@ -98,10 +126,6 @@ def parse(content: bytes) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise _refusal("is not a JSON object")
     _look_through(config)
-    _check(config, "")
-    for name in TEXT_PARTS:
-        if isinstance(config.get(name), dict):
-            _check(config[name], f"{name}.")
     return config
 
 

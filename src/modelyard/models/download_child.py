@@ -3,8 +3,8 @@
 It resolves the revision, chooses the files, checks the disk, fetches and scans the configuration (so that a bad
 model is refused before gigabytes of it arrive), fetches and checks the weights, and moves the whole folder into place
 by one rename. It writes progress lines and one result file: `{"commit", "size_bytes", "adapter", "base_model_id",
-"task", "path", "left_out"}` or `{"failure": {"code", "message", "hint", "evidence", "transient"}}`. It never touches
-the database.
+"task", "chat_template", "path", "left_out"}` or `{"failure": {"code", "message", "hint", "evidence", "transient"}}`.
+It never touches the database.
 
 Killing it at any moment loses nothing: what has arrived lies in the partial folder, nothing is buffered here, and the
 default action of SIGTERM is the quickest way out. A lock on the partial folder, which the kernel gives back, keeps
@@ -32,7 +32,9 @@ from typing import Any
 from modelyard import evidence
 from modelyard.errors import JobFailure
 from modelyard.models import config_file, ids, kinds, scan, transfer
+from modelyard.models.chat_template import source_of
 from modelyard.models.download_spec import GIB, Spec
+from modelyard.models.mistral_format import PARAMS
 from modelyard.models.selection import ADAPTER_CONFIG, Selection, choose
 from modelyard.models.shards import INDEX, check_tensors, index_of
 from modelyard.models.transfer import Progress, Source, SourceFile, TryAgain
@@ -200,7 +202,9 @@ def _scan_whole(fetched: _Fetched, chosen: Selection) -> None:
     if chosen.adapter:
         scan.scan_adapter(fetched.json(ADAPTER_CONFIG))
     else:
-        kinds.task_of(config_file.parse(fetched.blobs[config_file.CONFIG].read_bytes()), fetched.any_json)
+        has_config = config_file.CONFIG in fetched.blobs
+        name, parse = (config_file.CONFIG, config_file.parse) if has_config else (PARAMS, config_file.parse_params)
+        kinds.task_of(parse(fetched.blobs[name].read_bytes()), fetched.any_json)
 
 
 def _check_space(spec: Spec, files: list[SourceFile], present: int) -> None:
@@ -304,17 +308,20 @@ def _describe(target: Path, chosen: Selection, files: list[SourceFile], commit: 
         return scan.read_json(name, path.read_bytes()) if path.is_file() else {}
 
     made = (target / INDEX).stat().st_size if chosen.unindexed else 0
-    base, task = None, kinds.Task.GENERATE
+    base, task, template = None, kinds.Task.GENERATE, None
     if chosen.adapter:
         base = scan.scan_adapter(config(ADAPTER_CONFIG))
     else:
         task = kinds.task_of(config_file.read(target), kinds.reader(target))
+        if task == kinds.Task.GENERATE:
+            template = str(source_of(target, has_mistral_tokenizer=chosen.has_mistral_tokenizer))
     return {
         "commit": commit,
         "size_bytes": sum(file.size for file in files) + made,
         "adapter": chosen.adapter,
         "base_model_id": base,
         "task": str(task),
+        "chat_template": template,
         "path": str(target.relative_to(models)),
         "left_out": [asdict(one) for one in chosen.left_out],
     }

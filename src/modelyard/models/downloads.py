@@ -23,6 +23,7 @@ from modelyard.db import Sessions
 from modelyard.errors import JobFailure
 from modelyard.jobs.runner import JobContext, JobInterrupted
 from modelyard.models import actions, store
+from modelyard.models.chat_template import GUESSED_HINT, GUESSED_WARNING, TemplateSource
 from modelyard.models.download_spec import GIB, Spec
 from modelyard.models.tables import Model
 from modelyard.processes import Child, Children, Command, child_environment
@@ -85,6 +86,9 @@ class Downloads:
             await actions.add(session, model_id, revision, result)
         await asyncio.to_thread(shutil.rmtree, job.folder / "hub", ignore_errors=True)
         await job.event(_arrived(model_id, revision, model, result["commit"]), data=result)
+        if result.get("chat_template") == TemplateSource.GUESSED:
+            message = f"{GUESSED_WARNING.format(model_id=model_id)} {GUESSED_HINT}"
+            await job.event(message, level="warning", data={"code": "chat_template_guessed"})
         left_out = result.get("left_out") or []
         if left_out:
             await job.event(_told(left_out), data={"left_out": left_out})

@@ -36,7 +36,7 @@ _READ = frozenset(
     }
 )  # fmt: skip
 _READ_BY_PATTERN = (
-    "*.jinja", "*.model", "*.tiktoken", "*.spm", "sentence_*_config.json",
+    "*.jinja", "*.model", "tokenizer.model.v[0-9]*", "*.tiktoken", "*.spm", "sentence_*_config.json",
     # Versions of a file for a library's version, which the main one names.
     "tokenizer.[0-9]*.json", "config.[0-9]*.json",
 )  # fmt: skip

@@ -7,6 +7,7 @@ from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_serializer
 
+from modelyard.models.chat_template import TemplateSource
 from modelyard.models.kinds import Task
 
 EXAMPLE: dict[str, JsonValue] = {
@@ -14,6 +15,7 @@ EXAMPLE: dict[str, JsonValue] = {
     "adapter": False,
     "base_model_id": None,
     "task": "generate",
+    "chat_template": "own",
     "revision": "main",
     "commit": "c1899de289a04d12100db370d81485cdf75e47ca",
     "size_bytes": 1518834176,
@@ -24,6 +26,7 @@ ADAPTER_EXAMPLE: dict[str, JsonValue] = {
     **EXAMPLE,
     "model_id": "acme/qwen3-support-lora",
     "adapter": True,
+    "chat_template": None,
     "base_model_id": "Qwen/Qwen3-0.6B",
     "commit": "5f0b02c75b57c5855da9ae460ce51323ea669d8a",
     "size_bytes": 18874368,
@@ -78,6 +81,9 @@ class ModelOut(BaseModel):
     """The model that an adapter belongs to."""
     task: Task
     """generate, or embed."""
+    chat_template: TemplateSource | None = None
+    """What renders chats: own, the model's template; mistral, Mistral's tokenizer; guessed, a default, since the model
+    has none. null for what renders none, and where it was added before this was looked at."""
     revision: str
     """The branch, tag or commit that was asked for."""
     commit: str

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from modelyard.errors import JobFailure
 from modelyard.models import kinds, shards
 from modelyard.models.file_names import MODULE_FOLDER, is_configuration, is_safe_path
+from modelyard.models.mistral_format import INDEX as MISTRAL_INDEX
+from modelyard.models.mistral_format import PARAMS, has_mistral_tokenizer, is_consolidated
 from modelyard.models.scan import parse, read_json
 from modelyard.models.shards import INDEX, listed
 
@@ -50,6 +52,8 @@ class Selection:
     adapter: bool
     #: Tensor to file, where an index says so: checked against each shard when it is there.
     weight_map: dict[str, str] | None = None
+    #: Whether vLLM would take Mistral's tokenizer for the whole repository.
+    has_mistral_tokenizer: bool = False
     left_out: tuple[LeftOut, ...] = ()
 
     @property
@@ -95,15 +99,17 @@ def select(paths: Collection[str]) -> Selection:
         configuration.append(INDEX)
     # transformers takes an adapter_config.json beside a model's weights for an order to load another model below it:
     # it is left out of a model.
-    if weights[0].startswith("consolidated") and "params.json" in usable:
-        configuration.append("params.json")
+    if is_consolidated(weights[0]) and PARAMS in usable:
+        configuration.append(PARAMS)
+        configuration += [path for path in usable if path == MISTRAL_INDEX]
     elif not adapter and "config.json" not in configuration:
         raise JobFailure(
             "missing_configuration",
             "The repository has weights but no config.json, so that no engine can tell what they are.",
             "Choose a repository in the format of transformers, or one with adapter_config.json for an adapter.",
         )
-    return Selection(tuple(configuration), tuple(weights), adapter)
+    tokenizer = not adapter and has_mistral_tokenizer(usable)
+    return Selection(tuple(configuration), tuple(weights), adapter, has_mistral_tokenizer=tokenizer)
 
 
 def _as_indexed(chosen: Selection, read: Callable[[str], bytes]) -> Selection:
@@ -160,7 +166,7 @@ def _model_weights(usable: list[str], paths: Collection[str]) -> list[str]:
     elif other:
         found, _ = shards.whole_sets(other)
     else:
-        found = top
+        found, _ = shards.whole_sets(top)
     if not found:
         return _refuse(usable, paths)
     return found + [path for path in usable if MODULE_FOLDER.fullmatch(path) and path.endswith(".safetensors")]

@@ -23,6 +23,8 @@ class Model(Base):
     # Not a foreign key: an adapter may arrive before its base. `actions.delete` keeps a base that is needed.
     base_model_id: Mapped[str | None] = mapped_column(String(200), index=True)
     task: Mapped[str] = mapped_column(String(16))
+    #: Where a generative model's chat template comes from (`chat_template.TemplateSource`); NULL where nobody looked.
+    chat_template: Mapped[str | None] = mapped_column(String(16))
     revision: Mapped[str] = mapped_column(String(200))
     commit: Mapped[str] = mapped_column(String(64))
     size_bytes: Mapped[int] = mapped_column(BigInteger())

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-_PLACES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
-_KEY = "chat_template"
+from modelyard.models.chat_template import has_chat_template
+
+__all__ = ["has_chat_template", "read_settings", "stop_ids_of"]
+
 MAX_BYTES = 16 * 1024 * 1024
 #: Where a default template has the tokenizer's first token, if it has one.
 BOS = "{BOS}"
@@ -20,13 +22,6 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
-
-
-def has_chat_template(folder: Path) -> bool:
-    """Whether the model in a folder brings a chat template. Blocks."""
-    return any((folder / name).exists() for name in _PLACES) or bool(
-        read_settings(folder, "tokenizer_config").get(_KEY)
-    )
 
 
 def read_settings(folder: Path, name: str) -> dict[str, Any]:
