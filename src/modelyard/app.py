@@ -67,6 +67,7 @@ from modelyard.gateway.upstream import Engines
 from modelyard.health.checks import Checks, of_database, of_storage
 from modelyard.health.routes import api as health_api
 from modelyard.http import error_response
+from modelyard.jobs.feeds import FollowerLimits
 from modelyard.jobs.routes import api as jobs_api
 from modelyard.jobs.runner import JobRunner
 from modelyard.models import actions as models
@@ -138,6 +139,7 @@ def create_app(foundation: Foundation) -> FastAPI:
             {models.DOWNLOAD: settings.max_downloads, finetunes.KIND: settings.max_finetunes},
             settings.jobs_dir,
             {finetunes.KIND: finetunes.ended, deployments.KIND: deployments.ended},
+            FollowerLimits(settings.max_job_followers, settings.max_followers),
         )
         errands = Errands(settings, children)
 

@@ -47,6 +47,7 @@
         ├── StorageUnavailable      503 storage_unavailable
         ├── OutOfFiles              503 too_many_open_files
         ├── TooManyConnections      503 too_many_connections
+        ├── TooManyFollowers        503 too_many_followers
         └── TooManyUploads          503 too_many_uploads
 
 The application maps the tree to HTTP once (`http.error_response`). A message speaks to the user (what,
@@ -431,6 +432,16 @@ class TooManyConnections(Unavailable):
         super().__init__(
             f"All {limit} connections that this server takes are in use: close some. "
             "MODELYARD_MAX_CONNECTIONS and the limit of open files (ulimit -n) set how many there are."
+        )
+
+
+class TooManyFollowers(Unavailable):
+    code = "too_many_followers"
+
+    def __init__(self, fact: str, setting: str) -> None:
+        super().__init__(
+            f"{fact} already, as many as {setting} allows. Ask for its status instead, or with follow=false.",
+            retry_after_s=10,
         )
 
 

@@ -110,6 +110,10 @@ class Settings(BaseSettings):
     """Characters that /tokenize takes for each token of the model's length; 64 KiB it always takes."""
     max_dataset_gib: float = Field(default=10.0, gt=0.0, le=150.0)
     """Largest dataset, in GiB."""
+    max_followers: int = Field(default=1024, ge=1, le=1_000_000)
+    """Clients that follow the events of jobs at the same time; more get 503."""
+    max_job_followers: int = Field(default=256, ge=1, le=1_000_000)
+    """Clients that follow the events of one job at the same time; more get 503."""
     max_uploads: int = Field(default=8, ge=1, le=256)
     """Uploads of datasets that go on at the same time; more get 503."""
     dataset_line_mib: int = Field(default=16, ge=1, le=256)

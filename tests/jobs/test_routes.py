@@ -7,15 +7,17 @@ import json
 import re
 import uuid
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 from benchmarks.jobs import measure
+from sqlalchemy import event
 
 from modelyard.errors import JobFailure
-from modelyard.jobs import routes
+from modelyard.jobs import feeds, routes
 from modelyard.jobs.routes import read_tail
 from tests.eventually import eventually
 from tests.jobs.server import Client, jobs_server
@@ -206,7 +208,8 @@ async def test_a_stream_that_broke_goes_on_after_its_last_event(database_url: st
 
 
 async def test_a_stream_longer_than_a_batch_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routes, "BATCH", 7)
+    monkeypatch.setattr(feeds, "BATCH", 7)
+    monkeypatch.setattr(feeds, "KEPT", 10)
     async with jobs_server("", tmp_path) as client:
         job_id = await client.yard.create()
         context = await client.yard.runs(job_id)
@@ -240,6 +243,70 @@ async def test_clients_that_leave_are_forgotten(tmp_path: Path) -> None:
                 await eventually(lambda: job_id in client.runner.news._followers, "the client is followed")
                 reply.close()
         await eventually(lambda: client.runner.news._followers == {}, "all are forgotten", within_s=5)
+
+
+async def test_however_many_follow_a_job_it_is_read_once_for_each_piece_of_news_and_never_while_nothing_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routes, "KEEP_ALIVE_S", 0.05)
+    async with jobs_server("", tmp_path) as client:
+        job_id = await client.yard.create()
+        context = await client.yard.runs(job_id)
+        statements: list[str] = []
+
+        def note(_connection: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
+            if "job_events" in statement and statement.startswith("SELECT"):
+                statements.append(statement)
+
+        event.listen(client.yard.sessions._reader.sync_engine, "before_cursor_execute", note)
+        async with AsyncExitStack() as stack:
+            streams = []
+            for _ in range(100):
+                reply = await stack.enter_async_context(client.http.get(f"{JOBS}/{job_id}/events/"))
+                streams.append(sse(reply))
+                await anext(streams[-1])
+            assert len(statements) == 1, "the first opened the feed"
+            await asyncio.sleep(0.5)
+            assert len(statements) == 1, "nothing came"
+            for number in range(3):
+                await context.event(f"event {number}")
+            for stream in streams:
+                seen = [json.loads((await anext(stream))["data"])["message"] for _ in range(3)]
+                assert seen == ["event 0", "event 1", "event 2"]
+            assert len(statements) <= 4
+
+
+async def test_more_followers_than_are_allowed_are_told_to_come_back(tmp_path: Path) -> None:
+    async with jobs_server("", tmp_path) as client:
+        first, second = [await client.yard.create() for _ in range(2)]
+        await client.yard.runs(first)
+        await client.yard.runs(second)
+        client.runner.feeds._limits = feeds.FollowerLimits(per_job=2, in_all=3)
+
+        async def refused(job_id: uuid.UUID) -> bool:
+            async with client.http.get(f"{JOBS}/{job_id}/events/") as reply:
+                if reply.status == 200:
+                    return False
+                error = (await reply.json())["error"]
+                assert (reply.status, error["code"]) == (503, "too_many_followers")
+                assert int(reply.headers["Retry-After"]) > 0
+                return True
+
+        async with AsyncExitStack() as stack:
+
+            async def joins(job_id: uuid.UUID) -> None:
+                reply = await stack.enter_async_context(client.http.get(f"{JOBS}/{job_id}/events/"))
+                await anext(sse(reply))
+
+            await joins(first)
+            await joins(first)
+            assert await refused(first), "as many as may follow one job"
+            await get(client, f"/{first}/events/", follow="false")
+            await joins(second)
+            assert await refused(second), "as many as may follow at all"
+        await eventually(lambda: client.runner.feeds._followers == 0, "all have left")
+        assert client.runner.feeds._feeds == {}
+        assert not await refused(first)
 
 
 async def test_a_last_event_id_that_is_no_number_is_422(tmp_path: Path) -> None:

@@ -95,6 +95,12 @@ async def append_event(
     return event
 
 
+async def newest_events(session: AsyncSession, job_id: UUID, limit: int) -> list[JobEvent]:
+    """Return a job's last events, oldest first."""
+    query = select(JobEvent).where(JobEvent.job_id == job_id).order_by(JobEvent.number.desc()).limit(limit)
+    return list(reversed((await session.scalars(query)).all()))
+
+
 async def events_after(session: AsyncSession, job_id: UUID, after: int, limit: int) -> Sequence[JobEvent]:
     """Return a job's events with a number above `after`, oldest first."""
     query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.number > after)

@@ -5,24 +5,21 @@ from __future__ import annotations
 import asyncio
 import os
 import pathlib
-from collections.abc import AsyncIterator
 from typing import Annotated
 from uuid import UUID
 
 from fastapi import Depends, Header, Path, Query, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
-from modelyard.db import Sessions as DatabaseSessions
 from modelyard.http import Sessions, documented, router
 from modelyard.jobs import actions
 from modelyard.jobs.runner import JobRunner
 from modelyard.jobs.schemas import EventOut, JobOut
-from modelyard.jobs.tables import ACTIVE, JobStatus
+from modelyard.jobs.tables import JobStatus
 
 api = router("/api/v1/jobs", "Jobs")
 
 KEEP_ALIVE_S = 10.0
-BATCH = 500
 LOG_BLOCK = 64 * 1024
 #: The most of a log that one answer carries.
 LOG_LIMIT = 8 * 1024 * 1024
@@ -84,7 +81,7 @@ async def interrupt_job(job_id: JobId, sessions: Sessions, runner: Runner) -> Jo
                 }
             },
         },
-        **documented(404, 422),
+        **documented(404, 422, 503),
     },
 )
 async def get_job_events(
@@ -97,48 +94,17 @@ async def get_job_events(
     """Stream everything so far, then what comes, until the job has ended.
 
     Each event's `event` is its level; `progress` events carry no id and are not kept, and the last one is `end`,
-    with the job as its data. A stream that broke goes on after `Last-Event-ID`.
+    with the job as its data. A stream that broke goes on after `Last-Event-ID`. So many may follow one job, and all
+    jobs together; one more gets 503 `too_many_followers`.
     """
-    async with sessions.read() as session:
-        await actions.get(session, job_id)
-        if not follow:
+    if not follow:
+        async with sessions.read() as session:
+            await actions.get(session, job_id)
             events = await actions.events_after(session, job_id, last_event_id, limit=100_000)
-            body = b"[" + b",".join(EventOut.of(event).model_dump_json().encode() for event in events) + b"]"
-            return Response(body, media_type="application/json")
-    stream = _stream(sessions, runner, job_id, last_event_id)
+        body = b"[" + b",".join(EventOut.of(event).model_dump_json().encode() for event in events) + b"]"
+        return Response(body, media_type="application/json")
+    stream = runner.feeds.stream(await runner.feeds.find(job_id), last_event_id, KEEP_ALIVE_S)
     return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-
-
-async def _stream(sessions: DatabaseSessions, runner: JobRunner, job_id: UUID, after: int) -> AsyncIterator[str]:
-    news = runner.news.follow(job_id)
-    shown_progress = None
-    try:
-        while True:
-            news.clear()
-            async with sessions.read() as session:
-                # The job is read before its events: once it has ended, all its events are there.
-                job = JobOut.of(await actions.get(session, job_id))
-                events = await actions.events_after(session, job_id, after, limit=BATCH)
-            for event in events:
-                after = event.number
-                yield f"id: {after}\nevent: {event.level}\ndata: {EventOut.of(event).model_dump_json()}\n\n"
-            if job.progress is not None and job.progress != shown_progress:
-                shown_progress = job.progress
-                yield f"event: progress\ndata: {job.progress.model_dump_json()}\n\n"
-            if len(events) == BATCH:
-                continue
-            if job.status not in ACTIVE:
-                yield f"event: end\ndata: {job.model_dump_json()}\n\n"
-                return
-            if runner.news.is_over:  # the follower comes back to the next server with its Last-Event-ID
-                return
-            try:
-                async with asyncio.timeout(KEEP_ALIVE_S):
-                    await news.wait()
-            except TimeoutError:
-                yield ": still there\n\n"
-    finally:
-        runner.news.leave(job_id, news)
 
 
 @api.get(

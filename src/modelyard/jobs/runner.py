@@ -30,6 +30,7 @@ from modelyard import outages, tasks
 from modelyard.db import Sessions, utcnow
 from modelyard.errors import IllegalMove, JobFailure
 from modelyard.jobs import actions, survival
+from modelyard.jobs.feeds import Feeds, FollowerLimits
 from modelyard.jobs.tables import ACTIVE, MOVES, Job, JobStatus
 from modelyard.states import move
 
@@ -173,8 +174,10 @@ class JobRunner:
         limits: Mapping[str, int],
         jobs_dir: Path,
         endings: Mapping[str, JobEnding] | None = None,
+        followers: FollowerLimits | None = None,
     ) -> None:
         self.news = News()
+        self.feeds = Feeds(sessions, self.news, followers or FollowerLimits())
         self._sessions = sessions
         self._functions = functions
         self._limits = limits

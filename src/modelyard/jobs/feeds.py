@@ -1,0 +1,236 @@
+"""What is sent to those who follow jobs: one reader for each followed job, whatever the number of its followers.
+
+A `Feed` reads its job when there is news of it, renders each event once, and wakes its followers, who take what they
+have not had yet from its newest events in memory. Only one that begins far back, or fell far behind, reads the database
+itself, one page at a time and two of them at a time in all. A follower that waits costs nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from modelyard import tasks
+from modelyard.db import Sessions
+from modelyard.errors import TooManyFollowers
+from modelyard.jobs import actions
+from modelyard.jobs.schemas import EventOut, JobOut
+from modelyard.jobs.tables import ACTIVE, JobEvent
+
+if TYPE_CHECKING:
+    from modelyard.jobs.runner import News
+
+log = logging.getLogger(__name__)
+
+BATCH = 500
+#: Events of a job that are kept in memory while somebody follows it.
+KEPT = 1000
+#: News that got lost must not leave followers waiting for ever: the one reader also looks by itself this often.
+LOOK_AGAIN_S = 30.0
+RETRY_S = 1.0
+#: A feed that nobody has begun to follow, since its client went away meanwhile, is closed after this.
+UNUSED_S = 10.0
+READERS_OF_THE_PAST = 2
+
+
+@dataclass(frozen=True)
+class FollowerLimits:
+    """How many may follow jobs at the same time: one job, and all together."""
+
+    per_job: int = 256
+    in_all: int = 1024
+
+
+class Feed:
+    """One job's events as its followers see them; `open` it first."""
+
+    def __init__(self, job_id: UUID, sessions: Sessions, news: News, past: asyncio.Semaphore) -> None:
+        self.job_id = job_id
+        self.followers = 0
+        self._sessions = sessions
+        self._news = news
+        self._past = past
+        self._told = news.follow(job_id)
+        self._kept: deque[tuple[int, str]] = deque()
+        # Every event with a number above this one is kept.
+        self._floor = 0
+        self._last = 0
+        self._changed = asyncio.Event()
+        self._is_over = False
+        self._watch: asyncio.Task[None] | None = None
+        self.job: JobOut
+
+    async def open(self) -> None:
+        """Read the job and its newest events.
+
+        Raises:
+            JobNotFound: there is none.
+        """
+        async with self._sessions.read() as session:
+            # The job is read before its events: once it has ended, all its events are there.
+            self.job = JobOut.of(await actions.get(session, self.job_id))
+            newest = await actions.newest_events(session, self.job_id, KEPT)
+        if len(newest) == KEPT:
+            self._floor = newest[0].number - 1
+        self._take(newest)
+        if self.job.status in ACTIVE:
+            self._watch = tasks.spawn(f"feed of job {self.job_id}", self._follow_news())
+
+    def close(self) -> None:
+        """Stop reading. Safe to repeat."""
+        self._news.leave(self.job_id, self._told)
+        if self._watch is not None:
+            self._watch.cancel()
+
+    async def stream(self, after: int, keep_alive_s: float) -> AsyncIterator[str]:
+        """Yield the events with a number above `after` as server-sent events, until the job has ended."""
+        shown = None
+        while True:
+            changed = self._changed
+            while after < self._floor:
+                after, text = await self._page_of_the_past(after)
+                if text:
+                    yield text
+            new = [text for number, text in self._kept if number > after] if after < self._last else []
+            after = max(after, self._last)
+            job = self.job
+            if job.progress is not None and job.progress != shown:
+                shown = job.progress
+                new.append(f"event: progress\ndata: {shown.model_dump_json()}\n\n")
+            if job.status not in ACTIVE:
+                new.append(f"event: end\ndata: {job.model_dump_json()}\n\n")
+            if new:
+                yield "".join(new)
+            # When the server stops, the follower comes back to the next one with its Last-Event-ID.
+            if job.status not in ACTIVE or self._is_over:
+                return
+            while not changed.is_set():
+                try:
+                    async with asyncio.timeout(keep_alive_s):
+                        await changed.wait()
+                except TimeoutError:
+                    yield ": still there\n\n"
+
+    async def _page_of_the_past(self, after: int) -> tuple[int, str]:
+        async with self._past, self._sessions.read() as session:
+            events = await actions.events_after(session, self.job_id, after, limit=BATCH)
+        reached = events[-1].number if len(events) == BATCH else max(self._floor, events[-1].number if events else 0)
+        return reached, "".join(map(_rendered, events))
+
+    async def _follow_news(self) -> None:
+        try:
+            while self.job.status in ACTIVE and not self._news.is_over:
+                try:
+                    async with asyncio.timeout(LOOK_AGAIN_S):
+                        await self._told.wait()
+                except TimeoutError:
+                    pass
+                self._told.clear()
+                try:
+                    await self._read()
+                except SQLAlchemyError as error:  # followers wait with us until the database is back
+                    log.warning("the events of job %s could not be read: %s", self.job_id, error)
+                    await asyncio.sleep(RETRY_S)
+                    self._told.set()
+                    continue
+                if self.job.status in ACTIVE:
+                    self._wake()
+        finally:
+            self._news.leave(self.job_id, self._told)
+            self._is_over = True
+            self._wake()
+
+    async def _read(self) -> None:
+        while True:
+            async with self._sessions.read() as session:
+                job = JobOut.of(await actions.get(session, self.job_id))
+                events = await actions.events_after(session, self.job_id, self._last, limit=BATCH)
+            self._take(events)
+            if len(events) < BATCH:
+                self.job = job
+                return
+
+    def _take(self, events: Sequence[JobEvent]) -> None:
+        for event in events:
+            self._kept.append((event.number, _rendered(event)))
+            self._last = event.number
+        while len(self._kept) > KEPT:
+            self._floor = self._kept.popleft()[0]
+
+    def _wake(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+
+class Feeds:
+    """The feeds of all jobs that somebody follows."""
+
+    def __init__(self, sessions: Sessions, news: News, limits: FollowerLimits) -> None:
+        self._sessions = sessions
+        self._news = news
+        self._limits = limits
+        self._past = asyncio.Semaphore(READERS_OF_THE_PAST)
+        self._feeds: dict[UUID, asyncio.Task[Feed]] = {}
+        self._followers = 0
+
+    async def find(self, job_id: UUID) -> Feed:
+        """Return the feed of a job for one more follower, who then begins with `stream`.
+
+        Raises:
+            JobNotFound: there is no such job.
+            TooManyFollowers: as many as may follow it, or jobs at all, do.
+        """
+        self._check_room(0)
+        opening = self._feeds.get(job_id)
+        if opening is None:
+            opening = self._feeds[job_id] = asyncio.create_task(self._open(job_id), name=f"open feed of job {job_id}")
+        feed = await asyncio.shield(opening)
+        self._check_room(feed.followers)
+        return feed
+
+    async def stream(self, feed: Feed, after: int, keep_alive_s: float) -> AsyncIterator[str]:
+        """Yield what `Feed.stream` does, counted as a follower."""
+        feed.followers += 1
+        self._followers += 1
+        try:
+            async for text in feed.stream(after, keep_alive_s):
+                yield text
+        finally:
+            feed.followers -= 1
+            self._followers -= 1
+            self._close_if_unused(feed)
+
+    def _check_room(self, followers: int) -> None:
+        if self._followers >= self._limits.in_all:
+            raise TooManyFollowers(f"{self._limits.in_all} clients follow jobs", "MODELYARD_MAX_FOLLOWERS")
+        if followers >= self._limits.per_job:
+            raise TooManyFollowers(f"{self._limits.per_job} clients follow this job", "MODELYARD_MAX_JOB_FOLLOWERS")
+
+    async def _open(self, job_id: UUID) -> Feed:
+        feed = Feed(job_id, self._sessions, self._news, self._past)
+        try:
+            await feed.open()
+        except BaseException:
+            feed.close()
+            del self._feeds[job_id]
+            raise
+        asyncio.get_running_loop().call_later(UNUSED_S, self._close_if_unused, feed)
+        return feed
+
+    def _close_if_unused(self, feed: Feed) -> None:
+        if feed.followers == 0:
+            feed.close()
+            opened = self._feeds.get(feed.job_id)
+            if opened is not None and opened.done() and opened.exception() is None and opened.result() is feed:
+                del self._feeds[feed.job_id]
+
+
+def _rendered(event: JobEvent) -> str:
+    return f"id: {event.number}\nevent: {event.level}\ndata: {EventOut.of(event).model_dump_json()}\n\n"
