@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from modelyard.errors import JobFailure
 from modelyard.models.file_names import is_configuration, is_safe_path
 from modelyard.models.selection import MAX_TOLD, Selection, choose
+from modelyard.models.shards import check_tensors, promised
 from tests.models.repositories import adapter, as_json, embedder, llama, sharded
 
 INDEX = "model.safetensors.index.json"
@@ -194,6 +196,44 @@ NEVER = [
 def test_what_nobody_needs_is_never_fetched(name: str) -> None:
     chosen = chosen_of([*llama(), name])
     assert name not in (*chosen.configuration, *chosen.weights)
+
+
+MANY = range(30_000)
+CROWDS = {
+    "sets that are not whole": [f"s{n}-00001-of-999999.safetensors" for n in MANY],
+    "sets of one": [f"s{n}-00001-of-00001.safetensors" for n in MANY],
+    "two sets of each": [f"s{n}-00001-of-0000{total}.safetensors" for n in MANY for total in (1, 2)],
+    "loose weights": [f"w{n}.safetensors" for n in MANY],
+    "templates": ["model.safetensors", *(f"t{n}.jinja" for n in MANY)],
+    "names in upper and lower case": [f"{name}{n}.safetensors" for n in MANY for name in "aA"],
+    "notes": ["model.safetensors", *(f"n{n}.json" for n in MANY)],
+}
+
+
+@pytest.mark.parametrize("crowd", CROWDS)
+def test_a_crowd_of_files_is_judged_in_seconds(crowd: str) -> None:
+    began = time.process_time()
+    outcome: Selection | JobFailure
+    try:
+        outcome = choose(["config.json", *CROWDS[crowd]], lambda _: b"{}")
+    except JobFailure as failure:
+        outcome = failure
+    if isinstance(outcome, Selection):
+        assert len(outcome.weights) == 1
+    else:
+        assert outcome.code in ("incomplete_weights", "ambiguous_weights", "too_many_files")
+        assert len(outcome.message) < 1000
+    assert time.process_time() - began < 5
+
+
+def test_an_index_of_a_million_names_is_checked_in_seconds() -> None:
+    names = [f"model-{n:05d}-of-01000.safetensors" for n in range(1, 1001)]
+    weight_map = {f"w{n}": names[n % 1000] for n in range(1_000_000)}
+    began = time.process_time()
+    promise = promised(weight_map)
+    for name in names:
+        check_tensors(promise[name], name, promise[name])
+    assert time.process_time() - began < 5
 
 
 def test_what_was_left_out_is_told_with_its_reason_in_bounded_words() -> None:

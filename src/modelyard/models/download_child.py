@@ -36,7 +36,7 @@ from modelyard.models.chat_template import source_of
 from modelyard.models.download_spec import GIB, Spec
 from modelyard.models.mistral_format import PARAMS
 from modelyard.models.selection import ADAPTER_CONFIG, Selection, choose
-from modelyard.models.shards import INDEX, check_tensors, index_of
+from modelyard.models.shards import INDEX, check_tensors, index_of, promised
 from modelyard.models.transfer import Progress, Source, SourceFile, TryAgain
 from modelyard.paths import below, inside, remove_tree
 
@@ -47,9 +47,9 @@ LOCK_WAIT_S = 30.0
 # Nothing of a model that was refused for one of these is worth keeping for another try.
 REFUSALS = frozenset(
     {"remote_code", "bad_configuration", "bad_weights", "bad_index", "pickle_only", "unsupported_format", "no_weights",
-     "missing_module", "incomplete_weights", "ambiguous_weights", "lfs_pointer", "missing_configuration",
-     "unsupported_adapter",
-     "unsupported_kind", "loads_from_elsewhere", "adapter_without_base"}
+     "missing_module", "too_many_files", "incomplete_weights", "ambiguous_weights", "lfs_pointer",
+     "missing_configuration", "unsupported_adapter", "unsupported_kind", "loads_from_elsewhere",
+     "adapter_without_base"}
 )  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def download(spec: Spec, progress: Progress) -> dict[str, Any]:
     blobs.mkdir(parents=True, exist_ok=True, mode=0o700)
     fetched = _Fetched(source, commit, blobs, progress)
     chosen = choose(paths, fetched.read)
-    fetched.weight_map = chosen.weight_map or {}
+    fetched.promised = promised(chosen.weight_map or {})
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         files = list(pool.map(lambda path: transfer.patiently(lambda: source.describe(path)), _all(chosen)))
     target = below(models, f"{ids.folder_name(spec.model_id)}/{commit}")
@@ -98,7 +98,7 @@ class _Fetched:
 
     def __init__(self, source: Source, commit: str, blobs: Path, progress: Progress) -> None:
         self.blobs: dict[str, Path] = {}
-        self.weight_map: dict[str, str] = {}
+        self.promised: dict[str, set[str]] = {}
         self._source = source
         self._commit = commit
         self._folder = blobs
@@ -163,7 +163,7 @@ class _Fetched:
         self._scan_weights(file.path)
 
     def _scan_weights(self, path: str) -> None:
-        check_tensors(self.weight_map, path, scan.scan_safetensors(self.blobs[path], path))
+        check_tensors(self.promised.get(path, ()), path, scan.scan_safetensors(self.blobs[path], path))
 
     def _fetch(self, file: SourceFile) -> None:
         blob = transfer.fetch(self._source, file, self._commit, self._folder, self._progress)

@@ -21,6 +21,8 @@ from modelyard.models.shards import INDEX, listed
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 SINGLE = "model.safetensors"
+#: How many files a model may have.
+MAX_FILES = 5000
 #: How many names of a kind are told of what was left out.
 MAX_TOLD = 5
 
@@ -69,7 +71,7 @@ def choose(paths: Collection[str], read: Callable[[str], bytes]) -> Selection:
 
     Raises:
         JobFailure: as `select` says; `bad_index`: the index is malformed, or names files that are not there;
-            `missing_module`: a layer of a model for embeddings is not there.
+            `missing_module`: a layer of a model for embeddings is not there; `too_many_files`.
     """
     chosen = select(paths)
     if INDEX in chosen.configuration:
@@ -77,6 +79,13 @@ def choose(paths: Collection[str], read: Callable[[str], bytes]) -> Selection:
     if kinds.MODULES in chosen.configuration:
         _check_modules(parse(kinds.MODULES, read(kinds.MODULES)), paths)
     _distinct(chosen.weights)
+    number = len(chosen.configuration) + len(chosen.weights)
+    if number > MAX_FILES:
+        raise JobFailure(
+            "too_many_files",
+            f"A loader would read {number} files of the repository, more than {MAX_FILES}.",
+            "The largest models have some hundreds: choose another repository.",
+        )
     return replace(chosen, left_out=_left_out(paths, chosen))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 
 from modelyard.errors import JobFailure
@@ -50,13 +50,21 @@ def check_shards(weight_map: Mapping[str, str], present: Collection[str]) -> lis
     return sorted(named)
 
 
-def check_tensors(weight_map: Mapping[str, str], shard: str, tensors: Collection[str]) -> None:
+def promised(weight_map: Mapping[str, str]) -> dict[str, set[str]]:
+    """Return the tensors that the index promises, by file."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for tensor, file in weight_map.items():
+        found[file].add(tensor)
+    return dict(found)
+
+
+def check_tensors(promise: Collection[str], shard: str, tensors: Collection[str]) -> None:
     """Check that a shard holds every tensor that the index promises to be in it.
 
     Raises:
         JobFailure: `bad_index`.
     """
-    missing = sorted({tensor for tensor, file in weight_map.items() if file == shard}.difference(tensors))
+    missing = sorted(set(promise).difference(tensors))
     if missing:
         raise JobFailure(
             "bad_index",
@@ -104,9 +112,14 @@ def whole_sets(names: Iterable[str]) -> tuple[list[str], list[str]]:
             whole.append(name)
         else:
             sets[match[1], int(match[3])][int(match[2])] = name
-    complete = {key: shards for key, shards in sets.items() if set(shards) == set(range(1, key[1] + 1))}
-    stems = [stem for stem, _ in complete]
-    doubled = sorted(stem for stem in set(stems) if stems.count(stem) > 1)
+    # Their numbers differ: that many of them, within bounds, are all of them.
+    complete = {
+        (stem, total): shards
+        for (stem, total), shards in sets.items()
+        if len(shards) == total and min(shards) == 1 and max(shards) == total
+    }
+    times = Counter(stem for stem, _ in complete)
+    doubled = sorted(stem for stem, found in times.items() if found > 1)
     if doubled:
         raise JobFailure(
             "ambiguous_weights",
