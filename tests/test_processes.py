@@ -168,6 +168,17 @@ async def test_the_processor_time_of_a_child_is_that_of_all_its_processes(yard: 
     assert await child.processor_times() == {}
 
 
+async def test_to_wait_for_a_processor_is_work_too(yard: Yard) -> None:
+    code = "import os\nos.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nos.fork(); os.fork()\nwhile True: pass"
+    child = await yard.start(python(code))
+    await eventually(lambda: len(kept(child)) == 4, "four share one processor")
+    before, began = await child.processor_times(), time.monotonic()
+    await asyncio.sleep(1.0)  # the time that is measured
+    after, seconds = await child.processor_times(), time.monotonic() - began
+    assert sum(after.values()) - sum(before.values()) > 2 * seconds
+    await child.kill()
+
+
 async def _above(count: Callable[[], Awaitable[float]], least: float) -> bool:
     return await count() > least
 

@@ -70,7 +70,10 @@ def start_time(pid: int | str) -> int:
 
 
 def processor_times(root: int) -> dict[int, float]:
-    """Return the processor time of every process that descends from `root`, in seconds by pid."""
+    """Return how long each process that descends from `root` worked or waited for its turn to, in seconds by pid.
+
+    On a busy machine one that works may be on the processor for a small part of the time only.
+    """
     ticks_per_s = os.sysconf("SC_CLK_TCK")
     parents: dict[int, int] = {}
     times: dict[int, float] = {}
@@ -82,6 +85,9 @@ def processor_times(root: int) -> dict[int, float]:
                 fields = file.read().rpartition(b")")[2].split()
             parents[int(name)] = int(fields[1])
             times[int(name)] = (int(fields[11]) + int(fields[12])) / ticks_per_s
+            # Of its first thread alone, which for a server is the one that answers; not every kernel tells.
+            with open(f"/proc/{name}/schedstat", "rb") as file:
+                times[int(name)] += int(file.read().split()[1]) / 1e9
     found = {root}
     while more := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= more

@@ -146,7 +146,7 @@ class Child:
         return await self.wait()
 
     async def processor_times(self) -> dict[int, float]:
-        """Return the processor time of each of its processes so far, in seconds by pid; nothing once it has ended."""
+        """Return how long each of its processes has worked or waited for a processor, by pid; nothing once it ended."""
         return await asyncio.to_thread(processor_times, self.pid) if self.is_alive else {}
 
     async def _watch(self) -> Outcome:
