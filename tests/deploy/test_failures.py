@@ -48,6 +48,36 @@ LINES = {
         "not_enough_memory",
         ["3.22", "3.6 GiB", "0.9"],
     ),
+    "no_torchvision": (
+        "(APIServer pid=1) ERROR [registry.py:1120] Error in inspecting model architecture 'SeesForCausalLM'\n"
+        "(APIServer pid=1) ERROR [registry.py:1120] ModuleNotFoundError: No module named 'torchvision'\n"
+        "  Value error, Model architectures ['SeesForCausalLM'] failed to be inspected. Please check the logs.",
+        "package_missing",
+        ["torchvision", "not installed", "cannot answer text either"],
+    ),
+    "no_submodule_of_torchvision": (
+        "ModuleNotFoundError: No module named 'torchvision.transforms'\n"
+        "Value error, Model architectures ['SeesForConditionalGeneration'] failed to be inspected.",
+        "package_missing",
+        ["torchvision"],
+    ),
+    "no_other_package": (
+        "ModuleNotFoundError: No module named 'timm.layers'\n"
+        "Value error, Model architectures ['OddForCausalLM'] failed to be inspected. Please check the logs.",
+        "package_missing",
+        ["timm.layers", "not installed"],
+    ),
+    "not_inspected_for_another_reason": (
+        "ImportError: cannot import name 'x' from 'y'\n"
+        "Value error, Model architectures ['OddForCausalLM'] failed to be inspected. Please check the logs.",
+        "architecture_not_loaded",
+        ["OddForCausalLM"],
+    ),
+    "a_missing_package_that_did_not_matter": (
+        "WARNING No module named 'torchvision'\nRuntimeError: No CUDA GPUs are available",
+        "no_gpu",
+        ["GPU"],
+    ),
     "gpu_full": (
         "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of "
         "23.64 GiB of which 1.10 GiB is free. Including non-PyTorch memory, this process has 22.5 GiB memory in use.",

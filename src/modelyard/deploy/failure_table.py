@@ -12,25 +12,51 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Row:
-    """A telling line and what it means. Groups of the pattern fill the message."""
+    """A telling line and what it means. Groups of the pattern fill the message. The log must hold `needs`, too."""
 
     pattern: re.Pattern[str]
     code: str
     message: str
     hint: str
+    needs: str = ""
 
 
-def _row(pattern: str, code: str, message: str, hint: str) -> Row:
-    return Row(re.compile(pattern), code, message, hint)
+def _row(pattern: str, code: str, message: str, hint: str, needs: str = "") -> Row:
+    return Row(re.compile(pattern), code, message, hint, needs)
 
 
 KILLED_HINT = "Look at the kernel's log (dmesg), and lower cpu_kv_cache_gib, max_num_seqs or max_model_len."
+#: vLLM imports an architecture's module before anything else, and says so when that fails.
+NOT_INSPECTED = "failed to be inspected"
 TABLE = (
     _row(
-        r"Model architectures \[?'?(?P<name>[^\]']+)'?\]? (?:are not supported|failed to be inspected)",
+        r"No module named '(?P<package>torchvision|torchaudio|torchcodec)\b",
+        "package_missing",
+        "The model also sees or hears, and vLLM's code for that imports {package}, which is not installed where "
+        "engines run; without it the model cannot answer text either.",
+        "The install for CPUs leaves {package} out, since its usual build needs CUDA. Serve the model on a GPU, or "
+        "install the CPU build that fits the torch there (from PyTorch's own index of CPU builds), or take a model for "
+        "text alone.",
+        needs=NOT_INSPECTED,
+    ),
+    _row(
+        r"No module named '(?P<package>[\w.]{1,100})'",
+        "package_missing",
+        "vLLM's code for this architecture imports {package}, which is not installed where engines run.",
+        "Install {package} for the Python that runs engines (MODELYARD_ENGINE_PYTHON), and deploy again.",
+        needs=NOT_INSPECTED,
+    ),
+    _row(
+        r"Model architectures \[?'?(?P<name>[^\]']+)'?\]? are not supported",
         "unsupported_architecture",
         "vLLM does not support the architecture {name}.",
         "Choose a model of a supported architecture.",
+    ),
+    _row(
+        r"Model architectures \[?'?(?P<name>[^\]']+)'?\]? failed to be inspected",
+        "architecture_not_loaded",
+        "vLLM knows the architecture {name}, and could not load its own code for it.",
+        "The evidence says why; GET /api/v1/jobs/<id>/log has all of it.",
     ),
     _row(
         r"model type `?'?(?P<name>[\w.-]+)'?`? but Transformers does not recognize this architecture",

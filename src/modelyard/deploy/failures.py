@@ -49,7 +49,7 @@ def explain(log: str, outcome: Outcome | None) -> JobFailure:
     """Return why the engine that wrote this log failed; `outcome` is None if it still ran. Blocks."""
     log = evidence.cut(log)
     for row in TABLE:
-        found = row.pattern.search(log)
+        found = row.pattern.search(log) if row.needs in log else None
         if found:
             groups = {
                 name: (value or "").strip().removesuffix(".0").replace("torch.", "")
