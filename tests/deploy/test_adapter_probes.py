@@ -78,6 +78,34 @@ async def test_an_adapter_that_the_engine_does_not_use_is_refused(tmp_path: Path
         assert (await yard.deployment(job_id)).state == "READY"
 
 
+@pytest.mark.parametrize("has_template", [True, False])
+async def test_an_adapter_from_elsewhere_is_asked_whether_it_acts(tmp_path: Path, has_template: bool) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        misbehave = {
+            "adapter_ignored": ["org/idle"],
+            "adapter_weak": ["org/weak"],
+            "no_chat_template": not has_template,
+        }
+        await yard.add_model("org/a", misbehave=misbehave)
+        for name in ("org/idle", "org/weak", "org/other"):
+            folder = await yard.add_adapter(name, "org/a")
+            # A stranger's word on itself, which would have it refused or passed.
+            write_probes(folder, [[{"role": "user", "content": "Not what was trained."}]])
+        job_id = await yard.deploy("org/a")
+        await yard.becomes(job_id, "READY")
+        await yard.deploy("org/a", ["org/weak", "org/other"])
+        await served(yard, job_id, "org/weak", "org/other")
+        weak, other = [one["checks"] for one in (await yard.deployment(job_id)).loaded]
+        assert other == {"prompts": 2, "acts": True, "changed_answers": 2, "largest_logprob_change": 0.0}
+        assert weak == {"prompts": 2, "acts": True, "changed_answers": 0, "largest_logprob_change": 0.01}
+        await yard.deploy("org/a", ["org/weak", "org/other", "org/idle"])
+        failure = await refusal(yard, job_id)
+        assert (failure["adapter_id"], failure["code"]) == ("org/idle", "adapter_does_not_act")
+        await served(yard, job_id, "org/weak", "org/other")
+        with pytest.raises(ModelNotFound):
+            await yard.routing.resolve("org/idle", "generate")
+
+
 async def test_a_weak_adapter_acts_if_only_probabilities_show_it(tmp_path: Path) -> None:
     async with deploy_yard(tmp_path) as yard:
         job_id = await trained(yard, adapter_weak=[TRAINED])

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from modelyard.deploy.adapters import MAX_RANKS, AdapterFacts, check_adapter, smallest_max_rank
+from modelyard.deploy.adapters import MAX_HEADER_BYTES, MAX_RANKS, AdapterFacts, check_adapter, smallest_max_rank
 from modelyard.errors import Unprocessable
 from tests.fixtures import missing
 
@@ -324,6 +324,46 @@ def test_a_base_inside_a_larger_model_is_recognised_by_the_part_that_is_numbered
     assert check_adapter(folder, {"text_config": CONFIG}, base_folder=base).rank == RANK
     other = adapter(tmp_path / "b", pair("model.language_model.layers.0.self_attn.q_proj", size=(32, 32)))
     assert "leads from 32 to 32" in refusal(other, {"text_config": CONFIG}, base).message
+
+
+ODD_PREFIXES = {
+    "inside a model that sees, before": "language_model.model.layers.{}.",
+    "inside a model that sees": "model.language_model.layers.{}.",
+    "of another family": "transformer.layers.{}.",
+    "wrapped by a compiler": "_orig_mod.model.layers.{}.",
+    "wrapped in part": "model._orig_mod.layers.{}.",
+    "wrapped for several GPUs": "model.module.layers.{}.",
+    "with a part more": "model.layers.{}.block.",
+}
+
+
+@pytest.mark.parametrize("prefix", ODD_PREFIXES.values(), ids=ODD_PREFIXES.keys())
+@pytest.mark.parametrize("half", [False, True], ids=["all", "half"])
+def test_layers_under_names_that_the_base_does_not_have_are_refused_with_those_that_it_has(
+    tmp_path: Path, prefix: str, half: bool
+) -> None:
+    base = base_weights(tmp_path / "base", {f"{Q_PROJ.format(n)}.weight": [HIDDEN, HIDDEN] for n in range(2)})
+    names = [Q_PROJ.format(0) if half else f"{prefix.format(0)}self_attn.q_proj", f"{prefix.format(1)}self_attn.q_proj"]
+    folder = adapter(tmp_path / "a", {**pair(names[0]), **pair(names[1])})
+    message = refusal(folder, CONFIG, base).message
+    assert f"adapts '{names[half]}', a name that its base does not have" in message
+    assert f"the base has '{Q_PROJ.format(int(half))}'" in message
+
+
+def test_a_base_that_was_saved_without_its_head_has_the_layers_of_the_whole(tmp_path: Path) -> None:
+    base = base_weights(tmp_path / "base", {f"layers.{n}.self_attn.q_proj.weight": [HIDDEN, HIDDEN] for n in range(2)})
+    assert check_adapter(adapter(tmp_path / "a"), CONFIG, base_folder=base).rank == RANK
+
+
+def test_a_header_of_many_mebibytes_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert 1024**2 < MAX_HEADER_BYTES < 64 * 1024**2
+    monkeypatch.setattr("modelyard.deploy.adapters.MAX_HEADER_BYTES", 300)
+    folder = adapter(tmp_path / "a")
+    error = refusal(folder)
+    assert error.code == "bad_weights"
+    assert "declares a header of" in error.message
 
 
 def test_a_quantised_base_is_not_measured_by_its_packed_weights(tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
-"""What is checked of an adapter that was trained here, before clients may name it: same tokens, and does it act?
+"""What is checked of an adapter before clients may name it: does it act, and has it the tokens of its training?
 
-Such an adapter's folder has `probes.json`: prompts with the token ids that the training made of them, `{"probes":
-[{"messages", "tools", "token_ids"}], "template_source", "template_is_dated"}`. The engine must make the same ids of
-them (but for the date, where the template has it), else it would ask for something else than was learnt. And it must
-answer otherwise with the adapter than without: an engine may take an adapter and not use it. An adapter without such a
-file, and one that was not trained here, is not checked. A busy engine is waited for. Nothing is written.
+An engine may take an adapter and not use it. So each one, wherever it is from, must answer otherwise than the model
+does without it: other tokens, or the same with other log probabilities. The folder of one that was trained here has
+`probes.json`: prompts with the token ids that the training made of them, `{"probes": [{"messages", "tools",
+"token_ids"}], "template_source", "template_is_dated"}`. The engine must make the same ids of them (but for the date,
+where the template has it), else it would ask for something else than was learnt. In a download, a file of that name is
+a stranger's word on itself, and not read. A busy engine is waited for. Nothing is written.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ MOST_PROBES = 16
 #: Asked besides the prompts of the training, in the engine's own rendering.
 QUESTIONS = ("Name three rivers.", "What is your name?", "Write one short sentence about the sea.")
 ANSWER_TOKENS = 16
+#: Of an adapter that comes without probes, no more than shows whether it acts: a text as it stands, since not every
+#: model has a chat template, and few tokens.
+TEXTS = QUESTIONS[:2]
+FEW_TOKENS = 4
 #: A date and a time of day in tokens, at most.
 DATE_TOKENS = 24
 #: So many of the training's prompts are answered; of a longer one the end: whether an adapter acts shows there, too.
@@ -82,24 +87,31 @@ def _probe(said: dict[str, Any]) -> Probe:
     return Probe(messages, tools or None, ids)
 
 
-async def check(client: EngineClient, adapter_id: str, name: str, base: str, probes: Probes) -> dict[str, Any]:
-    """Ask an engine for what the probes tell, and whether the adapter acts.
+async def check(
+    client: EngineClient, adapter_id: str, name: str, base: str, probes: Probes | None, patience_s: float
+) -> dict[str, Any]:
+    """Ask an engine whether an adapter acts, and for what its probes tell.
 
     Args:
         client: The engine.
         adapter_id: What clients call the adapter.
         name: What the engine calls it.
         base: What the engine calls the model without it.
-        probes: Of the adapter's folder.
+        probes: Of the adapter's folder, if it was trained here.
+        patience_s: For how long a busy engine is waited for.
 
     Returns:
-        `{"tokens_equal", "prompts", "acts", "changed_answers", "largest_logprob_change", "template_source"}`.
+        `{"prompts", "acts", "changed_answers", "largest_logprob_change"}`, with probes `{"tokens_equal",
+        "template_source"}` too.
 
     Raises:
         JobFailure: `tokens_differ`, `prompt_not_rendered`, `adapter_does_not_act`, `adapter_does_not_generate`, or
             `adapter_probe_timeout` where the engine had no time for it.
     """
-    asking = _Asking(client, adapter_id, time.monotonic() + PATIENCE_S)
+    asking = _Asking(client, adapter_id, time.monotonic() + patience_s)
+    if probes is None:
+        texts = [await asking.text(base, one) for one in TEXTS]
+        return await _acts(asking, adapter_id, name, base, texts, FEW_TOKENS)
     prompts = []
     for number, probe in enumerate(probes.probes, 1):
         ids = (found := await asking.prompt(base, probe.messages, probe.tools)).token_ids
@@ -108,9 +120,17 @@ async def check(client: EngineClient, adapter_id: str, name: str, base: str, pro
         prompts.append(found)
     del prompts[MOST_ANSWERED:]
     prompts += [await asking.prompt(base, [{"role": "user", "content": one}], None) for one in QUESTIONS]
-    asked = [one.token_ids[-max(1, min(LONGEST_PROMPT, one.max_model_len - ANSWER_TOKENS)) :] for one in prompts]
+    found_of_acts = await _acts(asking, adapter_id, name, base, prompts, ANSWER_TOKENS)
+    return {"tokens_equal": True, **found_of_acts, "template_source": probes.template_source}
+
+
+async def _acts(
+    asking: _Asking, adapter_id: str, name: str, base: str, prompts: list[Prompt], tokens: int
+) -> dict[str, Any]:
+    asked = [one.token_ids[-max(1, min(LONGEST_PROMPT, one.max_model_len - tokens)) :] for one in prompts]
     # Once for nothing: what an engine has in its cache it may work out a little differently.
-    _, _, before, adapted, again = [await asking.answers(one, asked) for one in (base, name, base, name, base)]
+    turns = (base, name, base, name, base)
+    _, _, before, adapted, again = [await asking.answers(one, asked, tokens) for one in turns]
     noise = max(change(one, other) for one, other in zip(before, again, strict=True))
     steady = [ids.token_ids == other.token_ids for ids, other in zip(before, again, strict=True)]
     changed = sum(
@@ -123,16 +143,14 @@ async def check(client: EngineClient, adapter_id: str, name: str, base: str, pro
             "adapter_does_not_act",
             f"With {adapter_id} the engine answers {len(prompts)} prompts just as without it: no token is another one, "
             f"and log probabilities differ by {largest:.2g} at most (without it, asked twice, by {noise:.2g}).",
-            "Train it longer or with a higher learning rate; if its weights are not zero, tell us: the engine does not "
-            "use it.",
+            "Train it longer or with a higher learning rate, or choose a later checkpoint; if its weights are not "
+            "zero, tell us: the engine does not use it.",
         )
     return {
-        "tokens_equal": True,
         "prompts": len(prompts),
         "acts": True,
         "changed_answers": changed,
         "largest_logprob_change": round(largest, 6),
-        "template_source": probes.template_source,
     }
 
 
@@ -200,19 +218,30 @@ class _Asking:
                 )
             await self._wait(found.message)
 
-    async def answers(self, name: str, prompts: list[list[int]]) -> list[Answer]:
+    async def text(self, name: str, text: str) -> Prompt:
         while True:
-            found = await self._client.answers(name, prompts, ANSWER_TOKENS, self._timeout_s())
+            found = await self._client.text_prompt(name, text, self._timeout_s())
+            if isinstance(found, Prompt):
+                return found
+            if found.is_final:
+                raise self._no_answers(name, found.message)
+            await self._wait(found.message)
+
+    async def answers(self, name: str, prompts: list[list[int]], tokens: int) -> list[Answer]:
+        while True:
+            found = await self._client.answers(name, prompts, tokens, self._timeout_s())
             if isinstance(found, list):
                 return found
             if found.is_final:
-                raise JobFailure(
-                    "adapter_does_not_generate",
-                    f"The engine loaded {self._adapter_id}, but the prompts that check it failed with '{name}': "
-                    f"{found.message}",
-                    "The job's log has all that the engine says.",
-                )
+                raise self._no_answers(name, found.message)
             await self._wait(found.message)
+
+    def _no_answers(self, name: str, message: str) -> JobFailure:
+        return JobFailure(
+            "adapter_does_not_generate",
+            f"The engine loaded {self._adapter_id}, but the prompts that check it failed with '{name}': {message}",
+            "The job's log has all that the engine says.",
+        )
 
     def _timeout_s(self) -> float:
         return max(1.0, self._until - time.monotonic())

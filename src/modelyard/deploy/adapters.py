@@ -16,10 +16,11 @@ import math
 import re
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from modelyard.deploy.base_layers import FLOATS, BaseLayers, base_layers, header_of, tail_of
 from modelyard.errors import JobFailure, Unprocessable
 from modelyard.models import scan
 
@@ -29,6 +30,10 @@ WEIGHTS = "adapter_model.safetensors"
 MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 #: Weights above this size are not read for numbers that are none: a request waits for the check.
 MAX_READ_BYTES = 256 * 1024**2
+#: Of an adapter's weights. One on every expert of a large model has some MiB of names.
+MAX_HEADER_BYTES = 16 * 1024**2
+#: Of a configuration: the language model is one part of several.
+PARTS = ("text_config", "vision_config", "audio_config", "thinker_config")
 _MAX_CONFIG_BYTES = 1024**2
 # Small, since nothing else of the server runs while a block is looked at.
 _READ_BYTES = 512 * 1024
@@ -53,11 +58,9 @@ _UNSERVED = {
 }
 # The others change the base's weights when PEFT loads them (PiSSA, OLoRA, CorDA, LoftQ), or are not known.
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
-_FLOATS = {"F64", "F32", "F16", "BF16"}
 _NAME = re.compile(r"^(?:base_model\.model\.)?(.+)\.(?:lora_(A|B)\.weight|lora_embedding_(A|B))")
 # PEFT keeps a copy of the base's own embedding beside an adapter on it; vLLM passes it over.
 _COPIES = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
-_NUMBERED = re.compile(r"(?:^|\.)([A-Za-z_]\w*\.\d+\..+)$")
 
 
 @dataclass(frozen=True)
@@ -104,15 +107,6 @@ class _Pair:
     is_embedding: bool = False
 
 
-@dataclass
-class _Base:
-    """What is known of the base's layers: by their names from the numbered part on, by their last names."""
-
-    shapes: dict[str, list[list[int]]] = field(default_factory=dict)
-    kinds: set[str] = field(default_factory=set)
-    numbered: set[str] = field(default_factory=set)
-
-
 class _Check:
     """One adapter being checked."""
 
@@ -120,6 +114,7 @@ class _Check:
         self.folder = folder
         text = base.get("text_config")
         self.base = {**base, **text} if isinstance(text, dict) else dict(base)
+        self.has_parts = any(isinstance(base.get(part), dict) for part in PARTS)
         self.adapter_id = adapter_id
         self.base_folder = base_folder
 
@@ -127,7 +122,7 @@ class _Check:
         config = self._config()
         ranks = self._ranks(config)
         path = self._weights()
-        header = _header(path)
+        header = header_of(path)
         pairs = self._pairs(header)
         for module, pair in pairs.items():
             self._check_rank(module, pair, ranks)
@@ -197,7 +192,7 @@ class _Check:
                 "Save it with PEFT's save_pretrained, whose weights are one file of safetensors.",
             )
         try:
-            scan.scan_safetensors(path, WEIGHTS)
+            scan.scan_safetensors(path, WEIGHTS, MAX_HEADER_BYTES)
         except JobFailure as failure:
             raise Unprocessable(
                 f"The adapter '{self.adapter_id}' is damaged: {failure.message} {_DAMAGED}",
@@ -214,7 +209,7 @@ class _Check:
             match = _NAME.fullmatch(name)
             if match is None:
                 self._refuse(f"has weights that are no LoRA's: {name[:120]!r}", _MERGE)
-            if entry["dtype"] not in _FLOATS or len(entry["shape"]) != 2:
+            if entry["dtype"] not in FLOATS or len(entry["shape"]) != 2:
                 kind = f"{entry['dtype']} {entry['shape']}"[:80]
                 self._refuse(f"has weights of an unknown form at {name[:120]!r}: {kind}", "They must be matrices.")
             pair = pairs.setdefault(match[1], _Pair())
@@ -243,7 +238,7 @@ class _Check:
             )
 
     def _check_layers(self, pairs: Mapping[str, _Pair]) -> None:
-        known = self._base_layers()
+        known = base_layers(self.base_folder)
         for module, pair in pairs.items():
             if ".experts" in module:
                 continue  # one tensor for each expert in one library is one for all in another
@@ -255,8 +250,9 @@ class _Check:
                     "Train it on the whole model (AutoModelForCausalLM), or put 'model.' before these names.",
                 )
             self._check_place(module, known)
+            self._check_name(module, known)
             given = [pair.a[1], pair.b[0]]
-            fitting = known.shapes.get(_tail(module)) or self._shapes_by_config(module, given)
+            fitting = known.shapes.get(tail_of(module)) or self._shapes_by_config(module, given)
             if pair.is_embedding:
                 fitting = [shape[::-1] for shape in fitting]
             # A layer of GPT-2's kind stores its weight the other way round.
@@ -267,8 +263,8 @@ class _Check:
                     _OTHER_BASE,
                 )
 
-    def _check_place(self, module: str, known: _Base) -> None:
-        kind, tail = module.rpartition(".")[2], _tail(module)
+    def _check_place(self, module: str, known: BaseLayers) -> None:
+        kind, tail = module.rpartition(".")[2], tail_of(module)
         number = re.match(r"^\w+\.(\d+)\.", tail)
         if known.kinds:
             if kind not in known.kinds and kind != "lm_head":
@@ -281,6 +277,18 @@ class _Check:
         if absent:
             self._refuse(f"adapts {module[:120]!r}, a layer that its base does not have", _OTHER_BASE)
 
+    def _check_name(self, module: str, known: BaseLayers) -> None:
+        # How vLLM renames the layers of a model that also sees only the engine knows, which is asked by loading.
+        if self.has_parts or known.has(module):
+            return
+        instead = ", ".join(repr(name[:120]) for name in known.like(module)[:2])
+        self._refuse(
+            f"adapts {module[:120]!r}, a name that its base does not have, so that vLLM would pass it over; the base "
+            f"has {instead or 'no such layer'}",
+            "It was made inside another model (one that also sees, or one wrapped by a compiler or for several GPUs): "
+            "save it with the base's own names.",
+        )
+
     def _shapes_by_config(self, module: str, given: list[int]) -> list[list[int]]:
         """Return what a usual layer's shape must be, as far as the configuration tells, in the form of a weight's."""
         kind, hidden = module.rpartition(".")[2], self.base.get("hidden_size")
@@ -292,22 +300,6 @@ class _Check:
 
     def _is_turned(self) -> bool:
         return str(self.base.get("model_type")) in ("gpt2", "openai-gpt")
-
-    def _base_layers(self) -> _Base:
-        known = _Base()
-        files = sorted(self.base_folder.glob("*.safetensors")) if self.base_folder is not None else []
-        for path in files:
-            for name, entry in _header(path).items():
-                module, _, last = name.rpartition(".")
-                tail = _tail(module)
-                known.kinds.add(module.rpartition(".")[2])
-                if number := re.match(r"^\w+\.\d+\.", tail):
-                    known.numbered.add(number[0])
-                # A quantised weight's shape says nothing of the layer's.
-                plain = entry["dtype"] in _FLOATS or str(entry["dtype"]).startswith("F8")
-                if last == "weight" and plain and len(entry["shape"]) == 2:
-                    known.shapes.setdefault(tail, []).append(entry["shape"])
-        return known
 
     def _check_numbers(self, path: Path, header: Mapping[str, Any]) -> None:
         with open(path, "rb") as file:
@@ -323,21 +315,6 @@ class _Check:
                             "Its training went astray: use an earlier checkpoint, or train it with a lower rate.",
                             "bad_weights",
                         )
-
-
-def _header(path: Path) -> dict[str, Any]:
-    """Return the tensors' entries of a weights file that has been scanned."""
-    with open(path, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header: dict[str, Any] = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return header
-
-
-def _tail(module: str) -> str:
-    """Return a layer's name from its numbered part on, which is the same under whatever the model is part of."""
-    match = _NUMBERED.search(module)
-    return match[1] if match else module.rpartition(".")[2]
 
 
 # A number is none if all bits of its exponent are set. Each table maps a byte to 1 where its part of them is set.

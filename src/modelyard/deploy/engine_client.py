@@ -145,7 +145,14 @@ class EngineClient:
     ) -> Prompt | Wrong:
         """Return the prompt that the engine makes of a conversation that awaits an answer."""
         body: dict[str, Any] = {"model": name, "messages": messages, "add_generation_prompt": True}
-        found = await self._ask("/tokenize", body | ({"tools": tools} if tools else {}), timeout_s)
+        return await self._tokenized(body | ({"tools": tools} if tools else {}), timeout_s)
+
+    async def text_prompt(self, name: str, text: str, timeout_s: float) -> Prompt | Wrong:
+        """Return the prompt that the engine makes of a text: every model that generates has one."""
+        return await self._tokenized({"model": name, "prompt": text}, timeout_s)
+
+    async def _tokenized(self, body: dict[str, Any], timeout_s: float) -> Prompt | Wrong:
+        found = await self._ask("/tokenize", body, timeout_s)
         if isinstance(found, Wrong):
             return found
         try:

@@ -1,8 +1,8 @@
 """Adapters of a running engine: loaded under a versioned name, probed, checked, named to clients, unloaded.
 
 An engine knows an adapter as `<adapter id>@<n>`, so that a changed adapter never takes the name of the one before it,
-whose requests still run: replacing in place has vLLM keep answers of the old one. What is checked of an adapter that
-was trained here is `adapter_probes`'. The supervisor names it to clients; nothing here writes to the database.
+whose requests still run: replacing in place has vLLM keep answers of the old one. What is checked of an adapter is
+`adapter_probes`'. The supervisor names it to clients; nothing here writes to the database.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ async def load(
             # Only a training here writes them: a file of that name in a download is a stranger's word on itself.
             trained_here = is_trained(adapter.adapter_id)
             probes = await asyncio.to_thread(adapter_probes.read, adapter.path) if trained_here else None
-            await _load_one(client, adapter, name, PROBE_TIMEOUT_S if probes is None else adapter_probes.PATIENCE_S)
-            if probes is not None:
-                fresh[-1]["checks"] = await _check(client, adapter, name, base, probes)
+            patience_s = PROBE_TIMEOUT_S if probes is None else adapter_probes.PATIENCE_S
+            await _load_one(client, adapter, name, patience_s)
+            fresh[-1]["checks"] = await _check(client, adapter, name, base, probes, patience_s)
     except BaseException:
         for one in fresh:
             await client.unload_adapter(one["name"], UNLOAD_TIMEOUT_S)
@@ -134,10 +134,15 @@ async def _load_one(client: EngineClient, adapter: Adapter, name: str, probe_tim
 
 
 async def _check(
-    client: EngineClient, adapter: Adapter, name: str, base: str, probes: adapter_probes.Probes
+    client: EngineClient,
+    adapter: Adapter,
+    name: str,
+    base: str,
+    probes: adapter_probes.Probes | None,
+    patience_s: float,
 ) -> dict[str, Any]:
     try:
-        return await adapter_probes.check(client, adapter.adapter_id, name, base, probes)
+        return await adapter_probes.check(client, adapter.adapter_id, name, base, probes, patience_s)
     except JobFailure as failure:
         raise AdapterRefused(adapter.adapter_id, failure) from None
 

@@ -158,9 +158,9 @@ class DeployOut(BaseModel):
     wanted: Wanted = Field(description=_WANTED)
     served_adapter_ids: list[str] = Field(description="The adapters that requests may name now.", examples=[[]])
     adapter_checks: dict[str, dict[str, Any]] = Field(
-        description="What was found of adapters that were trained here before requests could name them, by their ids: "
-        "whether prompts are tokenised as in the training, how many fixed prompts are answered otherwise than without "
-        "the adapter, and by how much the log probabilities of their tokens change at most.",
+        description="What was found of adapters before requests could name them, by their ids: how many fixed prompts "
+        "are answered otherwise than without the adapter, by how much the log probabilities of their tokens change at "
+        "most, and for one that was trained here whether prompts are tokenised as in the training.",
         examples=[{"ft:support": {"tokens_equal": True, "prompts": 6, "acts": True, "changed_answers": 6}}],
     )
     adapter_failure: AdapterFailureOut | None

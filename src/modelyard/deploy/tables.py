@@ -118,7 +118,7 @@ class Deployment(Base):
     #: What renders its chats (`models.chat_template.TemplateSource`); NULL where it renders none, or nobody looked yet.
     chat_template: Mapped[str | None] = mapped_column(String(16))
     #: The adapters that clients may name: `{"adapter_id", "name", "path"}`, where `name` is the engine's for them, and
-    #: `checks`, what was found before, where the adapter says how it can be checked.
+    #: `checks`, what was found of it before.
     loaded: Mapped[list[dict[str, Any]]] = mapped_column(JSON(), default=list)
     #: Why the last change of adapters was taken back: `{"adapter_id", "code", "message", "hint"}`.
     adapter_failure: Mapped[dict[str, str] | None] = mapped_column(JSON())

@@ -105,7 +105,7 @@ def refuse_pointer(path: Path, name: str) -> None:
     )
 
 
-def scan_safetensors(path: Path, name: str) -> frozenset[str]:
+def scan_safetensors(path: Path, name: str, max_header_bytes: int = MAX_HEADER_BYTES) -> frozenset[str]:
     """Refuse a weights file whose header and size disagree, and return its tensors' names. Reads the header only.
 
     Raises:
@@ -117,7 +117,7 @@ def scan_safetensors(path: Path, name: str) -> frozenset[str]:
         if len(start) < 8:
             raise _bad_weights(name, f"has {size} bytes, too few for a header")
         (length,) = struct.unpack("<Q", start)
-        if length > MAX_HEADER_BYTES or length + 8 > size:
+        if length > max_header_bytes or length + 8 > size:
             raise _bad_weights(name, f"declares a header of {length} bytes in a file of {size}")
         raw = file.read(length)
     return check_header(name, raw, size - 8 - length)
