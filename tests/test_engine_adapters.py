@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,11 @@ MODEL = "local:tiny-llama"
 KINDS = ("plain", "another", "patterns", "dora", "idle", "weak")
 #: Those that say how they were trained, so that they are checked.
 TRAINED = ("trained", "foreign", "idle", "weak")
+#: Copies of the plain one, with other parts in the names of all layers, or of the second.
+ODD_NAMES = {
+    "inside": ("model.model.layers", "model.language_model.model.layers"),
+    "half": (".layers.1.", "._orig_mod.layers.1."),
+}
 #: What the trained ones were asked, as their folders say.
 QUESTIONS = ("Who are you?", "Name a river.", "What is 7 times 6?")
 #: Of float32, so that greedy answers are the same in two libraries.
@@ -61,6 +67,10 @@ def imports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # What has 'experts' in its name is left to the engine, and this model has none.
     shutil.copytree(folder / "plain", folder / "odd")
     write_tensors(folder / "odd" / "adapter_model.safetensors", pair("model.layers.0.mlp.experts", 8))
+    for name, parts in ODD_NAMES.items():
+        shutil.copytree(folder / "plain", folder / name)
+        rename_layers(folder / name / "adapter_model.safetensors", *parts)
+    shutil.copytree(folder / "idle", folder / "sleepy")
     for kind in ("trained", "foreign"):
         shutil.copytree(folder / "plain", folder / kind)
     for kind in TRAINED:
@@ -70,6 +80,16 @@ def imports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     foreign["probes"][1]["token_ids"][3] += 1
     (folder / "foreign" / "probes.json").write_text(json.dumps(foreign))
     return folder
+
+
+def rename_layers(path: Path, part: str, other: str) -> None:
+    """Put another part into the names of weights, as trainings inside other models do."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.dumps(
+        {name.replace(part, other): entry for name, entry in json.loads(content[8 : 8 + length]).items()}
+    ).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
 
 
 def probe(base: Path, question: str) -> dict[str, Any]:
@@ -92,7 +112,7 @@ def greedy(imports: Path) -> dict[str, list[int]]:
 def server(tmp_path_factory: pytest.TempPathFactory, imports: Path) -> Iterator[Server]:
     settings = {"MODELYARD_IMPORT_DIR": str(imports), "MODELYARD_ENGINE_MAX_RESTARTS": "2"}
     with serving(tmp_path_factory.mktemp("yard") / "data", **settings) as found:
-        names = dict.fromkeys(["tiny-llama", *KINDS, *TRAINED, "odd"])
+        names = dict.fromkeys(["tiny-llama", *KINDS, *TRAINED, *ODD_NAMES, "odd", "sleepy"])
         for name in names:
             assert found.post(f"/api/v1/models/add/?model_id=local:{name}").status == 200
         until(lambda: len(found.get("/api/v1/models/").json()) == len(names), "all are in the store", found)
@@ -205,12 +225,17 @@ def streams(server: Server, models: Sequence[str], tokens: int) -> Iterator[list
         assert (stream.error, stream.is_whole, len(stream.tokens)) == ("", True, tokens)
 
 
+def engine_url(server: Server) -> str:
+    """Return where the engine itself listens."""
+    [path] = {command.split(" --uds ")[1].split()[0] for command in server.processes().values() if " --uds " in command}
+    return f"unix:{path}"
+
+
 def engine_names(server: Server) -> list[str]:
     """Return what the engine itself says that it serves."""
-    [path] = {command.split(" --uds ")[1].split()[0] for command in server.processes().values() if " --uds " in command}
 
     async def ask() -> list[str] | None:
-        client = EngineClient(f"unix:{path}")
+        client = EngineClient(engine_url(server))
         try:
             return await client.names()
         finally:
@@ -288,6 +313,50 @@ def test_an_adapter_that_the_engine_does_not_load_is_taken_back_with_the_engines
     assert tokens_of(server, "local:another") == greedy["another"]
 
 
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_layers_that_the_engine_would_pass_over_are_refused_by_the_server_and_by_the_engine_itself(
+    server: Server, job_id: str, imports: Path, name: str
+) -> None:
+    wanted = {"model_id": MODEL, "adapter_ids": [f"local:{name}"], "options": OPTIONS}
+    answer = server.post("/api/v1/deploy/", wanted)
+    assert (answer.status, answer.error_code) == (422, "unsupported_adapter")
+    assert "a name that its base does not have" in answer.text
+    # Of a model that also sees only the engine knows the names.
+    said = asyncio.run(load_directly(server, name, imports / name))
+    of = "14 of the adapter's 14" if name == "inside" else "7 of the adapter's 14"
+    assert f"{of} layers are none of the model's and would be passed over" in said
+    assert name not in engine_names(server)
+
+
+async def load_directly(server: Server, name: str, path: Path) -> str:
+    client = EngineClient(engine_url(server))
+    try:
+        return await client.load_adapter(name, path, 60)
+    finally:
+        await client.close()
+
+
+def test_a_prompts_log_probabilities_are_those_of_the_adapter_that_was_asked(
+    server: Server, job_id: str, greedy: dict[str, list[int]]
+) -> None:
+    models = [MODEL, *deployment(server)["served_adapter_ids"]]
+    assert len(models) == 4, "all slots are taken"
+    alone = [prompt_logprobs(server, model) for model in models]
+    assert len({tuple(one) for one in alone}) == len(models)
+    with streams(server, models, 200), ThreadPoolExecutor(8) as pool:
+        # Each beside the streams, and eight at the same time.
+        together = list(pool.map(lambda model: prompt_logprobs(server, model), models * 2))
+    for one, other in zip(alone * 2, together, strict=True):
+        assert other == pytest.approx(one, abs=1e-3)
+
+
+def prompt_logprobs(server: Server, model: str) -> list[float]:
+    answer = server.post("/v1/completions", body(model, 1, echo=True, logprobs=0))
+    assert answer.status == 200, answer.text
+    found: list[float] = answer.json()["choices"][0]["logprobs"]["token_logprobs"][1:-1]
+    return found
+
+
 def test_a_trained_adapter_is_checked_before_it_is_named_and_a_weak_one_acts_too(
     server: Server, job_id: str, greedy: dict[str, list[int]]
 ) -> None:
@@ -297,7 +366,9 @@ def test_a_trained_adapter_is_checked_before_it_is_named_and_a_weak_one_acts_too
         assert deploy(server, *before, "ft:trained", "ft:weak") == job_id
         serves(server, *before, "ft:trained", "ft:weak")
     checks = deployment(server)["adapter_checks"]
-    assert set(checks) == {"ft:trained", "ft:weak"}, "of the others nothing tells how"
+    assert set(checks) == {*before, "ft:trained", "ft:weak"}
+    assert checks["local:plain"]["changed_answers"] == checks["local:plain"]["prompts"] == 2
+    assert "tokens_equal" not in checks["local:plain"], "of those from elsewhere nothing tells"
     trained, weak = checks["ft:trained"], checks["ft:weak"]
     assert (trained["tokens_equal"], trained["acts"], trained["prompts"]) == (True, True, len(QUESTIONS) + 3)
     assert trained["changed_answers"] == trained["prompts"]
@@ -326,6 +397,15 @@ def test_one_that_does_not_pass_its_checks_is_taken_back(
     assert said in failure["message"]
     assert deployment(server)["served_adapter_ids"] == before
     assert f"ft:{kind}@1" not in engine_names(server)
+
+
+def test_one_from_elsewhere_that_does_not_act_is_taken_back(server: Server, job_id: str) -> None:
+    before = deployment(server)["adapter_ids"]
+    assert deploy(server, *before, "local:sleepy") == job_id
+    failure = until(lambda: deployment(server)["adapter_failure"], "the failure is told", server)
+    assert (failure["adapter_id"], failure["code"]) == ("local:sleepy", "adapter_does_not_act")
+    assert "answers 2 prompts just as without it" in failure["message"]
+    assert deployment(server)["served_adapter_ids"] == before
 
 
 def test_an_alias_leads_to_an_adapter_and_moves_to_another(

@@ -11,6 +11,7 @@ from modelyard.deploy import actions, admission
 from modelyard.deploy.schemas import DeployIn
 from modelyard.deploy.tables import Strategy
 from modelyard.errors import ModelNotFound, Unprocessable
+from modelyard.models import actions as models
 from tests.deploy.yard import CONFIG, DeployYard, deploy_yard, make_settings
 
 pytestmark = pytest.mark.timeout(60)
@@ -52,6 +53,54 @@ async def test_a_model_of_a_kind_without_a_path_is_refused_though_it_is_in_the_s
         assert job.failure is not None
         assert job.failure.code == "unsupported_kind"
         assert yard.record("org/a", "start") == [], "no engine was started"
+
+
+async def base_of(yard: DeployYard, adapter_id: str) -> str | None:
+    async with yard.sessions.read() as session:
+        return (await models.get(session, adapter_id)).base_model_id
+
+
+@pytest.mark.parametrize("hint", [None, "Org/A", "org/A"])
+async def test_an_adapter_that_names_no_other_base_is_taken_on_any_whose_layers_it_fits(
+    tmp_path: Path, hint: str | None
+) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/a")
+        await yard.add_adapter("org/poems", hint)
+        await check(yard, "org/poems")
+        await yard.becomes(await yard.deploy("org/a", ["org/poems"]), "READY")
+        assert await base_of(yard, "org/poems") == hint
+
+
+@pytest.mark.parametrize("base", ["org/a", "local:a"])
+async def test_an_adapter_that_names_another_base_is_put_on_the_one_that_the_request_names(
+    tmp_path: Path, base: str
+) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model(base)
+        await yard.add_adapter("org/poems", "org/other")
+        wish = actions.Wish(base, ["org/poems"])
+        with pytest.raises(Unprocessable, match=f"deploy it with base_model_id '{base}'"):
+            await admission.check(yard.sessions, yard.settings, wish)
+        for said in ({"model_id": base, "adapter_ids": ["org/poems"]}, {"model_id": "org/poems"}):
+            wanted = DeployIn.model_validate({**said, "base_model_id": base})
+            wish = admission.wish_of(wanted, yard.settings)
+            assert (wish.model_id, list(wish.adapter_ids)) == (base, ["org/poems"])
+            await admission.check(yard.sessions, yard.settings, wish)
+        assert await base_of(yard, "org/poems") == "org/other", "a question changes nothing"
+        job_id = await yard.deploy(base, ["org/poems"], names_base=True)
+        deployment = await yard.becomes(job_id, "READY")
+        assert [one["adapter_id"] for one in deployment.loaded] == ["org/poems"]
+        assert await base_of(yard, "org/poems") == base
+
+
+async def test_a_base_that_is_named_is_held_against_the_adapters_layers(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/a", config={**CONFIG, "hidden_size": 8})
+        await yard.add_adapter("org/poems", "org/other")
+        wish = actions.Wish("org/a", ["org/poems"], names_base=True)
+        with pytest.raises(Unprocessable, match="made for another base"):
+            await admission.check(yard.sessions, yard.settings, wish)
 
 
 async def test_adapters_want_room(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ class DeployYard:
         """Return what the model's engines have recorded."""
         return read_record(self.record_dirs[model_id], kind)
 
-    async def add_adapter(self, adapter_id: str, base_model_id: str, rank: int = 8, **row: Any) -> Path:
+    async def add_adapter(self, adapter_id: str, base_model_id: str | None, rank: int = 8, **row: Any) -> Path:
         """Put an adapter into the store that its base can serve, by its files; return its folder."""
         name = str(row.pop("path", adapter_id.replace("/", "--")))
         folder = self.settings.models_dir / name

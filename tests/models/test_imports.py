@@ -67,6 +67,19 @@ async def test_an_imported_adapter_keeps_its_base(tmp_path: Path) -> None:
         assert (model.adapter, model.base_model_id) == (True, "local:mine")
 
 
+async def test_one_of_several_adapters_in_a_folder_is_imported_by_its_own(tmp_path: Path) -> None:
+    for name in ("law", "poems"):
+        put(tmp_path / "imports" / "adapters" / name, adapter("acme/tiny"))
+    async with open_yard(make_settings(tmp_path / "data", NOWHERE, import_dir=tmp_path / "imports")) as yard:
+        job = await yard.bring("local:adapters")
+        assert job.failure is not None
+        assert job.failure.code == "adapters_in_folders"
+        assert (await yard.bring("local:adapters/law")).status == JobStatus.FINISHED
+        model = await yard.model("local:adapters/law")
+        assert model is not None
+        assert (model.adapter, model.source) == (True, "import")
+
+
 async def test_a_link_that_leads_out_of_the_import_directory_is_refused(tmp_path: Path) -> None:
     secret = put(tmp_path / "elsewhere", llama())
     source = put(tmp_path / "imports" / "mine", llama())

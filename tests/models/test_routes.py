@@ -38,10 +38,71 @@ async def client_of(data_dir: Path, hub: Hub) -> AsyncIterator[tuple[httpx2.Asyn
             yield client, yard
 
 
-async def bring(client: httpx2.AsyncClient, yard: Yard, model_id: str) -> None:
-    answer = await client.post("/models/add/", params={"model_id": model_id})
+async def bring(client: httpx2.AsyncClient, yard: Yard, model_id: str, **more: str) -> None:
+    answer = await client.post("/models/add/", params={"model_id": model_id, **more})
     assert answer.status_code == 200, answer.text
     assert (await yard.ended(UUID(answer.json()["id"]))).status == JobStatus.FINISHED
+
+
+async def test_one_of_several_adapters_in_folders_is_added_by_its_folder(hub: Hub, tmp_path: Path) -> None:
+    law, poems = adapter("acme/tiny", r=4), adapter("acme/tiny", r=16)
+    files = {f"{folder}/{name}": one for folder, each in (("law", law), ("poems", poems)) for name, one in each.items()}
+    hub.add("acme/adapters", {"README.md": b"#", "law/optimizer.pt": b"state", **files})
+    async with client_of(tmp_path, hub) as (client, yard):
+        answer = await client.post("/models/add/", params={"model_id": "acme/adapters"})
+        job = await yard.ended(UUID(answer.json()["id"]))
+        assert job.failure is not None
+        assert job.failure.code == "adapters_in_folders"
+        await bring(client, yard, "acme/adapters", subfolder="law")
+        await bring(client, yard, "acme/adapters/poems")
+        listed = {one["model_id"]: one for one in (await client.get("/models/")).json()}
+        assert set(listed) == {"acme/adapters/law", "acme/adapters/poems"}
+        for model_id, files in (("acme/adapters/law", law), ("acme/adapters/poems", poems)):
+            model = await yard.model(model_id)
+            assert model is not None
+            kept = (yard.folder(model) / "adapter_config.json").read_bytes()
+            assert (kept, model.base_model_id) == (files["adapter_config.json"], "acme/tiny")
+            assert (await client.get(f"/models/{model_id}")).json()["adapter"] is True
+        answer = await client.post("/models/add/", params={"model_id": "acme/adapters", "subfolder": "Law"})
+        job = await yard.ended(UUID(answer.json()["id"]))
+        assert job.failure is not None
+        assert job.failure.code == "unknown_model"
+        assert "no folder 'Law'; it has 'law', 'poems'" in job.failure.message
+        assert (await client.delete("/models/acme/adapters/law")).status_code == 200
+
+
+@pytest.mark.parametrize("subfolder", ["..", "../other", "a/../..", ".git", "a b", "a/b/c", "a--b", "%2e%2e"])
+async def test_a_folder_that_is_no_folders_name_is_refused(hub: Hub, tmp_path: Path, subfolder: str) -> None:
+    async with client_of(tmp_path, hub) as (client, _):
+        params = {"model_id": "acme/adapters", "subfolder": subfolder}
+        answer = await client.post("/models/add/", params=params)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (422, "model_id")
+
+
+@pytest.mark.parametrize("hint", ["/data/models/tiny-v2", "Acme/Tiny", None])
+async def test_the_base_of_an_adapter_can_be_named_when_it_is_added_or_later(
+    hub: Hub, tmp_path: Path, hint: str | None
+) -> None:
+    hub.add("acme/lora", adapter(hint))
+    hub.add("acme/tiny", llama())
+
+    async def base(client: httpx2.AsyncClient) -> str | None:
+        found: str | None = (await client.get("/models/acme/lora")).json()["base_model_id"]
+        return found
+
+    async with client_of(tmp_path, hub) as (client, yard):
+        await bring(client, yard, "acme/lora")
+        assert await base(client) == (hint if hint == "Acme/Tiny" else None)
+        await bring(client, yard, "acme/lora", base_model_id="local:mine")
+        assert await base(client) == "local:mine"
+        await bring(client, yard, "acme/lora")
+        assert await base(client) == "local:mine", "what nobody says again stays"
+        answer = await client.post("/models/add/", params={"model_id": "acme/lora", "base_model_id": "../x"})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (422, "base_model_id")
+        answer = await client.post("/models/add/", params={"model_id": "acme/tiny", "base_model_id": "acme/other"})
+        job = await yard.ended(UUID(answer.json()["id"]))
+        assert job.failure is not None
+        assert job.failure.code == "not_an_adapter"
 
 
 async def test_models_are_added_listed_shown_and_deleted(hub: Hub, tmp_path: Path) -> None:
@@ -85,7 +146,7 @@ async def test_the_same_request_returns_the_same_job_while_it_runs(hub: Hub, tmp
         assert (other.status_code, other.json()["error"]["code"]) == (409, "download_running")
 
 
-@pytest.mark.parametrize("model_id", ["../../etc/passwd", "a/b/c", "a b", "", "local:../x", "a" * 300])
+@pytest.mark.parametrize("model_id", ["../../etc/passwd", "a/b/c/d/e", "a b", "", "local:../x", "a" * 300])
 async def test_a_name_that_cannot_be_is_422_with_a_reason(hub: Hub, tmp_path: Path, model_id: str) -> None:
     async with client_of(tmp_path, hub) as (client, _yard):
         answer = await client.post("/models/add/", params={"model_id": model_id})

@@ -223,15 +223,17 @@ def test_what_safetensors_itself_writes_passes(tmp_path: Path) -> None:
     [
         ({"peft_type": "PREFIX_TUNING", "base_model_name_or_path": "a/b"}, "unsupported_adapter"),
         ({"base_model_name_or_path": "a/b"}, "unsupported_adapter"),
-        ({"peft_type": "LORA"}, "adapter_without_base"),
-        ({"peft_type": "LORA", "base_model_name_or_path": "/home/me/llama"}, "adapter_without_base"),
-        ({"peft_type": "LORA", "base_model_name_or_path": 7}, "adapter_without_base"),
     ],
 )
 def test_an_adapter_that_could_not_be_served_is_refused(config: dict[str, Any], code: str) -> None:
     with pytest.raises(JobFailure) as caught:
         scan.scan_adapter(config)
     assert caught.value.code == code
+
+
+@pytest.mark.parametrize("base", [None, "/data/models/tiny-v2", "../tiny", "models/acme/tiny", 7, [], {}, "x" * 500])
+def test_what_names_no_model_as_base_is_no_hint(base: object) -> None:
+    assert scan.scan_adapter({"peft_type": "LORA", "base_model_name_or_path": base}) is None
 
 
 def test_an_adapter_names_its_base() -> None:

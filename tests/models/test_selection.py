@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from modelyard.errors import JobFailure
 from modelyard.models.file_names import is_configuration, is_safe_path
-from modelyard.models.selection import MAX_TOLD, Selection, choose
+from modelyard.models.selection import MAX_TOLD, Selection, choose, select
 from modelyard.models.shards import check_tensors, promised
 from tests.models.repositories import adapter, as_json, embedder, llama, sharded
 
@@ -176,6 +176,47 @@ def test_an_adapter_is_told_from_a_model_by_whose_weights_are_there() -> None:
     assert "adapter_config.json" in chosen_of(adapter()).configuration
     assert chosen_of({**adapter(), "config.json": b"{}"}).adapter
     assert not chosen_of({**llama(), "adapter_config.json": b"{}"}).adapter
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        "value_head.safetensors",
+        "v_head.safetensors",
+        "classifier.safetensors",
+        "optimizer.safetensors",
+        "adapter.safetensors",
+    ],
+)
+def test_weights_of_a_training_beside_an_adapter_make_it_no_model_and_are_said_to_be_left_out(beside: str) -> None:
+    chosen = chosen_of({**adapter(), beside: b""})
+    assert chosen.adapter
+    assert chosen.weights == ("adapter_model.safetensors",)
+    assert [(one.files, one.reason) for one in chosen.left_out] == [
+        ((beside,), "an adapter is served without it, such as a value head of its training")
+    ]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        ["model.safetensors"],
+        ["model-00001-of-00001.safetensors", "model.safetensors.index.json"],
+        ["consolidated.safetensors", "params.json"],
+    ],
+)
+def test_a_model_beside_an_adapter_is_the_model(model: list[str]) -> None:
+    assert not select([*adapter(), "config.json", *model]).adapter
+
+
+@pytest.mark.parametrize("state", [[], ["law/optimizer.pt", "law/training_args.bin", "law/scheduler.pt"]])
+def test_adapters_in_folders_of_their_own_are_said_with_their_names(state: list[str]) -> None:
+    files = [f"{folder}/{name}" for folder in ("law", "poems") for name in adapter()]
+    with pytest.raises(JobFailure) as caught:
+        select(["README.md", *files, *state])
+    assert caught.value.code == "adapters_in_folders"
+    assert "'law', 'poems'" in caught.value.message
+    assert "subfolder=law" in caught.value.hint
 
 
 def test_an_adapters_configuration_beside_a_model_is_left_out() -> None:

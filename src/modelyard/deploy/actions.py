@@ -43,6 +43,8 @@ class Wish:
     idle_timeout_s: float | None = None
     #: The commit that is wanted back, as a deployment's row has it; None: the one that is in the store now.
     pinned: Mapping[str, Any] | None = None
+    #: The request says itself that the adapters belong to the model, whatever their files name as base.
+    names_base: bool = False
 
     def is_met_by(self, deployment: Deployment, path: str) -> bool:
         """Whether a deployment serves this model in this way, from the folder that a row names."""
@@ -66,7 +68,10 @@ async def deploy(session: AsyncSession, wish: Wish) -> tuple[Job, list[UUID]]:
         Unprocessable: an adapter is given as the model, or does not belong to it.
     """
     await exclusively(session, KIND)
-    model, _ = await wanted_models(session, wish.model_id, wish.adapter_ids)
+    model, adapters = await wanted_models(session, wish.model_id, wish.adapter_ids, wish.names_base)
+    if wish.names_base:
+        for adapter in adapters:
+            await models.name_base(session, adapter, model.model_id)
     adapter_ids = list(dict.fromkeys(wish.adapter_ids))
     up = await _up(session, model.task)
     pinned = dict(wish.pinned or models.pin(model))
@@ -170,8 +175,13 @@ async def restore_replaced(session: AsyncSession, failed: Deployment) -> Job | N
     return job
 
 
-async def wanted_models(session: AsyncSession, model_id: str, adapter_ids: Sequence[str]) -> tuple[Model, list[Model]]:
+async def wanted_models(
+    session: AsyncSession, model_id: str, adapter_ids: Sequence[str], names_base: bool = False
+) -> tuple[Model, list[Model]]:
     """Return the rows of a model and its adapters that somebody wants in service.
+
+    What an adapter's files name as its base is a hint, which says nothing where it is no model's name: `names_base`
+    puts it on this model all the same. Its layers are held against the model's own in either case (`admission`).
 
     Raises:
         ModelNotFound: the store lacks the model or an adapter.
@@ -181,13 +191,14 @@ async def wanted_models(session: AsyncSession, model_id: str, adapter_ids: Seque
     model = await models.get_for_use(session, model_id)
     if model.adapter:
         raise Unprocessable(
-            f"'{model_id}' is an adapter of '{model.base_model_id}': deploy that model with this one in adapter_ids.",
+            f"'{model_id}' is an adapter of '{model.base_model_id or 'a base that it does not name'}': deploy its base "
+            "with this one in adapter_ids.",
             param="model_id",
         )
-    return model, await _adapters(session, model, list(dict.fromkeys(adapter_ids)))
+    return model, await _adapters(session, model, list(dict.fromkeys(adapter_ids)), names_base)
 
 
-async def _adapters(session: AsyncSession, model: Model, adapter_ids: Sequence[str]) -> list[Model]:
+async def _adapters(session: AsyncSession, model: Model, adapter_ids: Sequence[str], names_base: bool) -> list[Model]:
     if adapter_ids and model.task != "generate":
         raise Unprocessable("Adapters are served on generative models only.", param="adapter_ids")
     found = []
@@ -195,9 +206,13 @@ async def _adapters(session: AsyncSession, model: Model, adapter_ids: Sequence[s
         adapter = await models.get_adapter(session, adapter_id, model.model_id)
         if not adapter.adapter:
             raise Unprocessable(f"'{adapter_id}' is a model, not an adapter.", param="adapter_ids")
-        if adapter.base_model_id != model.model_id:
+        # Names on the hub are the same in capitals and small letters.
+        hint = adapter.base_model_id or model.model_id
+        if hint.casefold() != model.model_id.casefold() and not names_base:
             raise Unprocessable(
-                f"'{adapter_id}' is an adapter of '{adapter.base_model_id}', not of '{model.model_id}'.",
+                f"'{adapter_id}' is an adapter of '{adapter.base_model_id}', not of '{model.model_id}'. If it is one "
+                f"of this all the same, say so: deploy it with base_model_id '{model.model_id}'. Its layers are then "
+                "held against that model's.",
                 param="adapter_ids",
             )
         found.append(adapter)

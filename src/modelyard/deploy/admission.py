@@ -29,9 +29,13 @@ from modelyard.settings import Settings
 def wish_of(wanted: DeployIn, settings: Settings) -> actions.Wish:
     """Return what a request wants, with what it leaves to the settings."""
     idle_timeout_s = wanted.idle_timeout_s
+    base, adapter_ids = wanted.base_model_id or wanted.model_id, wanted.adapter_ids
+    if base != wanted.model_id:  # an adapter is asked for, with the base that it belongs to
+        adapter_ids = [wanted.model_id, *adapter_ids]
     return actions.Wish(
-        model_id=wanted.model_id,
-        adapter_ids=wanted.adapter_ids,
+        model_id=base,
+        adapter_ids=adapter_ids,
+        names_base=wanted.base_model_id is not None,
         options=wanted.options.model_dump(exclude_none=True),
         strategy=wanted.strategy,
         keep_others=wanted.keep_others,
@@ -47,7 +51,7 @@ async def check(sessions: Sessions, settings: Settings, wish: actions.Wish) -> N
         Unprocessable: param `adapter_ids` or `model_id`; the message says what to do.
     """
     async with sessions.read() as session:
-        model, adapters = await actions.wanted_models(session, wish.model_id, wish.adapter_ids)
+        model, adapters = await actions.wanted_models(session, wish.model_id, wish.adapter_ids, wish.names_base)
         running = await _running(session, wish, model.path)
     await asyncio.to_thread(_check_kind, settings, model)
     if not wish.adapter_ids:

@@ -80,7 +80,7 @@ async def _decided(
     async with sessions.read() as session:
         live = await succession.live(session)
     async with sessions.begin() as session:
-        model, adapters = await actions.wanted_models(session, wish.model_id, wish.adapter_ids)
+        model, adapters = await actions.wanted_models(session, wish.model_id, wish.adapter_ids, wish.names_base)
         job, touched = await actions.deploy(session, wish)
         row = await actions.of_job(session, job.id)
         staying = {one.id for one in await succession.staying(session, row)}

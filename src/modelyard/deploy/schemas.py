@@ -87,6 +87,14 @@ class DeployIn(BaseModel):
     adapter_ids: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field(
         default_factory=list, max_length=64, description="LoRA adapters of this model."
     )
+    base_model_id: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=256,
+        description="Says that the adapters belong to this model, whatever their own files name as base: an id in "
+        "other letters, a path on another machine, the hub's name of an imported model. It is kept with them. Their "
+        "layers are held against the model's own. With an adapter as model_id, the model that it is deployed on.",
+    )
     options: EngineOptions = Field(
         default_factory=EngineOptions,
         description="How the engine runs. The same model with the same options keeps its engine, and only its adapters "

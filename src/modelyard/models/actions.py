@@ -100,17 +100,22 @@ async def get_adapter(session: AsyncSession, adapter_id: str, base_model_id: str
     return adapter
 
 
-async def request_download(session: AsyncSession, model_id: str, revision: str | None = None) -> Job:
+async def request_download(
+    session: AsyncSession, model_id: str, revision: str | None = None, base_model_id: str | None = None
+) -> Job:
     """Return the job that brings a model into the store: the one that is at it, or a new one.
 
     Wake the runner after the commit. A new job for a model that is there at that commit ends at once; for a branch or
     a tag it asks the hub whether that has moved. No revision is `main`, whatever else is on its way.
+    `base_model_id` says which model an adapter belongs to, whatever its own files say.
 
     Raises:
         Unprocessable: no such name or revision can exist.
-        Conflict: another revision of the model is on its way.
+        Conflict: another revision of the model is on its way, or it is with another base.
     """
     check_model_id(model_id)
+    if base_model_id is not None:
+        check_model_id(base_model_id, param="base_model_id")
     if is_trained(model_id):
         raise Unprocessable(
             f"{model_id} is the name of an adapter that is trained here, not downloaded: POST /api/v1/finetune/.",
@@ -126,12 +131,20 @@ async def request_download(session: AsyncSession, model_id: str, revision: str |
     active = await jobs.find_active(session, kind=DOWNLOAD, subject=model_id)
     if active is None:
         spec = {"model_id": model_id, "revision": wanted}
+        if base_model_id is not None:
+            spec["base_model_id"] = base_model_id
         return await jobs.create(session, kind=DOWNLOAD, name=f"DOWNLOAD_{model_id}", spec=spec, subject=model_id)
     running = active.spec["revision"]
     if running != wanted:
         raise Conflict(
             f"{model_id} is being downloaded at revision '{running}' (job {active.id}): wait for it, or interrupt it.",
             param="revision",
+            code="download_running",
+        )
+    if base_model_id not in (None, active.spec.get("base_model_id")):
+        raise Conflict(
+            f"{model_id} is being downloaded without this base (job {active.id}): ask again when it has ended.",
+            param="base_model_id",
             code="download_running",
         )
     return active
@@ -186,6 +199,12 @@ async def add(session: AsyncSession, model_id: str, revision: str, result: Mappi
     model.added_at = utcnow()
     await session.flush()
     return model
+
+
+async def name_base(session: AsyncSession, adapter: Model, base_model_id: str) -> None:
+    """Write down which model an adapter belongs to, as somebody says who knows it better than its files do."""
+    adapter.base_model_id = base_model_id
+    await session.flush()
 
 
 async def note_checks(session: AsyncSession, model_id: str, checks: Mapping[str, Any]) -> None:

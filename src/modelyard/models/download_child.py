@@ -37,6 +37,7 @@ from modelyard.models.download_spec import GIB, Spec
 from modelyard.models.mistral_format import PARAMS
 from modelyard.models.selection import ADAPTER_CONFIG, Selection, choose
 from modelyard.models.shards import INDEX, check_tensors, index_of, promised
+from modelyard.models.subfolder_source import SubfolderSource
 from modelyard.models.transfer import Progress, Source, SourceFile, TryAgain
 from modelyard.paths import below, inside, remove_tree
 
@@ -49,7 +50,7 @@ REFUSALS = frozenset(
     {"remote_code", "bad_configuration", "bad_weights", "bad_index", "pickle_only", "unsupported_format", "no_weights",
      "missing_module", "too_many_files", "incomplete_weights", "ambiguous_weights", "lfs_pointer",
      "missing_configuration", "unsupported_adapter", "unsupported_kind", "loads_from_elsewhere",
-     "adapter_without_base"}
+     "adapters_in_folders"}
 )  # fmt: skip
 
 
@@ -190,7 +191,9 @@ def _source(spec: Spec, progress: Progress) -> Source:
     # The hub's client takes 0.3 s to import, which an import from a folder need not wait for.
     from modelyard.models.hub_source import HubSource
 
-    return HubSource(spec.model_id, os.environ.get("HF_TOKEN") or None)
+    repository, folder = ids.repository_of(spec.model_id)
+    hub = HubSource(repository, os.environ.get("HF_TOKEN") or None)
+    return SubfolderSource(hub, folder) if folder else hub
 
 
 def _all(chosen: Selection) -> list[str]:

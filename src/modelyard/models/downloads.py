@@ -67,21 +67,26 @@ class Downloads:
         _leave_if_interrupted(job)
         async with self._sessions.read() as session:
             model = await actions.is_there(session, model_id, revision)
+            before = await actions.find(session, model_id)
         if model is not None and not store.folder_of(self._settings.models_dir, model.path).is_dir():
             model = None
         if model is not None and actions.is_fixed(model, revision):
+            await self._name_base(job, model.adapter)
             await job.event(f"{model_id} is in the store already, at commit {model.commit}.")
             return
         try:
             result = await self._attempts(job, asks_only=model is not None)
         except _NotAsked as failure:
             assert model is not None
+            await self._name_base(job, model.adapter)
             await job.event(
                 f"{model_id} is in the store already, at commit {model.commit}. Whether {revision} has moved since "
                 f"could not be asked: {failure}",
                 level="warning",
             )
             return
+        _refuse_base_of_a_model(job, result["adapter"])
+        result["base_model_id"] = _base_of(job, result, before)
         async with self._sessions.begin() as session:
             await actions.add(session, model_id, revision, result)
         await asyncio.to_thread(shutil.rmtree, job.folder / "hub", ignore_errors=True)
@@ -92,6 +97,13 @@ class Downloads:
         left_out = result.get("left_out") or []
         if left_out:
             await job.event(_told(left_out), data={"left_out": left_out})
+
+    async def _name_base(self, job: JobContext, adapter: bool) -> None:
+        _refuse_base_of_a_model(job, adapter)
+        base = job.spec.get("base_model_id")
+        if base is not None:
+            async with self._sessions.begin() as session:
+                await actions.name_base(session, await actions.get(session, job.spec["model_id"]), base)
 
     async def _attempts(self, job: JobContext, *, asks_only: bool = False) -> dict[str, Any]:
         """Run children until one brings the model, or nothing helps any more.
@@ -236,6 +248,24 @@ def _told(left_out: list[dict[str, Any]]) -> str:
         more = ", ..." if one["count"] > len(one["files"]) else ""
         kinds.append(f"{', '.join(one['files'])}{more} ({one['reason']})")
     return f"Left out: {'; '.join(kinds)}."
+
+
+def _refuse_base_of_a_model(job: JobContext, adapter: bool) -> None:
+    if "base_model_id" in job.spec and not adapter:
+        raise JobFailure(
+            "not_an_adapter",
+            f"{job.spec['model_id']} is a whole model: it is put on no base.",
+            "Add it without base_model_id.",
+        )
+
+
+def _base_of(job: JobContext, result: dict[str, Any], before: Model | None) -> str | None:
+    """Return which model an adapter belongs to: as the job says, or as was said of the same files before, or a hint."""
+    said: str | None = job.spec.get("base_model_id")
+    hint: str | None = result["base_model_id"]
+    if said is None and before is not None and (hint is None or result["commit"] == before.commit):
+        return before.base_model_id
+    return said or hint
 
 
 def _leave_if_interrupted(job: JobContext) -> None:

@@ -32,12 +32,28 @@ async def add_model(
     model_id: Annotated[
         str,
         Query(
-            description="The id on the Hugging Face hub, or local:NAME for a folder in the import directory.",
+            description="The id on the Hugging Face hub, or local:NAME for a folder in the import directory. A folder "
+            "inside of it, such as one of several adapters, may follow: acme/adapters/law.",
             examples=["Qwen/Qwen3-0.6B"],
         ),
     ],
     revision: Annotated[
         str | None, Query(description="Branch, tag or commit; main if left out.", examples=["main"])
+    ] = None,
+    subfolder: Annotated[
+        str | None,
+        Query(
+            description="The folder inside the repository; the same as after model_id and a slash.", examples=["law"]
+        ),
+    ] = None,
+    base_model_id: Annotated[
+        str | None,
+        Query(
+            description="The model that an adapter belongs to, whatever its own files name: they may say a path, the "
+            "name in other letters, or the hub's name of an imported model. Its layers are compared with that model's "
+            "when it is deployed.",
+            examples=["local:tiny-llama"],
+        ),
     ] = None,
 ) -> JobOut:
     """Start the job that brings a model or a LoRA adapter into the store, verified and scanned.
@@ -45,8 +61,9 @@ async def add_model(
     While it runs, the same request returns the same job. A model that is there at that revision makes a job that
     finishes at once. GET /api/v1/jobs/{id}/status/ shows its progress in bytes, and why it failed if it did.
     """
+    whole = f"{model_id}/{subfolder.strip('/')}" if subfolder and subfolder.strip("/") else model_id
     async with sessions.begin() as session:
-        job = await actions.request_download(session, model_id, revision)
+        job = await actions.request_download(session, whole, revision, base_model_id)
     runner.wake()
     return JobOut.of(job)
 

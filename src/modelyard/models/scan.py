@@ -18,7 +18,7 @@ from typing import Any
 
 from modelyard.errors import JobFailure
 from modelyard.models import config_file, references
-from modelyard.models.ids import is_model_id
+from modelyard.models.ids import is_model_id, repository_of
 
 MAX_CONFIG_BYTES = 64 * 1024 * 1024
 MAX_HEADER_BYTES = 100 * 1024 * 1024
@@ -63,11 +63,14 @@ def scan_configuration(name: str, content: bytes) -> None:
     references.check(name, value)
 
 
-def scan_adapter(config: Mapping[str, Any]) -> str:
-    """Return the base of an adapter from its `adapter_config.json`.
+def scan_adapter(config: Mapping[str, Any]) -> str | None:
+    """Return what an adapter's `adapter_config.json` names as its base; None where that is no model's name.
+
+    It is a hint: often a path on the machine of the training, or the name in other letters. Whoever deploys the adapter
+    says on what, and its layers tell whether they fit.
 
     Raises:
-        JobFailure: `unsupported_adapter` or `adapter_without_base`.
+        JobFailure: `unsupported_adapter`.
     """
     kind = config.get("peft_type")
     if kind != "LORA":
@@ -77,13 +80,7 @@ def scan_adapter(config: Mapping[str, Any]) -> str:
             "Choose a LoRA adapter, or merge this one into its base.",
         )
     base = config.get("base_model_name_or_path")
-    if not isinstance(base, str) or not is_model_id(base):
-        raise JobFailure(
-            "adapter_without_base",
-            f"adapter_config.json names no model as base: base_model_name_or_path is {str(base)[:80]!r}.",
-            "Correct it in a copy of the adapter in the import directory, and add that.",
-        )
-    return base
+    return base if isinstance(base, str) and is_model_id(base) and not repository_of(base)[1] else None
 
 
 def refuse_pointer(path: Path, name: str) -> None:

@@ -78,7 +78,7 @@ class ModelOut(BaseModel):
     adapter: bool
     """Whether it is a LoRA adapter, which is served together with its base."""
     base_model_id: str | None
-    """The model that an adapter belongs to."""
+    """The model that an adapter belongs to; null where its files name none, and nobody has."""
     task: Task
     """generate, or embed."""
     chat_template: TemplateSource | None = None

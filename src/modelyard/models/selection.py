@@ -33,6 +33,7 @@ _TRAINING_STATE = ("training_args.bin", "optimizer.", "scheduler.", "rng_state",
 _UNSAFE = "the name cannot be a file's name here"
 _OTHER_FORM = "the same weights are there in another form, or nothing names them"
 _NO_READER = "no engine, tokenizer or trainer reads it"
+_BESIDE_ADAPTER = "an adapter is served without it, such as a value head of its training"
 _PICKLED_REASON = "pickled weights, code, or a format that is not loaded"
 
 
@@ -98,8 +99,7 @@ def select(paths: Collection[str]) -> Selection:
     """
     kinds.refuse_files(paths)
     usable = sorted({path for path in paths if is_safe_path(path)})
-    # Some adapters come with their base's config.json: what tells is whose weights are there.
-    adapter = ADAPTER_CONFIG in usable and not any(_is_model_weights(path) for path in usable)
+    adapter = ADAPTER_CONFIG in usable and not _holds_a_model(usable)
     weights = _adapter_weights(usable, paths) if adapter else _model_weights(usable, paths)
     configuration = [path for path in usable if is_configuration(path)]
     if adapter:
@@ -150,6 +150,18 @@ def _check_modules(modules: object, paths: Collection[str]) -> None:
                 "Choose a revision that has it as safetensors (pickled weights are not loaded), or convert it in a "
                 "copy, and import that.",
             )
+
+
+def _holds_a_model(usable: list[str]) -> bool:
+    """Whether there are weights of a model beside an adapter's configuration.
+
+    Some adapters come with their base's config.json: what tells is whose weights are there. Beside an adapter's, others
+    are a model's only if they are named so: a training may have left a value head.
+    """
+    found = [path for path in usable if _is_model_weights(path)]
+    if ADAPTER_WEIGHTS not in usable:
+        return bool(found)
+    return INDEX in usable or any(path == SINGLE or path.startswith(("model-", "consolidated")) for path in found)
 
 
 def _is_model_weights(path: str) -> bool:
@@ -203,6 +215,14 @@ def _refuse(usable: list[str], paths: Collection[str]) -> list[str]:
             "Names may hold printable characters, up to three folders, neither '..' nor a leading dot: rename them in "
             "a copy, and import that.",
         )
+    adapters = [path.removesuffix(f"/{ADAPTER_CONFIG}") for path in usable if path.endswith(f"/{ADAPTER_CONFIG}")]
+    adapters = [folder for folder in adapters if f"{folder}/{ADAPTER_WEIGHTS}" in usable]
+    if adapters:
+        raise JobFailure(
+            "adapters_in_folders",
+            f"The repository holds adapters in folders of their own, and nothing at the top: {listed(adapters)}.",
+            f"Add one of them: with subfolder={adapters[0]}, or as model_id with '/{adapters[0]}' behind it.",
+        )
     below = [path for path in usable if path.endswith(".safetensors") and "/" in path]
     if below:
         folders = sorted({path.rpartition("/")[0] for path in below})
@@ -238,6 +258,8 @@ def _left_out(paths: Collection[str], chosen: Selection) -> tuple[LeftOut, ...]:
     named: dict[str, list[str]] = {}
     for path in sorted(set(paths) - taken):
         reason = _reason(path)
+        if reason == _OTHER_FORM and chosen.adapter:
+            reason = _BESIDE_ADAPTER
         if reason:
             named.setdefault(reason, []).append(_shown(path))
     return tuple(LeftOut(reason, len(files), tuple(files[:MAX_TOLD])) for reason, files in named.items())
