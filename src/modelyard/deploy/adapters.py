@@ -12,7 +12,6 @@ What only the engine knows (whether this architecture takes adapters on its embe
 from __future__ import annotations
 
 import json
-import math
 import re
 import struct
 from collections.abc import Iterable, Mapping
@@ -35,6 +34,7 @@ MAX_HEADER_BYTES = 16 * 1024**2
 #: Of a configuration: the language model is one part of several.
 PARTS = ("text_config", "vision_config", "audio_config", "thinker_config")
 _MAX_CONFIG_BYTES = 1024**2
+_MOST_ALPHA = 1_000_000_000
 # Small, since nothing else of the server runs while a block is looked at.
 _READ_BYTES = 512 * 1024
 
@@ -177,8 +177,12 @@ class _Check:
             if type(rank) is not int or rank < 1:
                 self._refuse(f"has a rank of {str(rank)[:40]!r} in {CONFIG}", "A rank is a whole number, at least 1.")
         for alpha in (config["lora_alpha"], *alphas.values()):
-            if type(alpha) not in (int, float) or not math.isfinite(alpha):
-                self._refuse(f"has a lora_alpha of {str(alpha)[:40]!r} in {CONFIG}", "It must be a number.")
+            # Compared, not converted: an integer may have hundreds of digits. NaN is in no order.
+            if type(alpha) not in (int, float) or not -_MOST_ALPHA <= alpha <= _MOST_ALPHA:
+                self._refuse(
+                    f"has a lora_alpha of {str(alpha)[:40]!r} in {CONFIG}",
+                    f"It must be a number between {-_MOST_ALPHA} and {_MOST_ALPHA}.",
+                )
         if max(ranks) > MAX_RANKS[-1]:
             self._refuse(f"has rank {max(ranks)}, and vLLM serves ranks up to {MAX_RANKS[-1]}", _MERGE)
         return set(ranks)
