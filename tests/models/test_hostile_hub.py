@@ -120,6 +120,29 @@ async def test_an_answer_that_is_no_listing_is_refused_and_touches_nothing(
     assert code in ("bad_hub", "connection_lost")
 
 
+@pytest.mark.parametrize("size", ["-5", "1e9", "9" * 40, ""])
+async def test_a_size_that_the_listing_lacks_and_a_files_headers_lie_about_is_refused(
+    size: str, hub: Hub, tmp_path: Path
+) -> None:
+    hub.add(TINY, llama(), sizes=False)
+    hub.file_headers[TINY] = {"X-Linked-Size": size}
+    async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:
+        code, _ = await safe_failure(yard, hub)
+    assert code == "bad_hub"
+
+
+async def test_a_digest_in_a_files_headers_that_is_none_reaches_no_path(hub: Hub, tmp_path: Path) -> None:
+    hub.add(TINY, llama(), sizes=False)
+    hub.file_headers[TINY] = {"X-Linked-ETag": '"../../../objects/' + "a" * 47 + '"'}
+    async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:
+        job = await yard.bring(TINY)
+        assert job.status == JobStatus.FINISHED, yard.log(job.id)
+        model = await yard.model(TINY)
+        assert model is not None
+        assert files_below(yard.folder(model))[WEIGHTS] == llama()[WEIGHTS]
+        assert not (tmp_path / "objects").exists()
+
+
 async def test_a_listing_that_is_redirected_to_another_host_leaves_the_token_behind(hub: Hub, tmp_path: Path) -> None:
     hub.add(TINY, llama())
     hub.say(TINY, b"", {"Location": f"{hub.cdn}/stolen"}, status=307)

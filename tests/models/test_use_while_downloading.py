@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.eventually import PATIENCE_S
 from tests.finetune.yard import add_dataset, until
 from tests.models.repositories import llama
@@ -13,6 +15,7 @@ from tests.servers.hub import Fault, Hub
 TINY = "acme/tiny"
 
 
+@pytest.mark.slow
 def test_a_model_that_is_being_downloaded_is_named_with_its_job_and_its_bytes(hub: Hub, tmp_path: Path) -> None:
     hub.add(TINY, llama(4_000_000))
     hub.misbehave(TINY, "model.safetensors", Fault("slow", bytes_per_s=200_000, times=None))

@@ -338,8 +338,8 @@ class _Handler(BaseHTTPRequestHandler):
         if not is_lfs(file):
             return self._content(repo, file, content, {**headers, "ETag": f'"{blob_id(content)}"'}, token)
         location = f"{self.server.hub.cdn}/cdn/{quote(repo, safe='')}/{commit}/{quote(file)}?Signature=abc"
-        headers |= {"Location": location, "X-Linked-Size": str(len(content)),
-                    "X-Linked-ETag": f'"{sha256_of(content)}"'}  # fmt: skip
+        headers = {"Location": location, "X-Linked-Size": str(len(content)),
+                   "X-Linked-ETag": f'"{sha256_of(content)}"'} | headers  # fmt: skip
         if entry.xet is not None and content in entry.xet.hashes:
             refresh = f"{self.server.hub.endpoint}/api/models/{repo}/xet-read-token/{commit}"
             headers = {"X-Xet-Hash": entry.xet.hashes[content], "X-Xet-Refresh-Route": refresh} | headers
