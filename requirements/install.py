@@ -2,7 +2,8 @@
 
 Run by any Python 3.11 or newer, with nothing but the standard library. Packages come from wherever pip is told
 to take them (pip's configuration files and PIP_*), because uv, which installs them, doesn't read those by itself;
-an index that can't be reached is left out with a word, not fatal. The engine package suits the machine:
+an index that can't be reached is left out with a word, not fatal. Whatever the index, a file counts only if its hash
+is the one that was pinned; torch's CPU build alone has none (see lock.py). The engine package suits the machine:
 gpu.txt where there is an NVIDIA driver, else cpu.txt; ENGINE=cpu, gpu or none decides otherwise. PyTorch's own
 index is asked only where the CPU build of torch is nowhere else (TORCH_INDEX names another).
 
@@ -108,6 +109,11 @@ def read_pins(files: Iterable[Path]) -> list[str]:
     return sorted({line for line in lines if line and not line.startswith("#")})
 
 
+def bare(pin: str) -> str:
+    """Return a pin without the hashes of its files."""
+    return pin.partition(" --hash=")[0]
+
+
 def fingerprint(part: str, engine: str) -> str:
     """Hash what this part was made from; another Python or another folder is another environment."""
     digest = hashlib.sha256(f"{ROOT}\0{venv_version()}\0{os.path.exists(PYTHON)}\0".encode())
@@ -147,7 +153,7 @@ def install(parts: list[str], missing: list[str], engine: str) -> None:
     STAMP.unlink(missing_ok=True)
     unreachable: list[str] = []
     pip = [str(PYTHON), "-m", "pip", "--no-input", "--disable-pip-version-check", "install", "--retries=1"]
-    pip += ["--no-deps", "--progress-bar=off", "-r", str(HERE / "build.txt")]
+    pip += ["--no-deps", "--require-hashes", "--progress-bar=off", "-r", str(HERE / "build.txt")]
     run(pip, "uv and the build backend", dict(os.environ), OTHER_SOURCES)
     with waiting("where packages come from"):
         env = package_sources(unreachable)
@@ -177,7 +183,7 @@ def install_packages(parts: list[str], engine: str, env: dict[str, str], options
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
         file.write("\n".join(pins))
         file.flush()
-        run([*uv, "-r", file.name], f"{len(pins)} packages", env, OTHER_SOURCES)
+        run([*uv, "--require-hashes", "-r", file.name], f"{len(pins)} packages", env, OTHER_SOURCES)
     itself = ["--no-build-isolation", "--reinstall-package=modelyard", f"--editable={ROOT}"]
     run([*uv, *itself], "modelyard itself", env)
 

