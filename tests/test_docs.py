@@ -105,6 +105,27 @@ def test_the_schema_has_nothing_that_common_generators_of_clients_misread(schema
     assert {"type": "string", "enum": ["auto"]} in sizes
 
 
+def test_the_schema_of_a_stream_is_that_of_each_of_its_events(server: Server, schema: Json) -> None:
+    described = {
+        where: answer["content"]["text/event-stream"]
+        for where, operation in operations(schema)
+        for answer in operation["responses"].values()
+        if "text/event-stream" in answer.get("content", {})
+    }
+    assert {"POST /v1/chat/completions", "GET /api/v1/jobs/{job_id}/events/"} <= set(described)
+    job = server.post("/api/v1/models/add/?model_id=no/such").json()["id"]
+    server.post(f"/api/v1/jobs/{job}/interrupt/")
+    text = server.get(f"/api/v1/jobs/{job}/events/").text
+    events = [
+        dict(line.split(": ", 1) for line in block.splitlines() if not line.startswith(":"))
+        for block in text.strip().split("\n\n")
+    ]
+    assert [event["event"] for event in events][-1] == "end"
+    for where, content in described.items():
+        for event in [*events, content["example"]]:
+            assert not list(Draft202012Validator(content["schema"]).iter_errors(event)), where
+
+
 def test_the_schema_of_errors_fits_those_that_engines_make(schema: Json) -> None:
     made = {"error": {"message": "messages: too few.", "type": "BadRequestError", "param": None, "code": 400}}
     ours = {"error": {"message": "No.", "type": "invalid_request_error", "param": "model", "code": "model_not_found"}}

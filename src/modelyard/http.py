@@ -230,6 +230,25 @@ ANTHROPIC_TYPES = {
 }
 
 
+#: One event of a stream. Generators and checkers of clients read the schema of a stream as that of each event.
+EVENT_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "description": "One event of the stream, as its lines say.",
+    "required": ["data"],
+    "properties": {
+        "id": {"type": "string", "description": "Its number, for Last-Event-ID."},
+        "event": {"type": "string", "description": "Its kind."},
+        "data": {"type": "string", "description": "JSON, or a word such as [DONE]."},
+    },
+}
+
+
+def event_stream(example: str) -> dict[str, Any]:
+    """Return the documented content of server-sent events; `example` is the beginning of a stream."""
+    lines = [line.partition(": ") for line in example.partition("\n\n")[0].splitlines()]
+    return {"text/event-stream": {"schema": EVENT_SCHEMA, "example": {name: value for name, _, value in lines}}}
+
+
 def _with_common(statuses: tuple[int, ...]) -> list[int]:
     """Return the statuses of a route with those of every route, and of every one that takes a body of a known size."""
     return sorted({401, 403, *statuses, *((415,) if 413 in statuses else ())})

@@ -10,6 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from modelyard.http import event_stream
+
 Json = dict[str, Any]
 
 MODEL: Json = {
@@ -45,7 +47,7 @@ def answer_schema(example: Json, events: str | None = None) -> Json:
     schema: Json = {"type": "object", "properties": {name: _type_of(value) for name, value in example.items()}}
     content: Json = {"application/json": {"schema": schema, "example": example}}
     if events is not None:
-        content["text/event-stream"] = {"schema": {"type": "string"}, "example": events}
+        content |= event_stream(events)
     return {"description": "The engine's answer, as it came.", "content": content}
 
 

@@ -11,7 +11,7 @@ from uuid import UUID
 from fastapi import Depends, Header, Path, Query, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
-from modelyard.http import Sessions, documented, router
+from modelyard.http import Sessions, documented, event_stream, router
 from modelyard.jobs import actions
 from modelyard.jobs.runner import JobRunner
 from modelyard.jobs.schemas import EventOut, JobOut
@@ -75,10 +75,7 @@ async def interrupt_job(job_id: JobId, sessions: Sessions, runner: Runner) -> Jo
         200: {
             "description": "Server-sent events, or with `follow=false` a JSON list.",
             "content": {
-                "text/event-stream": {
-                    "schema": {"type": "string"},
-                    "example": 'id: 17\nevent: info\ndata: {"number": 17, "message": "Running: its turn."}\n\n',
-                }
+                **event_stream('id: 17\nevent: info\ndata: {"number": 17, "message": "Running: its turn."}\n\n'),
             },
         },
         **documented(404, 422, 503),
