@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from modelyard.deploy.adapters import MAX_HEADER_BYTES, MAX_RANKS, AdapterFacts, check_adapter, smallest_max_rank
+from modelyard.deploy.adapters import MAX_RANKS, AdapterFacts, check_adapter, smallest_max_rank
 from modelyard.errors import Unprocessable
+from modelyard.models import scan
 from tests.fixtures import missing
 
 HIDDEN, RANK, LAYERS = 16, 4, 2
@@ -358,8 +359,8 @@ def test_a_base_that_was_saved_without_its_head_has_the_layers_of_the_whole(tmp_
 def test_a_header_of_many_mebibytes_is_refused_before_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert 1024**2 < MAX_HEADER_BYTES < 64 * 1024**2
-    monkeypatch.setattr("modelyard.deploy.adapters.MAX_HEADER_BYTES", 300)
+    assert 1024**2 < scan.MAX_ADAPTER_HEADER_BYTES < 64 * 1024**2
+    monkeypatch.setattr("modelyard.models.scan.MAX_ADAPTER_HEADER_BYTES", 300)
     folder = adapter(tmp_path / "a")
     error = refusal(folder)
     assert error.code == "bad_weights"

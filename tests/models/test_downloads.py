@@ -131,6 +131,16 @@ async def test_a_lora_repository_becomes_an_adapter_with_its_base(hub: Hub, tmp_
         assert (model.adapter, model.base_model_id, model.task) == (True, TINY, "generate")
 
 
+async def test_an_adapter_whose_header_has_many_mebibytes_is_refused(hub: Hub, tmp_path: Path) -> None:
+    header = {"__metadata__": {"padding": "x" * (17 * 1024**2)}}
+    hub.add("acme/lora", {**adapter(TINY), "adapter_model.safetensors": safetensors(b"", header)})
+    async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:
+        job = await yard.bring("acme/lora")
+        assert job.failure is not None
+        assert job.failure.code == "bad_weights"
+        assert "declares a header of" in job.failure.message
+
+
 async def test_an_embedding_model_arrives_with_its_modules_and_its_task(hub: Hub, tmp_path: Path) -> None:
     hub.add("acme/embedder", embedder())
     async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:

@@ -29,8 +29,6 @@ WEIGHTS = "adapter_model.safetensors"
 MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 #: Weights above this size are not read for numbers that are none: a request waits for the check.
 MAX_READ_BYTES = 256 * 1024**2
-#: Of an adapter's weights. One on every expert of a large model has some MiB of names.
-MAX_HEADER_BYTES = 16 * 1024**2
 #: Of a configuration: the language model is one part of several.
 PARTS = ("text_config", "vision_config", "audio_config", "thinker_config")
 _MAX_CONFIG_BYTES = 1024**2
@@ -196,7 +194,7 @@ class _Check:
                 "Save it with PEFT's save_pretrained, whose weights are one file of safetensors.",
             )
         try:
-            scan.scan_safetensors(path, WEIGHTS, MAX_HEADER_BYTES)
+            scan.scan_safetensors(path, WEIGHTS, scan.MAX_ADAPTER_HEADER_BYTES)
         except JobFailure as failure:
             raise Unprocessable(
                 f"The adapter '{self.adapter_id}' is damaged: {failure.message} {_DAMAGED}",

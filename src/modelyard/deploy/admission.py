@@ -16,7 +16,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from modelyard.db import Sessions
 from modelyard.deploy import actions, attempts, succession
-from modelyard.deploy.adapters import check_adapter, smallest_max_rank
+from modelyard.deploy.adapters import smallest_max_rank
+from modelyard.deploy.checked_adapters import checked
 from modelyard.deploy.fitting import model_files, servable_files
 from modelyard.deploy.schemas import DeployIn, EngineOptions
 from modelyard.deploy.tables import Deployment
@@ -109,7 +110,7 @@ def _ranks(settings: Settings, model: Model, adapters: Sequence[Model], running:
     for adapter in adapters:
         path = store.folder_of(settings.models_dir, adapter.path)
         if str(path) not in loaded:
-            facts = check_adapter(path, files.config, adapter_id=adapter.model_id, base_folder=files.path)
+            facts = checked(path, files.config, adapter_id=adapter.model_id, base_folder=files.path)
             ranks[adapter.model_id] = facts.rank
     return ranks
 

@@ -14,7 +14,7 @@ from uuid import UUID
 
 from modelyard.db import Sessions
 from modelyard.deploy import actions, promises, succession
-from modelyard.deploy.adapters import check_adapter
+from modelyard.deploy.checked_adapters import checked
 from modelyard.deploy.fit import Fit, fit, gib
 from modelyard.deploy.machine import GIB, Machine, given_back, left_for_engines, this_machine
 from modelyard.deploy.promises import NOTHING, Promised
@@ -154,7 +154,7 @@ class Fitting:
             if path not in self._checked:
                 base = store.folder_of(self._settings.models_dir, model.path)
                 try:
-                    facts = check_adapter(path, config, adapter_id=one.model_id, base_folder=base)
+                    facts = checked(path, config, adapter_id=one.model_id, base_folder=base)
                 except Unprocessable as error:
                     raise JobFailure(error.code, error.message, "Deploy without it.") from error
                 self._checked[path] = AdapterFiles(one.model_id, path, facts.rank, facts.size_bytes)

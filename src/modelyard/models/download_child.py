@@ -35,7 +35,7 @@ from modelyard.models import config_file, ids, kinds, scan, transfer
 from modelyard.models.chat_template import source_of
 from modelyard.models.download_spec import GIB, Spec
 from modelyard.models.mistral_format import PARAMS
-from modelyard.models.selection import ADAPTER_CONFIG, Selection, choose
+from modelyard.models.selection import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Selection, choose
 from modelyard.models.shards import INDEX, check_tensors, index_of, promised
 from modelyard.models.subfolder_source import SubfolderSource
 from modelyard.models.transfer import Progress, Source, SourceFile, TryAgain
@@ -164,7 +164,8 @@ class _Fetched:
         self._scan_weights(file.path)
 
     def _scan_weights(self, path: str) -> None:
-        check_tensors(self.promised.get(path, ()), path, scan.scan_safetensors(self.blobs[path], path))
+        most = scan.MAX_ADAPTER_HEADER_BYTES if path == ADAPTER_WEIGHTS else scan.MAX_HEADER_BYTES
+        check_tensors(self.promised.get(path, ()), path, scan.scan_safetensors(self.blobs[path], path, most))
 
     def _fetch(self, file: SourceFile) -> None:
         blob = transfer.fetch(self._source, file, self._commit, self._folder, self._progress)

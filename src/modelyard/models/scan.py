@@ -22,6 +22,8 @@ from modelyard.models.ids import is_model_id, repository_of
 
 MAX_CONFIG_BYTES = 64 * 1024 * 1024
 MAX_HEADER_BYTES = 100 * 1024 * 1024
+#: Of an adapter's weights, which requests wait for. One on every expert of a large model has some MiB of names.
+MAX_ADAPTER_HEADER_BYTES = 16 * 1024 * 1024
 # Files whose every string is data, not settings: looking for keys in a vocabulary would refuse honest models.
 VOCABULARIES = frozenset(
     {"tokenizer.json", "vocab.json", "tekken.json", "added_tokens.json", "model.safetensors.index.json"}
