@@ -138,7 +138,7 @@ class Connection(HttpToolsProtocol):
         self._phase = Phase.IDLE
         self._deadline: float | None = None
         self._head_bytes = 0
-        self._head_size = 0
+        self._head_at_most = 0
         self._length = self._coding = b""
         self._fresh_body_bytes = 0
         self._framing_bytes = 0
@@ -175,6 +175,8 @@ class Connection(HttpToolsProtocol):
             if not self._head_bytes:
                 self._deadline = monotonic() + self._limits.header_timeout_s
             self._head_bytes += len(data)
+        # No head that ends here is longer: it needs measuring only where this is too much.
+        self._head_at_most = len(data) + (self._head_at_most if phase is Phase.HEAD else 0)
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -202,29 +204,6 @@ class Connection(HttpToolsProtocol):
         super().on_message_begin()
         self._deadline = monotonic() + self._limits.header_timeout_s
         self._phase = Phase.HEAD
-        self._head_size = 0
-        self._length = self._coding = b""
-
-    def on_url(self, url: bytes) -> None:
-        if not self._is_resumed:
-            self._head_size += len(url)
-            self.url += url
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if self._phase is not Phase.HEAD:
-            return  # behind a body in chunks, where access was decided long ago
-        name = name.lower()
-        self._head_size += len(name) + len(value) + 4
-        if self._head_size > self._limits.header_bytes or len(self.headers) >= MOST_HEADERS:
-            self._refusal = HeadersTooLarge(self._limits.header_bytes // 1024)
-            raise _Refused
-        if name == b"content-length":
-            self._length = value
-        elif name == b"transfer-encoding":
-            self._coding += value
-        elif name == b"expect" and value.lower() == b"100-continue":
-            self.expect_100_continue = True
-        self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         if self._is_resumed:
@@ -235,6 +214,8 @@ class Connection(HttpToolsProtocol):
         if len(self.pipeline) >= MOST_PIPELINED:
             raise _Refused
         super().on_headers_complete()
+        # What comes behind a body in chunks is no header: access was decided long ago.
+        self.headers = []
         self._phase = Phase.BODY
         self._deadline = None
         self._head_bytes = 0
@@ -317,8 +298,15 @@ class Connection(HttpToolsProtocol):
 
     def _fault_in_head(self) -> ModelyardError | None:
         """Return why a request is none that may be answered: two who read it could take it for different ones."""
-        if self._head_size > self._limits.header_bytes:
+        headers = self.headers
+        if len(headers) > MOST_HEADERS or (self._head_at_most > self._limits.header_bytes and self._is_too_large()):
             return HeadersTooLarge(self._limits.header_bytes // 1024)
+        self._length = self._coding = b""
+        for name, value in headers:
+            if name == b"content-length":
+                self._length = value
+            elif name == b"transfer-encoding":
+                self._coding += value
         version = self.parser.get_http_version()
         if version not in ("1.0", "1.1"):
             return BadRequest(f"HTTP/{version} is not spoken here, but HTTP/1.1.", code="http_version")
@@ -327,6 +315,10 @@ class Connection(HttpToolsProtocol):
         if self.parser.get_method() == b"CONNECT":
             return BadRequest("This server is no proxy.", code="not_a_proxy")
         return None
+
+    def _is_too_large(self) -> bool:
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        return size > self._limits.header_bytes
 
     def _has_body(self) -> bool:
         return bool(self._coding) or self._length.strip(b"0 ") != b""
