@@ -6,6 +6,7 @@ runner and, at the end, stops it, which ends every child in good order. Errors b
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 from collections.abc import AsyncIterator, Iterable
@@ -49,6 +50,7 @@ from modelyard.errors import (
 )
 from modelyard.finetune import actions as finetunes
 from modelyard.finetune.accelerator import Accelerator
+from modelyard.finetune.backups import AdapterBackups
 from modelyard.finetune.errands import Errands
 from modelyard.finetune.export_routes import api as export_api
 from modelyard.finetune.plan_routes import api as finetune_plan_api
@@ -64,7 +66,7 @@ from modelyard.gateway.raw_routes import api as raw_api
 from modelyard.gateway.relay import Gateway
 from modelyard.gateway.routes import api as gateway_api
 from modelyard.gateway.upstream import Engines
-from modelyard.health.checks import Checks, of_database, of_storage
+from modelyard.health.checks import Checks, of_database, of_models, of_storage
 from modelyard.health.routes import api as health_api
 from modelyard.http import error_response
 from modelyard.jobs.feeds import FollowerLimits
@@ -83,6 +85,8 @@ log = logging.getLogger(__name__)
 MIB = 1024 * 1024
 #: As the gateway counts requests whose client went away.
 CLIENT_GONE = 499
+#: A start waits so long for adapters that are brought back from the storage.
+RESTORE_PATIENCE_S = 20.0
 DESCRIPTION = """Download models, put them into service with LoRA adapters on vLLM, and ask them, over REST.
 
 Every path answers with and without its trailing slash. All errors have one form:
@@ -170,10 +174,17 @@ def create_app(foundation: Foundation) -> FastAPI:
         await children.end_strays(keep)
         await errands.sweep()
         await supervisor.check_before_serving()
+        app.state.backups = backups = AdapterBackups(settings.models_dir, sessions, storage)
+        # Engines that start would do without a lost one; but a store that is away keeps no server from starting.
+        restoring = tasks.spawn("lost adapters", backups.restore_lost())
+        await asyncio.wait({restoring}, timeout=RESTORE_PATIENCE_S)
+        storing = tasks.spawn("adapters that are not stored", backups.store_missing())
         task = tasks.spawn(
             "job runner", runner.run(), eternal=True, on_end=lambda: foundation.fail("The job runner ended.")
         )
-        app.state.checks = Checks([of_database(foundation.url), of_storage(storage)])
+        app.state.checks = Checks(
+            [of_database(foundation.url), of_storage(storage), of_models(sessions, settings.models_dir)]
+        )
         app.state.complaints = lambda: [
             *foundation.complaints(),
             *(["The job runner has stopped; the server is ending."] if task.done() else []),
@@ -186,7 +197,7 @@ def create_app(foundation: Foundation) -> FastAPI:
             yield
         finally:
             await errands.close()
-            await tasks.end(task, sweep, look, follower)
+            await tasks.end(task, sweep, look, follower, restoring, storing)
             await app.state.raw_lane.kept.close()
             await routing.close()
             await app.state.checks.close()

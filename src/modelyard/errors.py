@@ -29,6 +29,7 @@
     │   ├── AliasTaken              409 alias_taken
     │   ├── NothingToRollBack       409 nothing_to_roll_back
     │   ├── ModelInUse              409 model_in_use
+    │   ├── ModelLost               409 model_lost
     │   ├── DatasetInUse            409 dataset_in_use
     │   ├── FinetuneActive          409 finetune_active
     │   └── FinetuneDone            409 finetune_done
@@ -274,6 +275,15 @@ class NothingToRollBack(Conflict):
 
 class ModelInUse(Conflict):
     code = "model_in_use"
+
+
+class ModelLost(Conflict):
+    """The store has a model's row, and its files are gone from the data folder."""
+
+    code = "model_lost"
+
+    def __init__(self, model_id: str, hint: str) -> None:
+        super().__init__(f"{model_id} is lost: its files are not in the data folder any more. {hint}", param="model_id")
 
 
 class DatasetInUse(Conflict):

@@ -13,9 +13,11 @@ import pytest
 from fastapi import FastAPI
 
 from modelyard.errors import ModelyardError
+from modelyard.finetune.backups import AdapterBackups
 from modelyard.http import error_response
 from modelyard.jobs.tables import JobStatus
 from modelyard.models.routes import api
+from modelyard.storage import open_storage
 from tests.models.repositories import adapter, llama
 from tests.models.yard import Yard, make_settings, open_yard
 from tests.servers.hub import Fault, Hub
@@ -27,6 +29,7 @@ async def client_of(data_dir: Path, hub: Hub) -> AsyncIterator[tuple[httpx2.Asyn
         app = FastAPI()
         app.include_router(api)
         app.state.sessions, app.state.settings, app.state.runner = yard.sessions, yard.settings, yard.runner
+        app.state.backups = AdapterBackups(yard.settings.models_dir, yard.sessions, open_storage(yard.settings))
 
         async def answer(_request: object, error: Exception) -> Any:
             assert isinstance(error, ModelyardError)

@@ -23,6 +23,7 @@ from modelyard.deploy.schemas import DeployIn, EngineOptions
 from modelyard.deploy.tables import Deployment
 from modelyard.errors import JobFailure, Unprocessable
 from modelyard.models import store
+from modelyard.models.lost import Backups, bring_back
 from modelyard.models.tables import Model
 from modelyard.settings import Settings
 
@@ -44,16 +45,18 @@ def wish_of(wanted: DeployIn, settings: Settings) -> actions.Wish:
     )
 
 
-async def check(sessions: Sessions, settings: Settings, wish: actions.Wish) -> None:
+async def check(sessions: Sessions, settings: Settings, wish: actions.Wish, backups: Backups | None = None) -> None:
     """Refuse a model of a kind that is not served, and adapters that cannot be served on it, or not by its engine.
 
     Raises:
         ModelNotFound: the store lacks the model or an adapter.
         Unprocessable: param `adapter_ids` or `model_id`; the message says what to do.
+        ModelLost: the files of one are gone, and cannot be had back from where they are kept.
     """
     async with sessions.read() as session:
         model, adapters = await actions.wanted_models(session, wish.model_id, wish.adapter_ids, wish.names_base)
         running = await _running(session, wish, model.path)
+    await bring_back(settings.models_dir, [model, *adapters], backups)
     await asyncio.to_thread(_check_kind, settings, model)
     if not wish.adapter_ids:
         return

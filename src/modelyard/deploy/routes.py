@@ -13,6 +13,7 @@ from modelyard.http import Sessions, Settings, documented, router
 from modelyard.jobs import actions as jobs
 from modelyard.jobs.routes import Runner
 from modelyard.jobs.schemas import JobOut
+from modelyard.models.routes import Kept
 
 api = router("/api/v1/deploy", "Deploy")
 
@@ -36,9 +37,9 @@ async def get_deployment(sessions: Sessions, task: Task = None) -> DeployOut:
         return DeployOut.of(await actions.current(session, task))
 
 
-@api.post("/", summary="Deploy a model", responses=documented(400, 404, 409, 413, 422))
+@api.post("/", summary="Deploy a model", responses=documented(400, 404, 409, 413, 422, 503))
 async def deploy_model(
-    wanted: DeployIn, sessions: Sessions, settings: Settings, runner: Runner, routing: CurrentRouting
+    wanted: DeployIn, sessions: Sessions, settings: Settings, runner: Runner, routing: CurrentRouting, backups: Kept
 ) -> DeployJobOut:
     """Put a model with its adapters into service, in place of the current one of its kind.
 
@@ -47,7 +48,7 @@ async def deploy_model(
     where memory allows, and requests move when it is ready; one that fails to start leaves the current one as it is.
     """
     wish = admission.wish_of(wanted, settings)
-    await admission.check(sessions, settings, wish)
+    await admission.check(sessions, settings, wish, backups)
     async with sessions.begin() as session:
         job, touched = await actions.deploy(session, wish)
         answer = DeployJobOut.with_warnings(job, await actions.of_job(session, job.id))

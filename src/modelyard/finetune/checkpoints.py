@@ -137,23 +137,24 @@ async def fetch_file(storage: Storage, key: str, path: Path, sha256: str) -> Non
 
 async def remove_all(storage: Storage, finetune_id: UUID) -> None:
     """Remove all objects of a training. Safe to repeat."""
-    await _remove(storage, prefix(finetune_id))
+    await remove_below(storage, prefix(finetune_id))
 
 
 async def remove_checkpoints(storage: Storage, finetune_id: UUID, *, older_than: int | None = None) -> None:
     """Remove the checkpoints of a training, all of them or those of an earlier step. Safe to repeat."""
     below = f"{prefix(finetune_id)}checkpoints/"
     if older_than is None:
-        await _remove(storage, below)
+        await remove_below(storage, below)
         return
     async with aclosing(storage.list(below)) as objects:
         names = {one.key.removeprefix(below).partition("/")[0] async for one in objects}
     for name in names:
         if (match := _STEP.fullmatch(name)) and int(match[1]) < older_than:
-            await _remove(storage, f"{below}{name}/")
+            await remove_below(storage, f"{below}{name}/")
 
 
-async def _remove(storage: Storage, below: str) -> None:
+async def remove_below(storage: Storage, below: str) -> None:
+    """Remove what `save` has stored below a key, its manifest first. Safe to repeat."""
     async with aclosing(storage.list(below)) as objects:
         manifests = [one.key async for one in objects if one.key.endswith(f"/{MANIFEST}")]
     # First, so that what a crash leaves is not taken for whole.

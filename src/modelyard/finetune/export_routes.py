@@ -17,7 +17,8 @@ from modelyard.gateway.client_watch import unless_gone
 from modelyard.http import Sessions, Settings, documented, router
 from modelyard.models import actions as models
 from modelyard.models import store
-from modelyard.models.routes import ModelId
+from modelyard.models.lost import bring_back
+from modelyard.models.routes import Kept, ModelId
 
 api = router("/api/v1/models", "Models")
 
@@ -45,6 +46,7 @@ async def export_model(
     sessions: Sessions,
     settings: Settings,
     errands: Errands,
+    backups: Kept,
     merged: Annotated[bool, Query(description="Of an adapter: put it into its base, and export that.")] = False,
     if_none_match: Annotated[str | None, Header(description="The ETag that is there already.")] = None,
 ) -> Response:
@@ -57,6 +59,7 @@ async def export_model(
     async with sessions.read() as session:
         model = await models.get(session, model_id.rstrip("/"))
         base = await export.base_of(session, model) if merged else None
+    await bring_back(settings.models_dir, [model, *([base] if base is not None else [])], backups)
     tag = export.etag(model, base)
     headers = {"ETag": tag, "Cache-Control": "private, no-cache", "X-Content-Type-Options": "nosniff"}
     known = (if_none_match or "").strip()

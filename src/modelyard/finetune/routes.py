@@ -153,9 +153,15 @@ async def delete_finetune(
     409 `finetune_active` while its job has not ended. Safe to repeat where the storage was away.
     """
     async with sessions.read() as session:
-        await actions.check_ended(session, await actions.get(session, finetune_id))
-    # Its objects go first, so that a row is there for as long as anything of it is.
-    await checkpoints.remove_all(storage, finetune_id)
+        row = await actions.get(session, finetune_id)
+        await actions.check_ended(session, row)
+        has_adapter = await models.find(session, row.adapter_id) is not None
+    # Its objects go first, so that a row is there for as long as anything of it is. The adapter's stay for as long as
+    # it is in the store: it may have to come back from there.
+    if has_adapter:
+        await checkpoints.remove_checkpoints(storage, finetune_id)
+    else:
+        await checkpoints.remove_all(storage, finetune_id)
     await asyncio.to_thread(shutil.rmtree, settings.finetunes_dir / str(finetune_id), ignore_errors=True)
     async with sessions.begin() as session:
         row = await actions.delete(session, finetune_id)

@@ -9,15 +9,20 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
-from sqlalchemy import text
+from sqlalchemy import select, text
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
 
 from modelyard import outages
-from modelyard.db import sync_engine
+from modelyard.db import Sessions, sync_engine
+from modelyard.deploy import succession
+from modelyard.deploy.tables import Wanted
 from modelyard.errors import DatabaseUnavailable, StorageUnavailable
+from modelyard.models.lost import is_lost, what_to_do
+from modelyard.models.tables import Model
 from modelyard.storage import Storage
 
 T = TypeVar("T")
@@ -102,6 +107,29 @@ def of_storage(storage: Storage) -> Check:
         return []
 
     return Check("storage", ask)
+
+
+def of_models(sessions: Sessions, models_dir: Path) -> Check:
+    """Return the check that the files of what is wanted in service are there."""
+
+    async def wanted() -> Sequence[Model]:
+        async with sessions.read() as session:
+            up = [one for one in await succession.live(session) if one.wanted == Wanted.UP]
+            ids = {name for one in up for name in (one.model_id, *one.adapter_ids)}
+            return (await session.scalars(select(Model).where(Model.model_id.in_(ids)).order_by(Model.model_id))).all()
+
+    def look(models: Sequence[Model]) -> list[str]:
+        lost = [one for one in models if is_lost(models_dir, one)]
+        return [f"model_lost: {one.model_id} is wanted in service and lost. {what_to_do(one)}" for one in lost]
+
+    async def ask() -> Sequence[str]:
+        try:
+            models = await wanted()
+        except SQLAlchemyError:
+            return []  # the check of the database says so
+        return await _in_thread("check of the models", lambda: look(models))
+
+    return Check("data folder", ask)
 
 
 async def _in_thread(name: str, work: Callable[[], T]) -> T:

@@ -5,24 +5,34 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated
 
-from fastapi import Path, Query
+from fastapi import Depends, Path, Query, Request
 
 from modelyard.http import Sessions, Settings, documented, router
 from modelyard.jobs.routes import Runner
 from modelyard.jobs.schemas import JobOut
 from modelyard.models import actions, store
+from modelyard.models.lost import Backups, lost_of
 from modelyard.models.schemas import ModelOut
 
 api = router("/api/v1/models", "Models")
 
+
+def _backups(request: Request) -> Backups:
+    found: Backups = request.app.state.backups
+    return found
+
+
+Kept = Annotated[Backups, Depends(_backups)]
 ModelId = Annotated[str, Path(description="The id, which may hold slashes.", examples=["Qwen/Qwen3-0.6B"])]
 
 
 @api.get("/", summary="List models and adapters", responses=documented())
-async def list_models(sessions: Sessions) -> list[ModelOut]:
+async def list_models(sessions: Sessions, settings: Settings) -> list[ModelOut]:
     """Return everything in the store, by name: what can be deployed, and what adapters can be added to it."""
     async with sessions.read() as session:
-        return [ModelOut.model_validate(model) for model in await actions.all_models(session)]
+        models = await actions.all_models(session)
+    lost = await lost_of(settings.models_dir, models)
+    return [ModelOut.of(model, lost) for model in models]
 
 
 @api.post("/add/", summary="Download a model", responses=documented(409, 422))
@@ -69,16 +79,18 @@ async def add_model(
 
 
 @api.get("/{model_id:path}", summary="Get a model", responses=documented(404, 422))
-async def get_model(model_id: ModelId, sessions: Sessions) -> ModelOut:
+async def get_model(model_id: ModelId, sessions: Sessions, settings: Settings) -> ModelOut:
     """Return one model or adapter in the store."""
     async with sessions.read() as session:
-        return ModelOut.model_validate(await actions.get(session, model_id.rstrip("/")))
+        model = await actions.get(session, model_id.rstrip("/"))
+    return ModelOut.of(model, await lost_of(settings.models_dir, [model]))
 
 
 @api.delete("/{model_id:path}", summary="Delete a model", responses=documented(404, 409, 422))
-async def delete_model(model_id: ModelId, sessions: Sessions, settings: Settings) -> ModelOut:
+async def delete_model(model_id: ModelId, sessions: Sessions, settings: Settings, backups: Kept) -> ModelOut:
     """Delete a model or an adapter and return what it was. 409 while it is deployed or an adapter's base."""
     async with sessions.begin() as session:
         model = await actions.delete(session, model_id.rstrip("/"))
     await asyncio.to_thread(store.remove, settings.models_dir, model.model_id)
+    await backups.forget(model)
     return ModelOut.model_validate(model)

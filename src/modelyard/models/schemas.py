@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import UTC, datetime
 from uuid import UUID
 
@@ -20,6 +21,7 @@ EXAMPLE: dict[str, JsonValue] = {
     "commit": "c1899de289a04d12100db370d81485cdf75e47ca",
     "size_bytes": 1518834176,
     "added_at": "2026-11-20T21:15:00Z",
+    "lost": False,
     "training": None,
 }
 ADAPTER_EXAMPLE: dict[str, JsonValue] = {
@@ -92,8 +94,16 @@ class ModelOut(BaseModel):
     """Its size on disk."""
     added_at: datetime
     """When it became available, in UTC."""
+    lost: bool = False
+    """Whether its files are gone from the data folder: add it again. An adapter trained here comes back by itself."""
     training: TrainingOut | None = None
     """How an adapter that was trained here came to be; null for all else."""
+
+    @classmethod
+    def of(cls, model: object, lost: Collection[str] = ()) -> ModelOut:
+        """Return a model as clients see it; `lost` are the ids of those whose files are gone."""
+        found = cls.model_validate(model)
+        return found.model_copy(update={"lost": found.model_id in lost})
 
     @field_serializer("added_at")
     def _utc(self, value: datetime) -> str:
