@@ -33,6 +33,7 @@ from tests.finetune.yard import (
     training_server,
     until,
 )
+from tests.hostile_tokenizers import greedy
 from tests.server import Server
 
 #: So many steps that nobody waits for the last one.
@@ -459,3 +460,20 @@ def test_a_storage_that_is_away_is_waited_for_and_an_interrupt_or_a_kill_meanwhi
         again = shown(server, killed)
         until(lambda: "Going on from step 1." in messages(server, again), "it goes on", 60.0, server)
         stop(server, again)
+
+
+def test_a_hostile_tokenizer_ends_a_training_with_the_reason_before_a_trainer_reads_it(
+    quick: Server, dataset_id: str
+) -> None:
+    [folder] = (quick.data_dir / "models").glob("*/*/tokenizer.json")
+    good = folder.read_bytes()
+    try:
+        folder.write_bytes(greedy())
+        body = {"name": "Hostile", "model_id": MODEL, "dataset_id": dataset_id, "hyperparameters": QUICK}
+        plan = quick.post(f"{FINETUNE}plan/", body)
+        assert (plan.status, plan.error_code) == (422, "bad_tokenizer")
+        found = ended(quick, start(quick, dataset_id, "Hostile"))
+        assert (found["job"]["status"], found["job"]["failure"]["code"]) == ("FAILED", "bad_tokenizer")
+        assert "killed by SIGABRT" in found["job"]["failure"]["message"]
+    finally:
+        folder.write_bytes(good)

@@ -27,7 +27,7 @@ from modelyard.models import config_file, kinds, store
 from modelyard.models.chat_template import TemplateSource, source_of
 from modelyard.models.mistral_format import is_mistral_format
 from modelyard.models.tables import Model
-from modelyard.models.tokenizer_child import BAD, HINT, TokenizerChildren
+from modelyard.models.tokenizer_child import TokenizerChildren
 from modelyard.processes import Command
 from modelyard.settings import Settings
 from modelyard.trainer.model_files import BOS, PLAIN_TEMPLATE
@@ -94,14 +94,9 @@ class Fitting:
         async with self._sessions.read() as session:
             model, _ = await actions.model_rows(session, row)
         folder = store.folder_of(self._settings.models_dir, model.path)
-        if not await asyncio.to_thread((folder / "tokenizer.json").exists):
-            self._templates[folder] = PLAIN_TEMPLATE.replace(BOS, "")
         if folder not in self._templates:
-            program = f"from modelyard.trainer.tokenizer_trial import main; main({str(folder)!r})"
-            found = await self._children.ask(model.model_id, program)
-            if "refusal" in found:
-                raise JobFailure(BAD, f"The tokenizer of {model.model_id} cannot be read: {found['refusal']}.", HINT)
-            self._templates[folder] = found["template"]
+            template = await self._children.tried(model.model_id, folder)
+            self._templates[folder] = PLAIN_TEMPLATE.replace(BOS, "") if template is None else template
 
     async def command(self, row: Deployment, python: Path, scratch: Path) -> tuple[Command, int]:
         """Return the engine's command, and the bytes of memory that it gets. `try_tokenizer` comes before.

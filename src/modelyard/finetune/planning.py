@@ -28,6 +28,7 @@ from modelyard.finetune.schemas import FinetuneIn
 from modelyard.finetune.tables import Finetune
 from modelyard.finetune.trainings import TEMPLATE_TOKENS
 from modelyard.models import store
+from modelyard.models.tokenizer_child import TokenizerChildren
 from modelyard.settings import Settings
 from modelyard.storage import Storage
 from modelyard.trainer.spec import Hyperparameters, Mode, Spec
@@ -64,6 +65,7 @@ async def plan(
 
     try:
         need = await asyncio.to_thread(needed, longest)
+        await TokenizerChildren().tried(model.model_id, settings.models_dir / model.path)
     except JobFailure as failure:
         raise refusal(failure) from failure
     now = await accelerator.sight(sessions, settings)

@@ -43,6 +43,7 @@ from modelyard.jobs.runner import JobContext, JobInterrupted
 from modelyard.models import actions as models
 from modelyard.models import store
 from modelyard.models.tables import Model
+from modelyard.models.tokenizer_child import TokenizerChildren
 from modelyard.paths import inside
 from modelyard.processes import Children
 from modelyard.settings import Settings
@@ -177,6 +178,9 @@ class _Training:
             await self.accelerator.give_back(self.job, self.row.id)
         else:
             await self._write(phase=Phase.PREPARING)
+            # A trainer has no limits of its own, and would stall or die.
+            folder = self.settings.models_dir / self.base.path
+            await self._or_interrupt(TokenizerChildren().tried(self.base.model_id, folder))
             await self._or_interrupt(self._patiently(self._prepare))
             need = await asyncio.to_thread(self._need, await self._longest_row())
             on_busy, holder = OnBusy(self.row.on_busy), f"the training {self.row.name}"

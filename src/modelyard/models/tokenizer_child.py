@@ -12,6 +12,7 @@ import json
 import logging
 import signal
 from collections.abc import AsyncIterable
+from pathlib import Path
 from typing import Any
 
 from modelyard.errors import JobFailure
@@ -57,6 +58,23 @@ class TokenizerChildren:
                 raise self._failure(model_id, failed) from failed
             finally:
                 await child.close()
+
+    async def tried(self, model_id: str, folder: Path) -> str | None:
+        """Load and use a folder's tokenizer once, and return the chat template that the model gets if it has none.
+
+        For whoever is about to start an engine or a trainer, which have no limits of their own. None: there is no
+        tokenizer.json.
+
+        Raises:
+            JobFailure: `bad_tokenizer` or `no_process`.
+        """
+        if not await asyncio.to_thread((folder / "tokenizer.json").exists):
+            return None
+        program = f"from modelyard.trainer.tokenizer_trial import main; main({str(folder)!r})"
+        found = await self.ask(model_id, program)
+        if "refusal" in found:
+            raise JobFailure(BAD, f"The tokenizer of {model_id} cannot be read: {found['refusal']}.", HINT)
+        return str(found["template"])
 
     def _failure(self, model_id: str, failed: FilterFailed) -> JobFailure:
         found = failed.outcome
