@@ -12,6 +12,7 @@ from sqlalchemy import select
 
 from modelyard.datasets import actions as datasets
 from modelyard.errors import (
+    Conflict,
     DatasetInUse,
     DatasetNotFound,
     FinetuneActive,
@@ -23,7 +24,7 @@ from modelyard.errors import (
     NoFinetune,
     Unprocessable,
 )
-from modelyard.finetune import actions
+from modelyard.finetune import actions, export
 from modelyard.finetune.schemas import HyperparametersIn
 from modelyard.finetune.tables import FinetuneHold, Phase
 from modelyard.jobs import actions as jobs
@@ -252,3 +253,20 @@ async def test_a_training_stays_with_the_commit_that_it_began_on_and_its_folder_
             assert await actions.folders_in_use(session) == set()
             await actions.resume(session, row.id)
             assert await actions.folders_in_use(session) == {"acme--tiny/c0ffee"}
+
+
+async def test_an_adapter_is_merged_into_the_commit_that_it_was_trained_on_alone(
+    database_url: str, tmp_path: Path
+) -> None:
+    async with database(database_url, tmp_path) as sessions:
+        adapter = model("ft:mine", adapter=True, base_model_id=MODEL, training={"base_commit": "c0ffee"})
+        moved = {"adapter": False, "base_model_id": None, "task": "generate", "commit": "f00d", "size_bytes": 1,
+                 "path": "acme--tiny/f00d"}  # fmt: skip
+        async with sessions.begin() as session:
+            assert (await export.base_of(session, adapter)).commit == "c0ffee"
+            await models.add(session, MODEL, "main", moved)
+            with pytest.raises(Conflict, match="revision=c0ffee") as refused:
+                await export.base_of(session, adapter)
+            assert refused.value.code == "base_moved"
+            foreign = model("acme/lora", adapter=True, base_model_id=MODEL)
+            assert (await export.base_of(session, foreign)).commit == "f00d"

@@ -56,7 +56,7 @@ async def base_of(session: AsyncSession, adapter: Model) -> Model:
 
     Raises:
         Unprocessable: it is no adapter.
-        Conflict: its base is not in the store.
+        Conflict: its base is not in the store, or at another commit than it was trained on.
     """
     if not adapter.adapter:
         raise Unprocessable(
@@ -73,6 +73,15 @@ async def base_of(session: AsyncSession, adapter: Model) -> Model:
             "without `merged` the adapter is exported alone.",
             param="merged",
             code="base_missing",
+        )
+    trained_on = (adapter.training or {}).get("base_commit", base.commit)
+    if trained_on != base.commit:
+        raise Conflict(
+            f"{adapter.model_id} was trained on commit {trained_on} of {base.model_id}, and the store has "
+            f"{base.commit}. POST /api/v1/models/add/?model_id={base.model_id}&revision={trained_on} brings that one "
+            "back; without `merged` the adapter is exported alone.",
+            param="merged",
+            code="base_moved",
         )
     return base
 
