@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import random
 import resource
 import signal
 import sqlite3
@@ -18,6 +20,7 @@ from sqlalchemy import update
 from modelyard.deploy.tables import Deployment
 from modelyard.jobs.tables import Job
 from tests.deploy.yard import DeployYard, deploy_yard
+from tests.deploy.yard_process import _ask
 from tests.eventually import eventually
 from tests.fixtures import missing
 from tests.servers import postgres
@@ -168,6 +171,60 @@ async def test_an_engine_that_dies_during_an_outage_is_started_again_after_it(tm
         assert (await yard.job(job_id)).status == "RUNNING"
         said = [one.message for one in await yard.events(job_id)]
         assert not outage.is_told or any(one.startswith("The database was away for ") for one in said), said
+
+
+@pytest.mark.slow
+async def test_outages_in_any_order_with_deaths_and_requests_touch_no_healthy_engine(
+    tmp_path: Path, outage: Outage
+) -> None:
+    """The events are drawn by chance, anew each time; a failure prints the seed, which goes into `random.Random`."""
+    seed = random.randrange(1 << 32)
+    chance = random.Random(seed)
+    async with deploy_yard(tmp_path / "data", database_url=outage.url) as yard:
+        for model_id in ("org/healthy", "org/dying"):
+            await yard.add_model(model_id, misbehave={"chunk_ms": 20})
+        healthy = await yard.deploy("org/healthy")
+        dying = await yard.deploy("org/dying", keep_others=True)
+        before = await yard.becomes(healthy, "READY")
+        await yard.becomes(dying, "READY")
+        wrong: list[str] = []
+        answered = 0
+
+        async def keep_asking() -> None:
+            nonlocal answered
+            while True:
+                target = await yard.routing.resolve("org/healthy", "generate")
+                with yard.routing.request(target):
+                    said = await _ask(target, 5)
+                wrong.extend([said] if said else [])
+                answered += not said
+                await asyncio.sleep(0.01)
+
+        asking = [asyncio.create_task(keep_asking()) for _ in range(4)]
+        try:
+            for _ in range(3):
+                await asyncio.to_thread(outage.go)
+                for _ in range(chance.randrange(4)):
+                    yard.supervisor.stir()
+                    yard.routing.changed()
+                    await asyncio.sleep(chance.random() * 0.4)
+                if chance.random() < 0.7:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(engine_of(yard, "org/dying"), signal.SIGKILL)
+                await asyncio.sleep(chance.random())
+                await asyncio.to_thread(outage.come_back)
+                await asyncio.sleep(chance.random())
+            await eventually(lambda: answered > 20, "requests are answered")
+        finally:
+            for task in asking:
+                task.cancel()
+            ended = await asyncio.gather(*asking, return_exceptions=True)
+        assert all(isinstance(one, asyncio.CancelledError) for one in ended), (seed, ended)
+        assert not wrong, (seed, wrong)
+        after = await yard.becomes(healthy, "READY")
+        assert after.engine_url == before.engine_url, seed
+        await yard.becomes(dying, "READY")
+        assert [(await yard.job(one)).status for one in (healthy, dying)] == ["RUNNING", "RUNNING"], seed
 
 
 async def test_what_serves_while_its_job_has_failed_is_wanted_again_by_the_next_server(
