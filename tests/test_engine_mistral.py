@@ -1,4 +1,7 @@
-"""Mistral's formats on real vLLM: a repository in both forms keeps its tokenizer, one in its own form is served."""
+"""Mistral's formats on real vLLM: a repository in both forms keeps its tokenizer, one in its own form is served.
+
+On the same server, since a start is dear: a model that computes NaN.
+"""
 
 from __future__ import annotations
 
@@ -75,11 +78,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     (folder / "both" / "config.json").write_text(json.dumps(CONFIG), "utf-8")
     renamed = {f"{NAMES[one]}.weight": tensor for one, tensor in tensors.items()}
     save_file(renamed, folder / "both" / "model.safetensors", {"format": "pt"})
+    shutil.copytree(folder / "both", folder / "broken")
+    (folder / "broken" / "consolidated.safetensors").unlink()
+    renamed["model.norm.weight"] = renamed["model.norm.weight"] * float("nan")
+    save_file(renamed, folder / "broken" / "model.safetensors", {"format": "pt"})
     settings = {"MODELYARD_IMPORT_DIR": str(folder), "MODELYARD_ENGINE_CPU_KV_CACHE_GIB": "0.2"}
     with serving(tmp_path_factory.mktemp("yard") / "data", **settings) as found:
-        for name in ("both", "alone"):
+        for name in ("both", "alone", "broken"):
             assert found.post(f"/api/v1/models/add/?model_id=local:{name}").status == 200
-        until(lambda: len(found.get("/api/v1/models/").json()) == 2, found)
+        until(lambda: len(found.get("/api/v1/models/").json()) == 3, found)
         yield found
 
 
@@ -114,5 +121,15 @@ def test_chats_are_rendered_as_vllm_renders_them_from_the_whole_repository(serve
     assert [len(list(folder.glob("*.safetensors"))) for folder in folders] == [1], "the weights are there once"
 
 
+def test_a_model_that_computes_nan_fails_with_that_cause(server: Server) -> None:
+    """vLLM itself is well and would answer 200, with token 0 each time."""
+    answer = server.post("/api/v1/deploy/", {"model_id": "local:broken", "options": {"max_model_len": 512}})
+    assert answer.status == 200, answer.text
+    path = f"/api/v1/jobs/{answer.json()['id']}/status/"
+    until(lambda: server.get(path).json()["status"] == "FAILED", server, START_S)
+    assert server.get(path).json()["failure"]["code"] == "model_gives_nan"
+
+
 def test_nothing_is_trained_on_what_the_trainer_would_render_otherwise(server: Server) -> None:
-    assert server.get("/api/v1/finetune/models/").json() == []
+    listed = {one["model_id"] for one in server.get("/api/v1/finetune/models/").json()}
+    assert not listed & {"local:both", "local:alone"}

@@ -58,6 +58,15 @@ def test_mistrals_tokenizer_is_told_where_its_weights_are_not_there_to_tell_it()
     assert value(argv(replace(MODEL, has_mistral_tokenizer=True)), "--tokenizer-mode") == "mistral"
 
 
+def test_a_model_that_sees_is_served_for_text_alone_where_its_package_is_missing() -> None:
+    command = engine_command(
+        Path("/python"), replace(MODEL, is_for_text_alone=True), [], EngineOptions(), CPU, SCRATCH, CACHE
+    )
+    assert "--language-model-only" in command.argv
+    assert command.env["VLLM_PLUGINS"].endswith(",modelyard_vision")
+    assert "--language-model-only" not in argv()
+
+
 def test_a_model_in_mistrals_own_format_has_no_adapters() -> None:
     model = replace(MODEL, is_mistral_format=True)
     assert "--enable-lora" not in argv(model)

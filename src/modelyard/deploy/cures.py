@@ -31,6 +31,7 @@ WITHOUT = {
         "requests to the base may be answered with an adapter, requests for a prompt's log probabilities may end the "
         "engine, and an adapter's layers that the model does not have are passed over without a word"
     ),
+    "modelyard_vision": "models that also see or hear do not start without torchvision, even for text alone",
     "modelyard_alone": "logits processors of other installed packages run in every engine, unasked",
 }
 

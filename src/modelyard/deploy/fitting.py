@@ -8,6 +8,7 @@ other rooms is left free for them.
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from uuid import UUID
@@ -24,6 +25,7 @@ from modelyard.deploy.tables import LIVE, Deployment, DeploymentState, Strategy,
 from modelyard.deploy.vllm_args import AdapterFiles, ModelFiles, engine_command
 from modelyard.errors import JobFailure, Unprocessable
 from modelyard.models import config_file, kinds, store
+from modelyard.models.architectures import MULTIMODAL
 from modelyard.models.chat_template import TemplateSource, source_of
 from modelyard.models.mistral_format import is_mistral_format
 from modelyard.models.tables import Model
@@ -176,7 +178,13 @@ def model_files(settings: Settings, model: Model) -> ModelFiles:
         model.model_id, path, model.size_bytes, config, model.task,
         has_mistral_tokenizer=model.chat_template == TemplateSource.MISTRAL,
         is_mistral_format=is_mistral_format(path),
+        is_for_text_alone=bool(MULTIMODAL.intersection(config_file.names_of(config)[1])) and _lacks_vision(settings),
     )  # fmt: skip
+
+
+def _lacks_vision(settings: Settings) -> bool:
+    """Whether the Python that runs engines is this one, and has no torchvision; of another nothing is known."""
+    return settings.engine_python is None and importlib.util.find_spec("torchvision") is None
 
 
 def servable_files(settings: Settings, model: Model) -> ModelFiles:

@@ -45,6 +45,8 @@ class ModelFiles:
     #: Whether Mistral's tokenizer renders its chats, and whether its weights are in Mistral's format.
     has_mistral_tokenizer: bool = False
     is_mistral_format: bool = False
+    #: Whether it also sees or hears, and the engine's Python lacks what that takes: it is served for text alone.
+    is_for_text_alone: bool = False
 
 
 @dataclass(frozen=True)

@@ -268,6 +268,11 @@ class Service:
         self.readiness = Readiness(self.row.model_id, self.row.task)
         self.said_waiting = False
         data = {"attempt": number, "memory_bytes": memory_bytes}
+        if number == 1 and "--language-model-only" in command.argv:
+            message = (
+                f"{self.row.model_id} also sees or hears, and is served for text alone: torchvision is not installed."
+            )
+            await self.context.event(message, level="warning", data={"code": "text_alone"})
         if number == 1 and self.fitting.template_source == TemplateSource.GUESSED:
             message = f"{GUESSED_WARNING.format(model_id=self.row.model_id)} {GUESSED_HINT}"
             await self.context.event(message, level="warning", data={"code": "chat_template_guessed"})

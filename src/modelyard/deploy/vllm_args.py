@@ -78,6 +78,7 @@ def engine_command(
         )
     # Beam searches of raw prompts look at as many tokens as they need; the gateway keeps others to vLLM's bound.
     argv += ["--max-logprobs", "-1"] if model.task == "generate" else []
+    argv += ["--language-model-only"] if model.is_for_text_alone else []
     # vLLM would see it from the consolidated weights, which are not fetched beside the others.
     argv += ["--tokenizer-mode", "mistral"] if model.has_mistral_tokenizer else []
     argv += ["--chat-template", chat_template] if chat_template and model.task == "generate" else []
@@ -85,7 +86,7 @@ def engine_command(
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         # Only our own plugins: what else is installed must not run inside an engine unasked.
-        "VLLM_PLUGINS": ",".join(plugins(machine)),
+        "VLLM_PLUGINS": ",".join(plugins(machine, is_for_text_alone=model.is_for_text_alone)),
         cures.VARIABLE: str(scratch / cures.FILE),
         # The library by which workers form groups, even a worker alone, would listen where the host's name leads.
         "GLOO_SOCKET_IFNAME": "lo",
@@ -120,10 +121,11 @@ def engine_command(
     return Command(tuple(argv), child_environment(env), cwd=scratch, scratch=scratch)
 
 
-def plugins(machine: Machine) -> tuple[str, ...]:
+def plugins(machine: Machine, *, is_for_text_alone: bool = False) -> tuple[str, ...]:
     """Return the names of our plugins that an engine on this machine runs."""
     on_a_cpu = () if machine.has_gpu else ("modelyard_sleep",)
-    return ("modelyard_amx", *on_a_cpu, "modelyard_lora", "modelyard_alone")
+    vision = ("modelyard_vision",) if is_for_text_alone else ()
+    return ("modelyard_amx", *on_a_cpu, "modelyard_lora", "modelyard_alone", *vision)
 
 
 def socket_path(scratch: Path) -> Path:
