@@ -109,3 +109,7 @@ def test_what_ends_a_job_or_a_start_is_no_answer_to_a_request() -> None:
     assert (failure.code, failure.message, failure.hint) == ("no_disk", "The disk is full.", "Free some.")
     for beside in (JobFailure, StartRefused):
         assert not issubclass(beside, ModelyardError)
+
+
+def test_a_name_of_24_kilobytes_is_not_repeated_in_full() -> None:
+    assert len(ModelNotFound("a" * 24_000).message) < 400

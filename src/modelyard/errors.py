@@ -150,7 +150,9 @@ class ModelNotFound(NotFound):
         what: str = "model", param: str | None = None,
     ) -> None:  # fmt: skip
         names = f"there are: {', '.join(known)}" if known else "there are none"
-        message = f"There is no {what} '{model_id}' {where}; {names}."
+        # A caller's text: no name is longer, and what is longer is in nobody's log and answer.
+        shown = model_id if len(model_id) <= 256 else f"{model_id[:256]}..."
+        message = f"There is no {what} '{shown}' {where}; {names}."
         param = param or ("model_id" if where == "in the store" else "model")
         super().__init__(f"{message} {hint}".strip(), param=param)
 
