@@ -46,6 +46,9 @@ LINGER_S = 2.0
 MOST_LINGERING = 64
 #: How long the rest of a body may go on coming that nobody wants: its request is answered.
 DRAIN_S = 30.0
+#: How soon a client that sends no more is asked whether it is still there, and how often, once it seems so, in seconds.
+KNOCK_AFTER_S = 1.0
+KNOCK_AGAIN_S = 5.0
 #: An answer of which its client takes nothing for so long is given up.
 UNREAD_S = 600.0
 #: Refusals are logged so often, in seconds.
@@ -147,6 +150,8 @@ class Connection(HttpToolsProtocol):
         self._unread_since: float | None = None
         self._refusal: ModelyardError | None = None
         self._running: RequestResponseCycle | None = None
+        self._knock_at = math.inf
+        self._knocks = 0
 
     # The transport's side.
 
@@ -164,6 +169,29 @@ class Connection(HttpToolsProtocol):
             # uvicorn tells only the last request of a connection that its client is gone.
             running.disconnected = True
             running.message_event.set()
+
+    def eof_received(self) -> bool | None:  # type: ignore[override]  # asyncio knows both
+        """Keep the way back open where a whole request waits for its answer: its client may just send no more.
+
+        One that has gone looks the same at first. `_knock` tells them apart, while there is nothing of the answer yet.
+        """
+        cycle = self.cycle
+        if cycle is None or cycle.more_body or cycle.response_started or self.pipeline or self._phase is Phase.DEAF:
+            return None
+        if cycle.scope["http_version"] != "1.1":
+            return None  # it knows no answer before the answer
+        cycle.keep_alive = False
+        self._knock_at = monotonic() + KNOCK_AFTER_S
+        return True
+
+    def _knock(self, now: float) -> None:
+        """Send a client that sends no more a word that it passes over; where nobody is there, the next one fails."""
+        if self.cycle.response_started or self.transport.is_closing():
+            self._knock_at = math.inf
+            return
+        self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._knocks += 1
+        self._knock_at = now + (KNOCK_AFTER_S / 2 if self._knocks < 3 else KNOCK_AGAIN_S)
 
     def data_received(self, data: bytes) -> None:
         phase = self._phase
@@ -257,6 +285,8 @@ class Connection(HttpToolsProtocol):
 
     def check_time(self, now: float) -> None:
         """End the connection, or the request on it, if its client has had its time."""
+        if now >= self._knock_at:
+            self._knock(now)
         if self._unread_since is not None and now - self._unread_since > UNREAD_S:
             self._connections.note("answer_not_read", self.client)
             self.transport.abort()
