@@ -12,6 +12,7 @@ import pytest
 
 from modelyard.jobs.tables import JobStatus
 from modelyard.models import actions
+from modelyard.models.lost import is_lost
 from tests.eventually import eventually
 from tests.models.repositories import CONFIG, adapter, as_json, embedder, llama, noise, safetensors, sharded
 from tests.models.yard import Yard, child_pid, failure_of, fetched, files_below, make_settings, open_yard
@@ -99,6 +100,7 @@ async def test_a_repository_in_mistrals_form_alone_arrives_whole(hub: Hub, tmp_p
         assert model is not None
         assert (model.task, model.chat_template) == ("generate", "mistral")
         assert files_below(yard.folder(model)) == MISTRAL
+        assert not is_lost(yard.models_dir, model)
 
 
 async def test_params_that_cannot_be_believed_are_refused_before_the_weights(hub: Hub, tmp_path: Path) -> None:

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 
 from modelyard.jobs.tables import JobStatus
-from tests.models.repositories import adapter, llama
+from modelyard.models.shards import INDEX
+from tests.models.repositories import adapter, as_json, llama
 from tests.models.yard import failure_of, files_below, make_settings, open_yard
-from tests.servers.hub import sha256_of
+from tests.servers.hub import Hub, sha256_of
 
 NOWHERE = "http://127.0.0.1:1"
+SHARD = "model-00001-of-00002.safetensors"
 
 
 def put(folder: Path, files: dict[str, bytes]) -> Path:
@@ -56,6 +58,20 @@ async def test_a_folder_that_changed_is_taken_again_and_one_that_did_not_is_not_
         assert changed is not None
         assert first.commit == same.commit != changed.commit
         assert (yard.folder(changed) / "model.safetensors").read_bytes() == llama(seed="retrained")["model.safetensors"]
+
+
+@pytest.mark.parametrize("index", [as_json({"weight_map": {"w": SHARD}}), b"{", b"[]", b'{"weight_map": []}'])
+async def test_a_whole_model_beside_a_bad_index_is_taken_without_it(index: bytes, hub: Hub, tmp_path: Path) -> None:
+    files = {**llama(), INDEX: index}
+    put(tmp_path / "imports" / "mine", files)
+    hub.add("acme/tiny", files)
+    async with open_yard(make_settings(tmp_path / "data", hub.endpoint, import_dir=tmp_path / "imports")) as yard:
+        for model_id in ("local:mine", "acme/tiny"):
+            job = await yard.bring(model_id)
+            assert job.status == JobStatus.FINISHED, yard.log(job.id)
+            model = await yard.model(model_id)
+            assert model is not None
+            assert INDEX not in files_below(yard.folder(model))
 
 
 async def test_an_imported_adapter_keeps_its_base(tmp_path: Path) -> None:

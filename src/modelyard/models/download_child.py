@@ -23,7 +23,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
@@ -68,6 +68,7 @@ def download(spec: Spec, progress: Progress) -> dict[str, Any]:
     blobs.mkdir(parents=True, exist_ok=True, mode=0o700)
     fetched = _Fetched(source, commit, blobs, progress)
     chosen = choose(paths, fetched.read)
+    fetched.keep(_all(chosen))
     fetched.promised = promised(chosen.weight_map or {})
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         files = list(pool.map(lambda path: transfer.patiently(lambda: source.describe(path)), _all(chosen)))
@@ -111,6 +112,10 @@ class _Fetched:
         self._fetch_configuration(file)
         self._progress.update(done=-file.size)  # it is counted when it comes with the others
         return self.blobs[path].read_bytes()
+
+    def keep(self, paths: Collection[str]) -> None:
+        """Forget what was read ahead and is none of these: a bad index beside a whole model must not be published."""
+        self.blobs = {path: blob for path, blob in self.blobs.items() if path in paths}
 
     def configuration(self, files: Iterable[SourceFile]) -> None:
         """Fetch configuration files and scan each."""

@@ -42,14 +42,18 @@ class FolderSource:
         digest = hashlib.sha1(usedforsecurity=False)
         names = sorted(self._walk())
         chosen = choose(names, self._read)
-        files = {path: self._file(path) for path in sorted({*chosen.configuration, *chosen.weights})}
-        for path, file in files.items():
-            self._files[path] = SourceFile(path, file.stat().st_size, digest_of(file, self._progress))
+        needed = sorted({*chosen.configuration, *chosen.weights})
+        for path in needed:
+            self._file(path)  # what is missing is said before gigabytes are read
+        for path in needed:
+            self._files[path] = self._described(path)
             digest.update(f"{path}\0{self._files[path].digest}\n".encode())
         return digest.hexdigest(), names
 
     def describe(self, path: str) -> SourceFile:
         """Return size and digest of a file."""
+        if path not in self._files:  # looked at and not taken, such as a bad index beside a whole model
+            self._files[path] = self._described(path)
         return self._files[path]
 
     @contextmanager
@@ -78,6 +82,10 @@ class FolderSource:
                 "point to).",
             )
         return snapshots / commit
+
+    def _described(self, path: str) -> SourceFile:
+        file = self._file(path)
+        return SourceFile(path, file.stat().st_size, digest_of(file, self._progress))
 
     def _read(self, path: str) -> bytes:
         file = self._file(path)

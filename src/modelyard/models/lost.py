@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Protocol
 
 from modelyard.errors import ModelLost
-from modelyard.models import store
+from modelyard.models import mistral_format, store
 from modelyard.models.kinds import Source
 from modelyard.models.tables import Model
 
-CONFIGS = ("config.json", "adapter_config.json")
+#: Every model in the store has one of them.
+CONFIGS = ("config.json", "adapter_config.json", mistral_format.PARAMS)
 
 
 class Backups(Protocol):
