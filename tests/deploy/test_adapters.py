@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import struct
 import subprocess
 import sys
@@ -14,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from modelyard.deploy.adapters import MAX_RANKS, AdapterFacts, check_adapter, smallest_max_rank
+from modelyard.deploy.adapters import check_adapter, smallest_max_rank
 from modelyard.errors import Unprocessable
 from modelyard.models import scan
+from modelyard.models.adapter_facts import MAX_RANKS
 from tests.fixtures import missing
 
 HIDDEN, RANK, LAYERS = 16, 4, 2
@@ -128,7 +130,7 @@ def test_what_peft_makes_and_vllm_serves_is_let_through(
     facts = check_adapter(by_peft / kind, config, base_folder=tiny_llama if with_weights else None)
     rank, modules = SERVED[kind]
     size = (by_peft / kind / "adapter_model.safetensors").stat().st_size
-    assert facts == AdapterFacts(rank, tuple(modules), size)
+    assert (facts.rank, facts.target_modules, facts.size_bytes) == (rank, tuple(modules), size)
 
 
 @pytest.mark.slow
@@ -380,6 +382,20 @@ def test_a_base_whose_weights_are_stored_the_other_way_round_is_recognised(tmp_p
     folder = adapter(tmp_path / "a", pair(module, size=(HIDDEN, 3 * HIDDEN)))
     assert check_adapter(folder, {"model_type": "gpt2"}, base_folder=base).rank == RANK
     assert "leads from" in refusal(folder, {"model_type": "llama"}, base).message
+
+
+def test_the_layers_of_a_base_are_read_once_and_again_when_its_files_have_changed(tmp_path: Path) -> None:
+    base = base_weights(tmp_path / "base", {f"{Q_PROJ.format(n)}.weight": [HIDDEN, HIDDEN] for n in range(2)})
+    folder = adapter(tmp_path / "a")
+    check_adapter(folder, CONFIG, base_folder=base)
+    weights = base / "model-1.safetensors"
+    before = weights.stat()
+    weights.write_bytes(weights.read_bytes().replace(b"layers.1.", b"layers.7."))
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    # Nothing tells that it is another: who reads it would refuse the adapter.
+    check_adapter(folder, CONFIG, base_folder=base)
+    os.utime(weights)
+    assert "a layer that its base does not have" in refusal(folder, base_folder=base).message
 
 
 def test_all_experts_of_a_layer_in_one_matrix_are_left_to_the_engine(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +135,46 @@ async def test_a_running_engine_is_judged_by_its_own_command_and_a_new_one_by_no
         with pytest.raises(Unprocessable, match=r"'org/128' has rank 128.* up to 64: .*options\.max_lora_rank 128"):
             await check(yard, "org/16", "org/128")
         await check(yard, "org/128", seed=1)
+
+
+#: A server that has just started: it is asked twice, and prints which of an adapter's files it opened.
+RESTARTED = """
+import asyncio, json, sys
+from pathlib import Path
+from modelyard.db import Sessions, database_url
+from modelyard.deploy import actions, admission
+from modelyard.deploy.plan import plan
+from tests.deploy.yard import make_settings
+
+opened = []
+
+
+async def ask(data_dir, folder):
+    settings = make_settings(data_dir)
+    sessions = Sessions(database_url(settings.database_url, data_dir))
+    wish = actions.Wish("org/a", ["org/poems"])
+    sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+    await admission.check(sessions, settings, wish)
+    found = await plan(sessions, settings, wish)
+    assert found.failure is None, found.failure
+    await sessions.close()
+    assert any(one.endswith("config.json") for one in opened), "the hook sees what is opened"
+    print(json.dumps([one for one in opened if one.startswith(folder)]))
+
+
+asyncio.run(ask(Path(sys.argv[1]), sys.argv[2]))
+"""
+
+
+async def test_a_server_that_has_restarted_opens_no_file_of_an_adapter_that_was_read_before(tmp_path: Path) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/a")
+        folder = await yard.add_adapter("org/poems", "org/a")
+        await check(yard, "org/poems")
+    command = [sys.executable, "-c", RESTARTED, str(tmp_path), str(folder)]
+    asked = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert asked.returncode == 0, asked.stderr
+    assert json.loads(asked.stdout) == []
 
 
 async def test_a_model_whose_files_are_broken_is_named(tmp_path: Path) -> None:

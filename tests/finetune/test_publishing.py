@@ -14,6 +14,7 @@ from modelyard.errors import JobFailure
 from modelyard.finetune import publishing
 from modelyard.finetune.schemas import HyperparametersIn
 from modelyard.finetune.tables import Finetune
+from modelyard.models import adapter_facts
 from modelyard.models.schemas import TrainingOut
 from tests.deploy.test_adapters import pair, write_tensors
 from tests.finetune.rows import model
@@ -83,6 +84,9 @@ async def test_an_adapter_is_in_the_store_with_all_that_the_trainer_wrote_and_a_
     assert shown.learnt_from == {"rows_sha256": "cd" * 32}
     assert shown.evaluation is not None
     assert "answers" not in shown.evaluation
+    facts = adapter_facts.from_json(about["adapter_facts"])
+    assert facts == adapter_facts.read(folder)
+    assert facts.rank == 8
 
 
 async def test_publishing_again_changes_nothing(models_dir: Path, tmp_path: Path) -> None:

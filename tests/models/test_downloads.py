@@ -11,10 +11,11 @@ from uuid import UUID
 import pytest
 
 from modelyard.jobs.tables import JobStatus
-from modelyard.models import actions
+from modelyard.models import actions, adapter_facts
 from modelyard.models.lost import is_lost
 from tests.eventually import eventually
 from tests.models.repositories import CONFIG, adapter, as_json, embedder, llama, noise, safetensors, sharded
+from tests.models.test_stored_adapters import write_adapter
 from tests.models.yard import Yard, child_pid, failure_of, fetched, files_below, make_settings, open_yard
 from tests.servers.hub import Fault, Hub, XetStore
 
@@ -131,6 +132,23 @@ async def test_a_lora_repository_becomes_an_adapter_with_its_base(hub: Hub, tmp_
         model = await yard.model("acme/lora")
         assert model is not None
         assert (model.adapter, model.base_model_id, model.task) == (True, TINY, "generate")
+
+
+async def test_an_adapters_facts_come_with_it_into_its_row_and_not_into_the_events(hub: Hub, tmp_path: Path) -> None:
+    write_adapter(tmp_path / "made")
+    hub.add("acme/lora", {path.name: path.read_bytes() for path in (tmp_path / "made").iterdir()})
+    hub.add("acme/odd", adapter(TINY))
+    hub.add(TINY, llama())
+    async with open_yard(make_settings(tmp_path, hub.endpoint)) as yard:
+        for model_id, refused in (("acme/lora", False), ("acme/odd", True), (TINY, None)):
+            job = await yard.bring(model_id)
+            model = await yard.model(model_id)
+            assert model is not None
+            async with yard.sessions.read() as session:
+                facts = (await actions.adapter_facts_of(session, [model])).get(model.path)
+            assert facts == (None if refused is None else adapter_facts.read(yard.folder(model)))
+            assert refused is None or facts is None or (facts.refusal is not None) == refused
+            assert all("adapter_facts" not in (event.data or {}) for event in await yard.events(job.id))
 
 
 async def test_an_adapter_whose_header_has_many_mebibytes_is_refused(hub: Hub, tmp_path: Path) -> None:

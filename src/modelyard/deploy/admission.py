@@ -1,7 +1,8 @@
 """Admission check for deploys: models of a kind that is not served, and adapters that cannot be served, are refused
 before anything is written, so that the client gets a 422 instead of a job that fails later.
 
-It reads the store, the models' files and the command of the engine that would be changed in place. It writes nothing.
+It reads the store, the model's files and the command of the engine that would be changed in place. It writes nothing
+but an adapter's facts, where its row has none.
 What only an engine knows shows when it loads the model or the adapter.
 """
 
@@ -16,14 +17,13 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from modelyard.db import Sessions
 from modelyard.deploy import actions, attempts, succession
-from modelyard.deploy.adapters import smallest_max_rank
-from modelyard.deploy.checked_adapters import checked
+from modelyard.deploy.adapters import check_facts, smallest_max_rank
 from modelyard.deploy.fitting import model_files, servable_files
 from modelyard.deploy.schemas import DeployIn, EngineOptions
 from modelyard.deploy.tables import Deployment
 from modelyard.errors import JobFailure, Unprocessable
-from modelyard.models import store
 from modelyard.models.lost import Backups, bring_back
+from modelyard.models.stored_adapters import StoredAdapter, with_facts
 from modelyard.models.tables import Model
 from modelyard.settings import Settings
 
@@ -66,7 +66,8 @@ async def check(sessions: Sessions, settings: Settings, wish: actions.Wish, back
             f"{where} is 0, which leaves no room for adapters: deploy with options.max_loras {len(adapters)}.",
             param="adapter_ids",
         )
-    ranks = await asyncio.to_thread(_ranks, settings, model, adapters, running)
+    stored = await with_facts(sessions, settings.models_dir, adapters)
+    ranks = await asyncio.to_thread(_ranks, settings, model, stored, running)
     room = await asyncio.to_thread(_rank_of_engine, settings, running) if running is not None and ranks else None
     for adapter_id, rank in ranks.items():
         if room is not None and rank > room:
@@ -95,8 +96,10 @@ async def _running(session: AsyncSession, wish: actions.Wish, path: str) -> Depl
     return None
 
 
-def _ranks(settings: Settings, model: Model, adapters: Sequence[Model], running: Deployment | None) -> dict[str, int]:
-    """Return the rank of each adapter that the engine does not serve already, after checking its files."""
+def _ranks(
+    settings: Settings, model: Model, adapters: Sequence[StoredAdapter], running: Deployment | None
+) -> dict[str, int]:
+    """Return the rank of each adapter that the engine does not serve already, after holding it against its base."""
     try:
         files = model_files(settings, model)
     except JobFailure as failure:
@@ -111,10 +114,9 @@ def _ranks(settings: Settings, model: Model, adapters: Sequence[Model], running:
     loaded = {one["path"] for one in running.loaded} if running is not None else set()
     ranks = {}
     for adapter in adapters:
-        path = store.folder_of(settings.models_dir, adapter.path)
-        if str(path) not in loaded:
-            facts = checked(path, files.config, adapter_id=adapter.model_id, base_folder=files.path)
-            ranks[adapter.model_id] = facts.rank
+        if str(adapter.path) not in loaded:
+            check_facts(adapter.facts, files.config, adapter_id=adapter.adapter_id, base_folder=files.path)
+            ranks[adapter.adapter_id] = adapter.facts.rank
     return ranks
 
 

@@ -5,14 +5,16 @@ An adapter's layers are held against these by their full names, as vLLM looks th
 
 from __future__ import annotations
 
-import json
+import os
 import re
-import struct
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-FLOATS = {"F64", "F32", "F16", "BF16"}
+from modelyard.models.scan import FLOATS, header_of
+
 _NUMBERED = re.compile(r"(?:^|\.)([A-Za-z_]\w*\.\d+\..+)$")
 
 
@@ -49,10 +51,40 @@ class BaseLayers:
         return [name for name in same if tail_of(name) == tail] or of_layer or same
 
 
+#: More than any server has bases of adapters in turn.
+_MOST_KEPT = 16
+_Signature = tuple[tuple[str, int, int], ...]
+_kept: OrderedDict[Path, tuple[_Signature, BaseLayers]] = OrderedDict()
+_lock = threading.Lock()
+
+
 def base_layers(folder: Path | None) -> BaseLayers:
-    """Return what the weights in a model's folder tell, which have been scanned when they came."""
+    """Return what the weights in a model's folder tell, which have been scanned when they came. Do not change it.
+
+    Kept for as long as the server runs, until the files change: a large base has tens of MiB of headers, and deploys
+    and plans ask often. Not kept in its row: they are as large there, and only bases with adapters are asked about.
+    """
+    if folder is None:
+        return BaseLayers()
+    paths = sorted(folder.glob("*.safetensors"))
+    found = [os.stat(path) for path in paths]
+    signature = tuple((path.name, one.st_size, one.st_mtime_ns) for path, one in zip(paths, found, strict=True))
+    with _lock:
+        if folder in _kept and _kept[folder][0] == signature:
+            _kept.move_to_end(folder)
+            return _kept[folder][1]
+    known = _read(paths)
+    with _lock:
+        _kept[folder] = (signature, known)
+        _kept.move_to_end(folder)
+        while len(_kept) > _MOST_KEPT:
+            _kept.popitem(last=False)
+    return known
+
+
+def _read(paths: Iterable[Path]) -> BaseLayers:
     known = BaseLayers()
-    for path in sorted(folder.glob("*.safetensors")) if folder is not None else []:
+    for path in paths:
         for name, entry in header_of(path).items():
             module, _, last = name.rpartition(".")
             tail = tail_of(module)
@@ -65,15 +97,6 @@ def base_layers(folder: Path | None) -> BaseLayers:
             if last == "weight" and plain and len(entry["shape"]) == 2:
                 known.shapes.setdefault(tail, []).append(entry["shape"])
     return known
-
-
-def header_of(path: Path) -> dict[str, Any]:
-    """Return the tensors' entries of a weights file that has been scanned."""
-    with open(path, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header: dict[str, Any] = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return header
 
 
 def tail_of(module: str) -> str:

@@ -15,7 +15,7 @@ from uuid import UUID
 
 from modelyard.db import Sessions
 from modelyard.deploy import actions, promises, succession
-from modelyard.deploy.checked_adapters import checked
+from modelyard.deploy.adapters import check_facts
 from modelyard.deploy.fit import Fit, fit, gib
 from modelyard.deploy.machine import GIB, Machine, given_back, left_for_engines, this_machine
 from modelyard.deploy.promises import NOTHING, Promised
@@ -28,6 +28,7 @@ from modelyard.models import config_file, kinds, store
 from modelyard.models.architectures import MULTIMODAL
 from modelyard.models.chat_template import TemplateSource, source_of
 from modelyard.models.mistral_format import is_mistral_format
+from modelyard.models.stored_adapters import StoredAdapter, with_facts
 from modelyard.models.tables import Model
 from modelyard.models.tokenizer_child import TokenizerChildren
 from modelyard.processes import Command
@@ -48,8 +49,6 @@ class Fitting:
         self.message = ""
         #: What renders the chats of the model that the last command was for; None for one that has none.
         self.template_source: TemplateSource | None = None
-        #: A folder of the store never changes, and to check one is to read all of it.
-        self._checked: dict[Path, AdapterFiles] = {}
         #: By a model's folder: the chat template that it gets if it has none.
         self._templates: dict[Path, str] = {}
 
@@ -62,10 +61,11 @@ class Fitting:
         async with self._sessions.read() as session:
             live = await succession.live(session)
             replaced = await succession.replaced_by(session, row)
-            model, adapters = await actions.model_rows(session, row)
+            model, rows = await actions.model_rows(session, row)
             promised = await promises.promised(session)
         if row.strategy == Strategy.REPLACE and any(one.state in LIVE and one.wanted != Wanted.UP for one in replaced):
             return Room.COMING
+        adapters = await with_facts(self._sessions, self._settings.models_dir, rows)
         now = await asyncio.to_thread(this_machine)
         machine = left(now, row, live, self._settings, promised)
         found = await asyncio.to_thread(self.fit, row, model, adapters, machine)
@@ -108,8 +108,9 @@ class Fitting:
         """
         async with self._sessions.read() as session:
             live = await succession.live(session)
-            model, adapters = await actions.model_rows(session, row)
+            model, rows = await actions.model_rows(session, row)
             promised = await promises.promised(session)
+        adapters = await with_facts(self._sessions, self._settings.models_dir, rows)
 
         def make() -> tuple[Command, int]:
             machine = left(this_machine(), row, live, self._settings, promised)
@@ -133,7 +134,7 @@ class Fitting:
 
         return await asyncio.to_thread(make)
 
-    def fit(self, row: Deployment, model: Model, adapters: Sequence[Model], machine: Machine) -> Fit:
+    def fit(self, row: Deployment, model: Model, adapters: Sequence[StoredAdapter], machine: Machine) -> Fit:
         """Return what the deployment's engine takes of a machine. Blocks.
 
         Raises:
@@ -143,20 +144,14 @@ class Fitting:
         options = EngineOptions(**row.options).over(self._settings)
         return fit(servable_files(self._settings, model), options, machine, rank)
 
-    def _adapter_files(self, model: Model, adapters: Sequence[Model]) -> list[AdapterFiles]:
-        config = model_files(self._settings, model).config
-        found = []
+    def _adapter_files(self, model: Model, adapters: Sequence[StoredAdapter]) -> list[AdapterFiles]:
+        files = model_files(self._settings, model)
         for one in adapters:
-            path = store.folder_of(self._settings.models_dir, one.path)
-            if path not in self._checked:
-                base = store.folder_of(self._settings.models_dir, model.path)
-                try:
-                    facts = checked(path, config, adapter_id=one.model_id, base_folder=base)
-                except Unprocessable as error:
-                    raise JobFailure(error.code, error.message, "Deploy without it.") from error
-                self._checked[path] = AdapterFiles(one.model_id, path, facts.rank, facts.size_bytes)
-            found.append(self._checked[path])
-        return found
+            try:
+                check_facts(one.facts, files.config, adapter_id=one.adapter_id, base_folder=files.path)
+            except Unprocessable as error:
+                raise JobFailure(error.code, error.message, "Deploy without it.") from error
+        return [AdapterFiles(one.adapter_id, one.path, one.facts.rank, one.facts.size_bytes) for one in adapters]
 
 
 def model_files(settings: Settings, model: Model) -> ModelFiles:

@@ -24,6 +24,7 @@ from modelyard.deploy.schemas import EngineOptions
 from modelyard.deploy.tables import Deployment, Strategy
 from modelyard.deploy.vllm_args import check_length
 from modelyard.errors import JobFailure
+from modelyard.models.stored_adapters import StoredAdapter, with_facts
 from modelyard.models.tables import Model
 from modelyard.settings import Settings
 
@@ -71,7 +72,10 @@ async def plan(sessions: Sessions, settings: Settings, wish: actions.Wish) -> Pl
     async with sessions.read() as session:
         promised = await promises.promised(session)
     fitting = Fitting(settings, sessions)
-    return await asyncio.to_thread(_worked_out, fitting, settings, row, model, adapters, live, leaving, promised)
+    stored = await with_facts(sessions, settings.models_dir, adapters)
+    return await asyncio.to_thread(
+        _worked_out, fitting, settings, row, model, adapters, stored, live, leaving, promised
+    )
 
 
 async def _decided(
@@ -97,7 +101,7 @@ async def _decided(
 
 def _worked_out(
     fitting: Fitting, settings: Settings, row: Deployment, model: Model, adapters: Sequence[Model],
-    live: Sequence[Deployment], leaving: Sequence[Leaving], promised: Promised,
+    stored: Sequence[StoredAdapter], live: Sequence[Deployment], leaving: Sequence[Leaving], promised: Promised,
 ) -> Plan:  # fmt: skip
     look = _Look(this_machine(), live, row, settings, promised)
     is_same = any(one.id == row.id for one in live)
@@ -106,7 +110,7 @@ def _worked_out(
     machine = look.without([one for one in leaving if one.first])
     try:
         check_length(servable_files(settings, model), EngineOptions(**row.options).over(settings))
-        found = fitting.fit(row, model, adapters, machine)
+        found = fitting.fit(row, model, stored, machine)
         fits = fits_beside = is_same or (found.fits and not look.is_blind(leaving))
         if (
             leaving
@@ -114,7 +118,7 @@ def _worked_out(
             and (row.strategy == Strategy.REPLACE or (row.strategy == Strategy.AUTO and not fits))
         ):
             alone = look.without(leaving)
-            instead = fitting.fit(row, model, adapters, alone)
+            instead = fitting.fit(row, model, stored, alone)
             # Nobody leaves first for what then cannot start all the same, unless that was asked for.
             if instead.fits or row.strategy == Strategy.REPLACE:
                 way, machine, found, fits = "replace", alone, instead, instead.fits

@@ -21,7 +21,7 @@ from modelyard.deploy.adapters import check_adapter
 from modelyard.errors import JobFailure, Unprocessable
 from modelyard.finetune.schemas import HyperparametersOut
 from modelyard.finetune.tables import Finetune
-from modelyard.models import config_file, store
+from modelyard.models import adapter_facts, config_file, store
 from modelyard.models.ids import folder_name
 from modelyard.models.kinds import Task
 from modelyard.models.tables import Model
@@ -87,7 +87,7 @@ def _publish(trained: Trained, adapter_dir: Path, models_dir: Path) -> dict[str,
         (beside / CARD).write_text(card(trained), "utf-8")
         base_folder = store.folder_of(models_dir, base.path)
         try:
-            check_adapter(beside, config_file.read(base_folder), adapter_id=adapter_id, base_folder=base_folder)
+            facts = check_adapter(beside, config_file.read(base_folder), adapter_id=adapter_id, base_folder=base_folder)
         except JobFailure as failure:
             raise JobFailure(
                 "base_lost", f"The files of {base.model_id} cannot be read: {failure.message}", "Add the base again."
@@ -117,6 +117,7 @@ def _publish(trained: Trained, adapter_dir: Path, models_dir: Path) -> dict[str,
         "size_bytes": store.bytes_below(target),
         "path": place,
         "training": trained.training(),
+        "adapter_facts": adapter_facts.as_json(facts),
     }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -15,7 +15,8 @@ from modelyard.db import exclusively, utcnow
 from modelyard.errors import Conflict, ModelInUse, ModelNotFound, Unprocessable
 from modelyard.jobs import actions as jobs
 from modelyard.jobs.tables import ACTIVE, Job
-from modelyard.models import store
+from modelyard.models import adapter_facts, store
+from modelyard.models.adapter_facts import AdapterFacts
 from modelyard.models.ids import check_model_id, check_revision, is_local, is_trained
 from modelyard.models.kinds import Source
 from modelyard.models.tables import Model
@@ -172,7 +173,9 @@ def at_pin(model: Model, pinned: Mapping[str, Any] | None) -> Model:
     """Return a model as it was when it was pinned: a copy that no session knows, or the row itself."""
     if pinned is None or pinned["path"] == model.path:
         return model
-    said = {column.key: getattr(model, column.key) for column in Model.__table__.columns}
+    # Facts are of adapters, which nobody pins, and are not loaded.
+    columns = [column.key for column in Model.__table__.columns if column.key != Model.adapter_facts.key]
+    said = {name: getattr(model, name) for name in columns}
     return Model(**said | {name: pinned[name] for name in PINNED if name in pinned})
 
 
@@ -190,6 +193,7 @@ async def add(session: AsyncSession, model_id: str, revision: str, result: Mappi
     model.commit = str(result["commit"])
     model.size_bytes = int(result["size_bytes"])
     model.path = str(result["path"])
+    model.adapter_facts = adapter_facts.from_json(result.get("adapter_facts"))
     if is_trained(model_id):
         model.source = Source.TRAINING
     else:
@@ -205,6 +209,19 @@ async def name_base(session: AsyncSession, adapter: Model, base_model_id: str) -
     """Write down which model an adapter belongs to, as somebody says who knows it better than its files do."""
     adapter.base_model_id = base_model_id
     await session.flush()
+
+
+async def adapter_facts_of(session: AsyncSession, adapters: Sequence[Model]) -> dict[str, AdapterFacts]:
+    """Return the facts of adapters by their `path`, without those whose row has none."""
+    paths = [one.path for one in adapters]
+    rows = await session.execute(select(Model.path, Model.adapter_facts).where(Model.path.in_(paths)))
+    return {path: facts for path, facts in rows if facts is not None}
+
+
+async def keep_adapter_facts(session: AsyncSession, adapter: Model, facts: AdapterFacts) -> None:
+    """Write what was read of an adapter's files to its row, unless that has gone on to others. Safe to repeat."""
+    of_these_files = (Model.model_id == adapter.model_id, Model.path == adapter.path)
+    await session.execute(update(Model).where(*of_these_files).values(adapter_facts=facts))
 
 
 async def note_checks(session: AsyncSession, model_id: str, checks: Mapping[str, Any]) -> None:

@@ -3,7 +3,8 @@
 It resolves the revision, chooses the files, checks the disk, fetches and scans the configuration (so that a bad
 model is refused before gigabytes of it arrive), fetches and checks the weights, and moves the whole folder into place
 by one rename. It writes progress lines and one result file: `{"commit", "size_bytes", "adapter", "base_model_id",
-"task", "chat_template", "path", "left_out"}` or `{"failure": {"code", "message", "hint", "evidence", "transient"}}`.
+"task", "chat_template", "path", "left_out", "adapter_facts"}` or `{"failure": {"code", "message", "hint", "evidence",
+"transient"}}`.
 It never touches the database.
 
 Killing it at any moment loses nothing: what has arrived lies in the partial folder, nothing is buffered here, and the
@@ -31,7 +32,7 @@ from typing import Any
 
 from modelyard import evidence
 from modelyard.errors import JobFailure
-from modelyard.models import config_file, ids, kinds, scan, transfer
+from modelyard.models import adapter_facts, config_file, ids, kinds, scan, transfer
 from modelyard.models.chat_template import source_of
 from modelyard.models.download_spec import GIB, Spec
 from modelyard.models.mistral_format import PARAMS
@@ -317,9 +318,10 @@ def _describe(target: Path, chosen: Selection, files: list[SourceFile], commit: 
         return scan.read_json(name, path.read_bytes()) if path.is_file() else {}
 
     made = (target / INDEX).stat().st_size if chosen.unindexed else 0
-    base, task, template = None, kinds.Task.GENERATE, None
+    base, task, template, facts = None, kinds.Task.GENERATE, None, None
     if chosen.adapter:
         base = scan.scan_adapter(config(ADAPTER_CONFIG))
+        facts = adapter_facts.as_json(adapter_facts.read(target))
     else:
         task = kinds.task_of(config_file.read(target), kinds.reader(target))
         if task == kinds.Task.GENERATE:
@@ -333,6 +335,7 @@ def _describe(target: Path, chosen: Selection, files: list[SourceFile], commit: 
         "chat_template": template,
         "path": str(target.relative_to(models)),
         "left_out": [asdict(one) for one in chosen.left_out],
+        "adapter_facts": facts,
     }
 
 

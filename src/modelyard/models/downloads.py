@@ -90,7 +90,9 @@ class Downloads:
         async with self._sessions.begin() as session:
             await actions.add(session, model_id, revision, result)
         await asyncio.to_thread(shutil.rmtree, job.folder / "hub", ignore_errors=True)
-        await job.event(_arrived(model_id, revision, model, result["commit"]), data=result)
+        # Facts may have thousands of layers, and are the row's.
+        told = {name: value for name, value in result.items() if name != "adapter_facts"}
+        await job.event(_arrived(model_id, revision, model, result["commit"]), data=told)
         if result.get("chat_template") == TemplateSource.GUESSED:
             message = f"{GUESSED_WARNING.format(model_id=model_id)} {GUESSED_HINT}"
             await job.event(message, level="warning", data={"code": "chat_template_guessed"})

@@ -32,6 +32,8 @@ VOCABULARIES = frozenset(
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 MAX_POINTER_BYTES = 1024
 
+#: Number formats of weights that can be trained.
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64,
@@ -120,6 +122,15 @@ def scan_safetensors(path: Path, name: str, max_header_bytes: int = MAX_HEADER_B
             raise _bad_weights(name, f"declares a header of {length} bytes in a file of {size}")
         raw = file.read(length)
     return check_header(name, raw, size - 8 - length)
+
+
+def header_of(path: Path) -> dict[str, Any]:
+    """Return the tensors' entries of a weights file that has been scanned."""
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header: dict[str, Any] = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header
 
 
 def check_header(name: str, raw: bytes, data_bytes: int) -> frozenset[str]:

@@ -6,10 +6,27 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid4
 
-from sqlalchemy import JSON, BigInteger, String, Uuid
+from sqlalchemy import JSON, BigInteger, Dialect, String, TypeDecorator, Uuid
 from sqlalchemy.orm import Mapped, mapped_column
 
 from modelyard.db import Base, UtcDateTime, utcnow
+from modelyard.models import adapter_facts
+from modelyard.models.adapter_facts import AdapterFacts
+
+
+class AdapterFactsJson(TypeDecorator[AdapterFacts]):
+    """Facts of an adapter as JSON; None for those of another version of the rules, as if nobody had read them."""
+
+    impl = JSON(none_as_null=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: AdapterFacts | None, dialect: Dialect) -> Any:
+        """Return what the database stores."""
+        return None if value is None else adapter_facts.as_json(value)
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> AdapterFacts | None:
+        """Return the facts."""
+        return adapter_facts.from_json(value)
 
 
 class Model(Base):
@@ -33,3 +50,8 @@ class Model(Base):
     source: Mapped[str] = mapped_column(String(16))
     #: How an adapter that was trained here came to be (`schemas.TrainingOut`); NULL for all else.
     training: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    #: What an adapter's files say of it; NULL for a model, and for an adapter that was added before this was kept. It
+    #: may take a MiB, so that a list of models must not bring it: `actions.adapter_facts_of` asks for it.
+    adapter_facts: Mapped[AdapterFacts | None] = mapped_column(
+        AdapterFactsJson(), deferred=True, deferred_raiseload=True
+    )
