@@ -51,6 +51,14 @@ def test_other_words_are_handed_on_as_they_came(message: str) -> None:
     assert in_our_words(400, odd, for_anthropic=False) == odd
 
 
+@pytest.mark.parametrize("empty", ["", " "])
+@pytest.mark.parametrize("for_anthropic", [False, True])
+def test_an_error_without_words_says_where_the_cause_is(empty: str, for_anthropic: bool) -> None:
+    for odd in (body(empty), body(empty).replace(b": ", b":")):
+        told = json.loads(in_our_words(500, odd, for_anthropic=for_anthropic))["error"]
+        assert "GET /api/v1/deployments/{id}/attempts/{number}/log/" in told["message"]
+
+
 @pytest.mark.parametrize("odd", [b"", b"--", b"[1]", b'{"error": "--dtype"}', b'{"error": {"message": 5, "a": "--x"}}'])
 def test_what_is_no_error_is_handed_on_and_has_anthropics_form_where_that_is_spoken(odd: bytes) -> None:
     assert in_our_words(500, odd, for_anthropic=False) == odd

@@ -62,6 +62,8 @@ def modules(*names: str) -> list[dict[str, Any]]:
         (named("MarianMTModel"), Kind.ENCODER_DECODER),
         (named("UnheardOfForConditionalGeneration", is_encoder_decoder=True), Kind.ENCODER_DECODER),
         (named("T5Model", is_encoder_decoder=True), Kind.OTHER),
+        (named("JinaVLForRanking"), Kind.SCORE),
+        (named("UnheardOfForRanking"), Kind.SCORE),
         (named("EagleLlamaForCausalLM"), Kind.DRAFT),
         (named("LlamaForCausalLMEagle3"), Kind.DRAFT),
         (named("MedusaModel"), Kind.DRAFT),

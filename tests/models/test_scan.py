@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,34 @@ def test_configuration_that_cannot_be_read_is_refused_not_crashed_on(content: by
     with pytest.raises(JobFailure) as caught:
         scan.scan_configuration("config.json", content)
     assert caught.value.code == "bad_configuration"
+
+
+READ_AS_UTF8 = ["config.json", "tokenizer_config.json", "generation_config.json", "tokenizer.json", "modules.json"]
+
+
+@pytest.mark.parametrize("name", [*READ_AS_UTF8, "chat_template.jinja"])
+@pytest.mark.parametrize(
+    ("encode", "said"),
+    [
+        (lambda text: text.encode("utf-8-sig"), "byte order mark: save it as UTF-8 without one"),
+        (lambda text: text.encode("utf-16"), "not in UTF-8: invalid start byte (byte 0)"),
+        (lambda text: text.replace("a", "\xe4").encode("latin-1"), "not in UTF-8"),
+    ],
+)
+def test_a_file_in_an_encoding_that_the_engine_cannot_read_is_refused(
+    name: str, encode: Callable[[str], bytes], said: str
+) -> None:
+    with pytest.raises(JobFailure) as caught:
+        scan.scan_configuration(name, encode('{"a": 1}'))
+    assert caught.value.code == "bad_configuration"
+    assert caught.value.message.startswith(name)
+    assert said in caught.value.message
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_a_list_in_the_place_of_settings_is_refused(name: str) -> None:
+    with pytest.raises(JobFailure, match=f"{name} is not a JSON object"):
+        scan.scan_configuration(name, b"[]")
 
 
 def test_a_configuration_that_must_be_an_object_is_one() -> None:

@@ -302,6 +302,7 @@ def test_what_was_left_out_is_told_with_its_reason_in_bounded_words() -> None:
         (["config.json", "sub/model.safetensors"], "no_weights"),
         (["config.json", "sub/model.safetensors", "sub/optimizer.pt"], "no_weights"),
         (["config.json", "training_args.bin"], "no_weights"),
+        (["config.json", "MODEL.SAFETENSORS"], "no_weights"),
     ],
 )
 def test_a_repository_without_usable_weights_is_refused(files: list[str], code: str) -> None:
@@ -352,3 +353,27 @@ def test_a_choice_or_a_refusal_comes_of_whatever_a_listing_names(paths: list[str
         return
     assert {*chosen.configuration, *chosen.weights} <= set(paths)
     assert all(is_safe_path(path) for path in (*chosen.configuration, *chosen.weights))
+
+
+@pytest.mark.parametrize(
+    ("paths", "code", "said"),
+    [
+        (["config.json", "Model.Safetensors"], "no_weights", "'Model.Safetensors'"),
+        (["config.json", "model.safetensors "], "no_weights", "'model.safetensors '"),
+        (["adapter_config.json", "adapter_model (1).safetensors"], "no_weights", "'adapter_model (1).safetensors'"),
+        (["adapter_config.json", "lora.safetensors"], "no_weights", "adapter_model.safetensors, and that is not there"),
+        (["adapter_model.safetensors", "README.md"], "missing_configuration", "no adapter_config.json"),
+        (["config.json", "adapter_model.safetensors"], "missing_configuration", "no adapter_config.json"),
+    ],
+)
+def test_weights_under_a_name_that_is_not_looked_for_are_named(paths: list[str], code: str, said: str) -> None:
+    failure = refused(paths)
+    assert failure.code == code
+    assert said in failure.message
+
+
+def test_a_model_beside_whose_weights_an_adapter_lacks_its_own_is_a_model() -> None:
+    chosen = chosen_of({**llama(), "adapter_config.json": b"{}"})
+    assert (chosen.adapter, chosen.weights) == (False, ("model.safetensors",))
+    chosen = chosen_of(["consolidated.safetensors", "params.json", "tekken.json", "adapter_config.json"])
+    assert (chosen.adapter, chosen.weights) == (False, ("consolidated.safetensors",))

@@ -63,13 +63,19 @@ OURS: dict[str, str | None] = {
     "VLLM_MAX_IMAGE_PIXELS": None,
 }
 _SWITCH = re.compile(r"(?<![\w-])(?:--[a-z][a-z-]{2,40}|VLLM_[A-Z_]{3,40})(?![\w-])")
+#: An assertion of vLLM's that fails in a request gives an empty message, such as an echo of tokens without any text.
+_WORDLESS = re.compile(rb'"message": {0,8}" {0,8}"')
+_WITHOUT_WORDS = (
+    "The engine failed at this request and did not say why. Its log does: "
+    "GET /api/v1/deployments/{id}/attempts/{number}/log/."
+)
 #: A message may quote what was sent; a switch stands at its beginning or its end, not deep within.
 LOOKED_AT = 4096
 
 
 def in_our_words(status: int, body: bytes, *, for_anthropic: bool) -> bytes:
     """Return the body of an engine's error as clients here get it; the same where there is nothing to add."""
-    if not for_anthropic and b"--" not in body and b"VLLM_" not in body:
+    if not for_anthropic and b"--" not in body and b"VLLM_" not in body and _WORDLESS.search(body) is None:
         return body
     try:
         answer = msgspec.json.decode(body)
@@ -81,7 +87,7 @@ def in_our_words(status: int, body: bytes, *, for_anthropic: bool) -> bytes:
         if not for_anthropic:
             return body
         message = f"The engine answered with status {status}: {body[:500].decode('utf-8', 'replace')}"
-    explained = explain(message)
+    explained = explain(message) if message.strip() else _WITHOUT_WORDS
     if for_anthropic:
         return msgspec.json.encode(anthropic_envelope(status, explained))
     if explained == message:

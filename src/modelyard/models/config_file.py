@@ -9,6 +9,7 @@ added before is refused where it is used.
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -120,13 +121,27 @@ def _parsed(content: bytes) -> dict[str, Any]:
     if len(content) > MAX_BYTES:
         raise _refusal(f"has more than {MAX_BYTES} bytes")
     try:
-        config = json.loads(content, parse_int=_integer, object_pairs_hook=_once)
+        config = json.loads(text_of(content), parse_int=_integer, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise _refusal(f"is not readable JSON ({str(error)[:200]})") from None
     if not isinstance(config, dict):
         raise _refusal("is not a JSON object")
     _look_through(config)
     return config
+
+
+def text_of(content: bytes) -> str:
+    """Return a file's text as transformers and vLLM read it. What Python's json would guess right, they can't read.
+
+    Raises:
+        ValueError: it is not in UTF-8, or begins with a byte order mark, as some editors write it.
+    """
+    if content.startswith(codecs.BOM_UTF8):
+        raise ValueError("it begins with a byte order mark: save it as UTF-8 without one")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not in UTF-8: {error.reason} (byte {error.start})") from None
 
 
 def text_part(config: Config) -> Config:

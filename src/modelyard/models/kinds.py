@@ -121,7 +121,7 @@ _ENDINGS = (
     (("ForCausalLM", "LMHeadModel", "ChatModel"), Kind.GENERATE),
     (("ForConditionalGeneration",), Kind.GENERATE),
     (("ForTextEncoding", "EmbeddingModel"), Kind.EMBED),
-    (("ForSequenceClassification", "ClassificationModel"), Kind.SCORE),
+    (("ForSequenceClassification", "ClassificationModel", "ForRanking"), Kind.SCORE),
     (("ForTokenClassification",), Kind.LABEL_TOKENS),
 )  # fmt: skip
 DIFFUSERS_INDEX = "model_index.json"
@@ -192,7 +192,8 @@ def _by_architecture(config: Mapping[str, Any]) -> Kind:
         return Kind.DRAFT
     # The engine takes the first that it knows.
     found = next((found for name in names if (found := _of_name(name)) is not None), Kind.OTHER)
-    if found == Kind.SCORE and _labels(config) > 1:
+    is_ranker = any(name.endswith("ForRanking") for name in names)
+    if found == Kind.SCORE and _labels(config) > 1 and not is_ranker:
         return Kind.CLASSIFY
     is_encoder_decoder = any(part.get("is_encoder_decoder") is True for part in (config, text_part(config)))
     if found in (Kind.GENERATE, Kind.EMBED) and is_encoder_decoder and not known.MULTIMODAL.intersection(names):

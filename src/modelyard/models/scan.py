@@ -28,6 +28,8 @@ MAX_ADAPTER_HEADER_BYTES = 16 * 1024 * 1024
 VOCABULARIES = frozenset(
     {"tokenizer.json", "vocab.json", "tekken.json", "added_tokens.json", "model.safetensors.index.json"}
 )
+#: What the names of files end in that hold one object each.
+_OBJECTS = ("_config.json", "special_tokens_map.json")
 #: What a file begins with that git has put in the place of the real one; it has some 130 bytes.
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 MAX_POINTER_BYTES = 1024
@@ -54,16 +56,23 @@ def read_json(name: str, content: bytes) -> dict[str, Any]:
 
 
 def scan_configuration(name: str, content: bytes) -> None:
-    """Refuse a configuration file that would make a library run code, or load from elsewhere.
+    """Refuse a configuration file that would make a library run code, load from elsewhere, or fail at every start.
 
     Raises:
         JobFailure: `remote_code`, `loads_from_elsewhere` or `bad_configuration`.
     """
+    if name.endswith(".jinja"):
+        try:
+            config_file.text_of(content)
+        except ValueError as error:
+            raise _bad_configuration(name, f"cannot be read ({error})") from None
     if not name.endswith(".json"):
         return
     value = config_file.parse(content) if name == config_file.CONFIG else parse(name, content)
     if name in VOCABULARIES:
         return
+    if name.endswith(_OBJECTS) and not isinstance(value, dict):
+        raise _bad_configuration(name, "is not a JSON object")
     references.check(name, value)
 
 
@@ -201,7 +210,7 @@ def parse(name: str, content: bytes) -> Any:
     if len(content) > MAX_CONFIG_BYTES:
         raise _bad_configuration(name, f"has {len(content)} bytes, more than {MAX_CONFIG_BYTES}")
     try:
-        return json.loads(content)
+        return json.loads(config_file.text_of(content))
     except (ValueError, RecursionError) as error:
         raise _bad_configuration(name, f"is not readable JSON ({str(error)[:80]})") from None
 

@@ -34,6 +34,7 @@ _UNSAFE = "the name cannot be a file's name here"
 _OTHER_FORM = "the same weights are there in another form, or nothing names them"
 _NO_READER = "no engine, tokenizer or trainer reads it"
 _BESIDE_ADAPTER = "an adapter is served without it, such as a value head of its training"
+_RENAME = "Rename it in a copy, and import that: weights end in .safetensors, in small letters and with nothing behind."
 _PICKLED_REASON = "pickled weights, code, or a format that is not loaded"
 
 
@@ -160,7 +161,7 @@ def _holds_a_model(usable: list[str]) -> bool:
     """
     found = [path for path in usable if _is_model_weights(path)]
     if ADAPTER_WEIGHTS not in usable:
-        return bool(found)
+        return bool(found) and not {"config.json", PARAMS}.isdisjoint(usable)
     return INDEX in usable or any(path == SINGLE or path.startswith(("model-", "consolidated")) for path in found)
 
 
@@ -193,6 +194,12 @@ def _model_weights(usable: list[str], paths: Collection[str]) -> list[str]:
     return found + [path for path in usable if MODULE_FOLDER.fullmatch(path) and path.endswith(".safetensors")]
 
 
+def _is_misspelt(path: str) -> bool:
+    """Whether a file at the top would be weights, were its ending not in capitals or followed by a space."""
+    name = path.strip().casefold()
+    return "/" not in path and name.endswith(".safetensors") and not path.endswith(".safetensors")
+
+
 def _distinct(weights: Iterable[str]) -> None:
     """Refuse names that are one file on a disk that ignores case."""
     seen: dict[str, str] = {}
@@ -207,6 +214,27 @@ def _distinct(weights: Iterable[str]) -> None:
 
 
 def _refuse(usable: list[str], paths: Collection[str]) -> list[str]:
+    top = [path for path in usable if "/" not in path and path.endswith(".safetensors")]
+    if ADAPTER_CONFIG in usable and top:
+        raise JobFailure(
+            "no_weights",
+            f"{ADAPTER_CONFIG} says that this is an adapter, whose weights are read from {ADAPTER_WEIGHTS}, and that "
+            f"is not there; there is {listed(top)}.",
+            _RENAME,
+        )
+    if ADAPTER_WEIGHTS in usable:
+        raise JobFailure(
+            "missing_configuration",
+            f"The repository has an adapter's weights ({ADAPTER_WEIGHTS}) but no {ADAPTER_CONFIG}.",
+            "Choose a revision that has it, or save the adapter again with PEFT, and import that.",
+        )
+    odd = sorted(path for path in paths if _is_misspelt(path))
+    if odd:
+        raise JobFailure(
+            "no_weights",
+            f"The only weights in safetensors format have names that no loader looks for: {listed(odd)}.",
+            _RENAME,
+        )
     unsafe = sorted(path for path in paths if path.endswith(".safetensors") and not is_safe_path(path))
     if unsafe:
         raise JobFailure(
