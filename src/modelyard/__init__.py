@@ -17,6 +17,7 @@ datasets            conversations to learn from: validated while they arrive, ke
 jobs                pieces of work with status, events and log, and the runner that runs them
 auth, docs          the gate before every route; Swagger UI
 http                what routes share: either slash, documented errors, limits on bodies
+connections         limits on client connections before the key check: header bytes, time, number
 foundation          data folder, locks and migrations: what must stand before the server serves
 filters             children that read what they are fed, answer once, and are gone
 storage             objects: a local folder or S3
@@ -24,6 +25,12 @@ processes, keeper   children that are never orphaned
 states              state machines on rows, with their history
 db                  sessions on SQLite and PostgreSQL
 settings, tasks     configuration; background tasks that cannot fail in silence
+bodies              request bodies as they come: gzip, byte order marks, UTF-16, half surrogates
+outages             database outages: which errors pass, and how work waits for the database
+paths               the only join of a folder and a name from elsewhere
+private_files       the data folder closed to other users: umask and modes
+log_limits          a bound on log lines that clients cause
+evidence            lines of a log that may be shown: no secrets, no paths
 errors              every error that a client can see
 
 A request writes what is wanted; one background task per thing makes it so and writes what is; requests read it.

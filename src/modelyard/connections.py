@@ -57,7 +57,7 @@ REPORT_EVERY_S = 60.0
 
 @dataclass(frozen=True)
 class Limits:
-    """What every connection may do. Times in seconds."""
+    """The bounds of every connection. Times in seconds."""
 
     max_connections: int
     header_bytes: int
@@ -67,7 +67,7 @@ class Limits:
 
 
 class Phase(enum.Enum):
-    """What a connection waits for from its client."""
+    """The part of a request that a connection waits for."""
 
     #: The first byte of a request.
     IDLE = enum.auto()
@@ -327,7 +327,7 @@ class Connection(HttpToolsProtocol):
     # Refusals.
 
     def _fault_in_head(self) -> ModelyardError | None:
-        """Return why a request is none that may be answered: two who read it could take it for different ones."""
+        """Return why a request is refused by its headers: two readers could take it for different ones (smuggling)."""
         headers = self.headers
         if len(headers) > MOST_HEADERS or (self._head_at_most > self._limits.header_bytes and self._is_too_large()):
             return HeadersTooLarge(self._limits.header_bytes // 1024)

@@ -1,4 +1,4 @@
-"""How long the answer to a wrong key is held back: the longer, the more of them came from the same address.
+"""Delays of the answers to wrong keys: the longer, the more of them came from the same address.
 
 Only wrong keys wait. A right one is never slowed, from whatever address, so that nobody can lock out the owner. What
 is remembered is bounded: of more addresses than `MAX_ADDRESSES` the one that was seen first is forgotten.
@@ -41,7 +41,7 @@ class WrongKeys:
 
 
 def network_of(address: str) -> str:
-    """Return what stands for one caller: of an IPv6 address the half that its network has, since the rest is free."""
+    """Return the key of one caller: an IPv4 address, or an IPv6 network (/64): its owner picks the rest at will."""
     try:
         parsed = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:

@@ -1,9 +1,9 @@
 """Whether a conversation can be learnt from, and what it is in the one canonical form.
 
 Refused: no message of the assistant with anything in it (or all of weight 0), a system message that is not the first,
-a tool's message that no call goes before, content that is not text. Warned of: what some chat templates refuse, and
-empty messages. `forms.read_row` and `examine` are what validation, the rows of the API and a trainer have in common: a
-row that passed means the same to all of them. Pure functions; nothing here knows of files.
+a tool message that does not follow a tool call, content that is not text. Warned of: what some chat templates refuse,
+and empty messages. `forms.read_row` and `examine` are what validation, the rows of the API and a trainer have in
+common: a row that passed means the same to all of them. Pure functions; nothing here knows of files.
 """
 
 from __future__ import annotations

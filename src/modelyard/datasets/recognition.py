@@ -1,4 +1,4 @@
-"""What a file is by its first bytes where that is not JSONL, so that who uploads it is told how to convert it."""
+"""Recognises common files that are not JSONL by magic bytes, to say how to convert them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the layers of a base are, read from the headers of its weights: names, and shapes.
+"""The layers of a base model, read from the headers of its weights: names and shapes.
 
 An adapter's layers are held against these by their full names, as vLLM looks them up, and by their shapes. Blocks.
 """
@@ -20,7 +20,7 @@ _NUMBERED = re.compile(r"(?:^|\.)([A-Za-z_]\w*\.\d+\..+)$")
 
 @dataclass
 class BaseLayers:
-    """What is known of a base's layers; all of it is empty where nobody can look.
+    """The layers of a base, as far as known; all of it is empty where there are no weights to read.
 
     `shapes` are by their names from the numbered part on, `kinds` are their last names, `numbered` are the parts up to
     the number, and `names` are whole.

@@ -1,4 +1,4 @@
-"""What an engine's plugins have in common: each is a cure that never costs an engine, and says whether it took effect.
+"""The frame of our vLLM plugins: each is a cure that never costs an engine, and says whether it took effect.
 
 vLLM calls a plugin in each of its processes, passes over one that its Python does not have without a word, and ends
 when one raises. So every cure of ours writes a line to the file that the environment names, `{"cure", "error"}`, and

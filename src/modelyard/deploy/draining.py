@@ -1,4 +1,4 @@
-"""What the requests to one engine do: whether any is open, whether anybody asks at all, and whose have all ended.
+"""Tracks one engine's requests: open count, last activity, adapters that have drained.
 
 Two sources are asked, since neither is enough. The gateway of this process knows what it has sent from the moment on
 that it chose the engine; the engine's own figures count what came from another gateway process too, but only from its

@@ -1,4 +1,4 @@
-"""An engine that stands but does not answer: whether it is busy or dead, and when it is ended.
+"""An engine that runs but does not answer: told busy or dead by its processor time, and ended in the end.
 
 An engine may be silent for minutes while it works: a schema that takes long to compile, a log line that takes long to
 write. Then all wait, and ending it would make them all begin anew. So its processes' time on the processor is looked
@@ -35,7 +35,7 @@ class News:
 
 
 class Silence:
-    """What is known of an engine that may have stopped answering."""
+    """The record of one engine's silence: since when, busy or idle, and whether it is to be ended."""
 
     def __init__(self, busy_timeout_s: float) -> None:
         self._busy_timeout_s = busy_timeout_s

@@ -40,7 +40,7 @@ async def take_down(session: AsyncSession, deployment: Deployment, wanted: Wante
 
 
 async def forget(session: AsyncSession, deployment: Deployment) -> None:
-    """Have a deployment, which has a newer wish of its own, neither leave for others nor come back when they fail."""
+    """Remove the deployment from every `replaces` list: a newer request decides about it."""
     for one in await live(session, deployment.task):
         if str(deployment.id) in one.replaces:
             one.replaces = [each for each in one.replaces if each != str(deployment.id)]

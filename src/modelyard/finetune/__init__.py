@@ -3,7 +3,8 @@
 A request writes what is wanted (`actions`): a `Finetune` row and its FT job. The job's function (`trainings`) brings
 the data, waits for its turn at the accelerator (`accelerator`; how much it `needs`, and who is to `stand_aside`), runs
 the trainer child, keeps its checkpoints in the storage (`checkpoints`), puts the adapter into the store (`publishing`)
-and, where that is asked for, into service (`into_service`). Only that function writes what is: phase, figures, points.
+and into the storage (`backups`), and, where that is asked for, into service (`into_service`). Only that function writes
+what is: phase, figures, points.
 
 Before a training `planning` says what it would take, and after it `export` gives the adapter away (`archive`), alone or
 inside its base. Both have the trainer run an errand that a request waits for (`errands`).

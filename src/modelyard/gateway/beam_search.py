@@ -32,7 +32,7 @@ GROWTH = 4
 
 @dataclass(frozen=True)
 class Rules:
-    """What the search is to do. `top_k` 0 is off. `eos_ids` are the tokens that end a text.
+    """The parameters of a search. `top_k` 0 is off. `eos_ids` are the tokens that end a text.
 
     `vocabulary` is how many tokens there are, where that is known: an engine refuses to tell more.
     """
@@ -50,18 +50,18 @@ class Rules:
 
     @property
     def kept(self) -> int:
-        """How many continuations are looked at in a step: enough that `num_beams` of them have not ended."""
+        """The number of continuations looked at in a step: enough that `num_beams` of them have not ended."""
         return max(2, 1 + len(self.eos_ids)) * self.num_beams
 
     @property
     def least_shaped(self) -> int:
-        """How many candidates of a beam `top_k` and `top_p` leave at least: one of them does not end."""
+        """The number of candidates of a beam that `top_k` and `top_p` leave at least: one of them does not end."""
         return len(self.eos_ids) + 1 if self.eos_ids else 2
 
 
 @dataclass(frozen=True)
 class Row:
-    """What an engine says of the next token of a beam: log probabilities by token, of all tokens if `is_all`."""
+    """An engine's answer about the next token of a beam: log probabilities by token, of all tokens if `is_all`."""
 
     logprobs: Mapping[int, float]
     is_all: bool = False
@@ -87,7 +87,7 @@ class _Candidate:
 
 @dataclass(frozen=True)
 class Shaped:
-    """What is left of a row: its best candidates, and by `count` the most that a token beyond so many could score."""
+    """A row by the rules: its best candidates, and by `count` the most that a token beyond so many could score."""
 
     candidates: list[_Candidate]
     beyond: Mapping[int, float]

@@ -1,4 +1,4 @@
-"""How much the model of an engine takes, in tokens: asked of the engine once, since it may have chosen it by itself."""
+"""The context length of an engine's model, in tokens: asked of the engine once, since it may choose it by itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an engine would fetch or load for a message: found wherever vLLM looks for it, and refused.
+"""Addresses and tensors that an engine would fetch or load for a message: found where vLLM looks, and refused (SSRF).
 
 vLLM takes the parts of a message by their `type`, and where that is missing, or a `uuid` is there, by the names of
 their keys (`chat_utils`, read in vLLM 0.32). What other keys say, such as a message's `avatar_url` or a text's

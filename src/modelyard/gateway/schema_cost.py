@@ -56,7 +56,7 @@ class SchemaLimits:
 
 @dataclass
 class Cost:
-    """What the fields of one request were found to have so far."""
+    """The counts of one request so far, over all its fields."""
 
     limits: SchemaLimits
     size_bytes: int = 0

@@ -1,4 +1,4 @@
-"""What is sent to those who follow jobs: one reader for each followed job, whatever the number of its followers.
+"""Server-sent events of jobs: one database reader for each followed job, whatever the number of its followers.
 
 A `Feed` reads its job when there is news of it, renders each event once, and wakes its followers, who take what they
 have not had yet from its newest events in memory. Only one that begins far back, or fell far behind, reads the database
@@ -42,7 +42,7 @@ READERS_OF_THE_PAST = 2
 
 @dataclass(frozen=True)
 class FollowerLimits:
-    """How many may follow jobs at the same time: one job, and all together."""
+    """The most clients that may follow at the same time: one job, and all jobs together."""
 
     per_job: int = 256
     in_all: int = 1024

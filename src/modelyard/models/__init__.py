@@ -3,5 +3,12 @@
 A row stands for a model or an adapter whose folder is whole, verified and scanned; nothing else is ever in a row.
 A request writes the wish for a DOWNLOAD job; the job runs `download_child`, which alone speaks to the hub, writes
 beside, and moves the folder into place; then the job writes the row. `scan` says what is refused and why.
+
+- from elsewhere: `listing` (a hub's answer, checked), `file_names` (which names may become paths), `selection` (which
+  files are fetched), `shards` (whether the weights are whole)
+- from a model's files: `config_file` (the one reader of config.json), `mistral_format`, `references` (keys that load
+  code or other repositories), `kinds` by `architectures` (is it served), `chat_template`, `tokenizer_child`
+- afterwards: `lost` (a folder that is gone)
+
 Engines and trainers read the folders; who deploys what is not known here.
 """

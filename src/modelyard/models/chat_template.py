@@ -1,4 +1,4 @@
-"""Where a model's chat template comes from: its own files, Mistral's tokenizer, or a guess of ours.
+"""The source of a model's chat template: its own files, Mistral's tokenizer, or a guess of ours.
 
 A guess is a default (`trainer.default_template`): chats work, but are rendered otherwise than the model was trained on,
 which is said wherever the model is shown. Imports nothing heavy.
@@ -24,7 +24,7 @@ GUESSED_HINT = (
 
 
 class TemplateSource(StrEnum):
-    """Where a model's chat template comes from."""
+    """The source of a model's chat template."""
 
     #: The model's files have one.
     OWN = "own"

@@ -42,7 +42,7 @@ class Source(StrEnum):
 
 
 class Kind(StrEnum):
-    """What a model does. GENERATE and EMBED are served."""
+    """The work that a model does. GENERATE and EMBED are served."""
 
     GENERATE = "generate"
     EMBED = "embed"

@@ -1,4 +1,4 @@
-"""Models that are lost: their row is here, and their folder is not in the data folder any more.
+"""Lost models: their row is in the database, and their folder is not in the data folder any more.
 
 A disk may have been replaced, a folder deleted by hand, a database restored without its data folder. Such a model is
 said to be lost wherever it is named. What can be had back without a person (an adapter that was trained here, from the
@@ -22,7 +22,7 @@ CONFIGS = ("config.json", "adapter_config.json", mistral_format.PARAMS)
 
 
 class Backups(Protocol):
-    """Where models may come back from."""
+    """A place that lost models may come back from."""
 
     async def restore(self, model: Model) -> bool:
         """Bring a lost model's folder back as it was, and return whether that could be done. Safe to repeat."""

@@ -13,7 +13,7 @@ MAX_TOLD = 5
 
 
 class SubfolderSource:
-    """What is in a folder of another source, by the names that it has there."""
+    """The files of one folder of another source, by their names below that folder."""
 
     def __init__(self, source: Source, folder: str) -> None:
         self._source = source

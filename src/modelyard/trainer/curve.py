@@ -1,4 +1,4 @@
-"""The curve of a training: what each step measured, checked for numbers that are none, and told on.
+"""The curve of a training: what each step measured, checked for NaN and infinity, and told on.
 
 Each step is told, of a long training each n-th. A step's loss lies on the device; without a GPU it is read at once,
 with one a few steps later, when it has arrived by itself: nobody waits for the device only to tell about it.
