@@ -6,14 +6,13 @@ import asyncio
 import json
 import os
 import signal
-import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from modelyard.deploy import actions, succession
+from modelyard.deploy import actions, scratch, succession
 from modelyard.deploy.schemas import DeployOut
 from modelyard.errors import EngineStarting, ModelNotFound, NothingDeployed, Unprocessable
 from modelyard.jobs.tables import JobStatus
@@ -554,7 +553,8 @@ async def test_an_engine_that_hangs_again_and_again_is_given_up(
 
 
 async def test_the_private_folder_of_an_engine_that_was_about_to_start_is_not_left_behind(tmp_path: Path) -> None:
-    folder = Path(tempfile.mkdtemp(prefix="modelyard-engine-"))
+    folder = scratch.new_path()
+    folder.mkdir(mode=0o700)
     async with deploy_yard(tmp_path) as yard:
         await yard.add_model("org/tiny")
         async with yard.sessions.begin() as session:  # as a server leaves it that was killed before it started one
