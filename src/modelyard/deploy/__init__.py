@@ -7,8 +7,12 @@ job, which runs for as long as the model is in service. One `Service` per deploy
 - to start an engine: `fitting` (may it start now), `fit` (what it takes, on a `machine`), `vllm_args` (the command),
   `attempts` (each start's folder and log), `scratch` (where its socket lies), `failures` (why it failed), `promises`
   (memory that is left free for other rooms)
+- before an adapter is loaded: `adapters` (can vLLM serve it), on its base's layers (`base_layers`), kept by
+  `checked_adapters`
 - whether it is ready: `readiness` (its first answer)
-- while it serves: `engine_client` (asking it), `loading` (adapters come, checked by `adapter_probes`), `draining`
-  (requests and adapters go)
-- for requests: `routing` (which engine serves a name), `aliases`, `admission` (what is refused before it is wanted)
+- while it runs: `running_engine` (its process and client), `engine_client` (asking it), `silence` (busy or dead),
+  `adapter_changes` and `loading` (adapters come, checked by `adapter_probes`), `draining` (requests and adapters go)
+- inside it: our vLLM plugins (`*_plugin`), whose effect is checked by `cures`
+- for requests: `routing` (which engine serves a name; in an outage of the database the one `last_known`), `aliases`,
+  `admission` (what is refused before it is wanted)
 """

@@ -11,21 +11,21 @@ import asyncio
 import logging
 import sys
 import time
-from collections.abc import Awaitable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from modelyard.db import utcnow
 from modelyard.deploy import actions, attempts, cures, loading, scratch
+from modelyard.deploy.adapter_changes import AdapterChanges
 from modelyard.deploy.draining import Requests
-from modelyard.deploy.engine_client import EngineClient, Health
+from modelyard.deploy.engine_client import Health
 from modelyard.deploy.failures import explain
 from modelyard.deploy.fitting import Fitting
 from modelyard.deploy.last_known import FRESH_S
-from modelyard.deploy.loading import Adapter, AdapterRefused
+from modelyard.deploy.loading import Adapter
 from modelyard.deploy.readiness import Readiness
 from modelyard.deploy.record import Record
-from modelyard.deploy.silence import Silence
+from modelyard.deploy.running_engine import PROBE_EVERY_S, RunningEngine
 from modelyard.deploy.steps import ChildState, Facts, Room, Step, next_step
 from modelyard.deploy.tables import Deployment, DeploymentState, Wanted
 from modelyard.deploy.vllm_args import socket_path
@@ -33,15 +33,12 @@ from modelyard.errors import JobFailure
 from modelyard.jobs.runner import JobContext, JobInterrupted
 from modelyard.models import store
 from modelyard.models.chat_template import GUESSED_HINT, GUESSED_WARNING, TemplateSource
-from modelyard.processes import Child, Outcome
 
 if TYPE_CHECKING:
     from modelyard.deploy.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
-PROBE_EVERY_S = 0.2
 DRAIN_EVERY_S = 0.1
 HEALTH_EVERY_S = 5.0
 #: An engine that stood this long has its restarts forgotten.
@@ -59,19 +56,17 @@ class Service:
         self.settings = supervisor.settings
         self.context = context
         self.record = Record(context, supervisor.sessions, row, supervisor.routing.changed, supervisor.stir)
-        self.child: Child | None = None
-        self.client: EngineClient | None = None
+        self.engine = RunningEngine(context, supervisor.settings.engine_busy_timeout_s)
         self.requests = Requests(supervisor.routing, supervisor.settings.engine_drain_timeout_s)
+        self.changes = AdapterChanges(context, self.record, self.engine, self.requests)
         self.fitting = Fitting(supervisor.settings, supervisor.sessions)
         #: Where each adapter that is wanted lies, as the store says.
         self.adapters: list[Adapter] = []
         self.stirred = supervisor.stirred
         self.has_served = row.has_served
         self.delay_until = 0.0
-        self.started_at = self.told_at = self.looked_at = time.monotonic()
+        self.told_at = self.looked_at = time.monotonic()
         self.stable_at = time.monotonic() + STABLE_S
-        self.silence = Silence(supervisor.settings.engine_busy_timeout_s)
-        self.outcome: Outcome | None = None
         self.said_waiting = False
         self.readiness = Readiness(row.model_id, row.task)
         #: The plugins that the engine was started with.
@@ -88,7 +83,7 @@ class Service:
             raise JobInterrupted  # the server was killed between the end of the deployment and that of its job
         if self.row.state == DeploymentState.FAILED:
             await self._restore_what_left()
-            raise await self.record.failure() or await self._cause()
+            raise await self.record.failure() or await self.engine.cause_of_death()
         try:
             await self._take_up()
             while True:
@@ -98,13 +93,13 @@ class Service:
                     await self._end(DeploymentState.STOPPED, "its engine is gone")
                     raise JobInterrupted
                 if step == Step.GIVE_UP:
-                    raise await self._cause()
+                    raise await self.engine.cause_of_death()
                 await self._do(step)
         except (JobInterrupted, asyncio.CancelledError, GeneratorExit, KeyboardInterrupt):
             raise
         except BaseException as error:  # whatever it was, no engine may be left without a deployment
-            if self.child is not None:
-                await self.child.stop()
+            if self.engine.child is not None:
+                await self.engine.child.stop()
             to = DeploymentState.STOPPED if self.row.state == DeploymentState.STOPPING else DeploymentState.FAILED
             failure = error if isinstance(error, JobFailure) else None
             await self._end(to, failure.code if failure is not None else "internal_error", failure)
@@ -113,11 +108,7 @@ class Service:
 
     async def close(self) -> None:
         """End the engine, if one still runs: the server stops in good order. Safe to repeat."""
-        if self.client is not None:
-            await self.client.close()
-            self.client = None
-        if self.child is not None and self.child.is_alive:
-            await self.child.stop()
+        await self.engine.close()
 
     async def _do(self, step: Step) -> None:
         if step == Step.START:
@@ -125,13 +116,13 @@ class Service:
         elif step == Step.PROBE:
             await self._probe()
         elif step == Step.CHANGE_ADAPTERS:
-            await self._change_adapters()
+            await self.changes.change(self.adapters)
         elif step == Step.CHECK_HEALTH:
             await self._check_health()
         elif step == Step.BACK_OFF:
-            assert self.child is not None
-            self.outcome = await self.child.wait()
-            await self._back_off(await self._cause())
+            assert self.engine.child is not None
+            self.engine.outcome = await self.engine.child.wait()
+            await self._back_off(await self.engine.cause_of_death())
         elif step == Step.DRAIN:
             await self._drain()
         elif step == Step.RESUME:
@@ -172,9 +163,7 @@ class Service:
         wanted = Wanted(row.wanted)
         if wanted == Wanted.UP and self.context.interrupted.is_set():
             wanted = Wanted.DOWN
-        child = ChildState.NONE
-        if self.child is not None:
-            child = ChildState.ALIVE if self.child.is_alive else ChildState.ENDED
+        child = self.engine.child_state
         due = child == ChildState.NONE and wanted == Wanted.UP and row.state != DeploymentState.IDLE
         delay_over = time.monotonic() >= self.delay_until
         return Facts(
@@ -190,7 +179,7 @@ class Service:
             drained=self.requests.drained and row.state == DeploymentState.DRAINING,
             unasked=self.requests.unasked(row.idle_timeout_s) and not row.wake_requested,
             awaited=row.wake_requested,
-            forgiven=self.silence.is_forgiven,
+            forgiven=self.engine.silence.is_forgiven,
         )
 
     async def _room(self) -> Room:
@@ -205,11 +194,12 @@ class Service:
         folder = attempts.newest(self.context.folder)
         child = await self.yard.children.adopt(folder) if folder is not None else None
         if child is not None and child.is_alive and self.row.engine_url is not None:
-            self.child = child
+            self.engine.child = child
             self._talk_to(self.row.engine_url)
-            assert self.client is not None
             kept = {one["name"] for one in self.row.loaded}
-            self.requests.leave(name for name in await self.client.names() or [] if "@" in name and name not in kept)
+            self.requests.leave(
+                name for name in await self.engine.client.names() or [] if "@" in name and name not in kept
+            )
             await self.context.event("Adopted the running engine after a restart of the server.")
             return
         await asyncio.to_thread(scratch.remove, self.row.engine_url)
@@ -218,8 +208,7 @@ class Service:
         await self.record.write(**actions.no_engine())
 
     def _talk_to(self, url: str) -> None:
-        self.client = EngineClient(url)
-        self.requests.of_engine(url, self.client)
+        self.requests.of_engine(url, self.engine.connect(url))
 
     async def _make_room(self) -> None:
         touched = await self.record.make_room()
@@ -250,21 +239,21 @@ class Service:
         try:
             private.mkdir(mode=0o700)
             await asyncio.to_thread(attempts.begin_log, self.context.log, number, command.argv)
-            self.child = await self.yard.children.start(
+            self.engine.child = await self.yard.children.start(
                 folder,
                 command,
                 log=self.context.log,
                 stop_timeout_s=self.settings.engine_stop_timeout_s,
             )
         except BaseException as error:
-            if self.child is None:
+            if self.engine.child is None:
                 await asyncio.to_thread(scratch.remove, url)
             if isinstance(error, RuntimeError):
                 await self._back_off(not_started(error))
                 return
             raise
         self._talk_to(url)
-        self.started_at = self.told_at = time.monotonic()
+        self.engine.started_at = self.told_at = time.monotonic()
         self.readiness = Readiness(self.row.model_id, self.row.task)
         self.said_waiting = False
         data = {"attempt": number, "memory_bytes": memory_bytes}
@@ -280,22 +269,23 @@ class Service:
 
     async def _probe(self) -> None:
         """Ask the engine to do its work once, load its adapters; READY if all of that works."""
-        assert self.client is not None
-        waited_s = self._waited_s()
-        health = await self._unless_it_ends(self.client.health())
+        waited_s = self.engine.waited_s
+        health = await self.engine.answer(self.engine.client.health())
         if health == Health.GOOD:
             # The first generation compiles and may take long; the time for the whole start bounds it too.
             left_s = max(1.0, self.settings.engine_start_timeout_s - waited_s)
             try:
-                works = await self._unless_it_ends(self.readiness.works(self.client, left_s))
+                works = await self.engine.answer(self.readiness.works(self.engine.client, left_s))
             except JobFailure as failure:
                 failure.hint = failure.hint.replace("<id>", str(self.context.id))
                 await self._back_off(failure)
                 return
             if works:
-                await self._load_and_be_ready()
+                loaded = await self.changes.load_at_start(self.adapters, self.has_served)
+                if loaded is not None:
+                    await self._ready(loaded)
                 return
-        waited_s = self._waited_s()
+        waited_s = self.engine.waited_s
         if waited_s > self.settings.engine_start_timeout_s:
             log_text = await asyncio.to_thread(attempts.newest_log, self.context.log)
             raise self.readiness.never_ready(
@@ -306,59 +296,12 @@ class Service:
             await self.context.event(
                 f"Still starting, {waited_s:.0f} s so far.", level="debug", data={"seconds": round(waited_s, 1)}
             )
-        await self._sleep(PROBE_EVERY_S, stir=False)
-
-    async def _load_and_be_ready(self) -> None:
-        """Load the adapters. One that fails ends a first start; what has served goes on without it, and says so."""
-        assert self.client is not None
-        wanted, refused = self.adapters, None
-        asked = [one.adapter_id for one in wanted]
-        while True:
-            try:
-                loaded = await self._unless_it_ends(loading.load(self.client, self.row.model_id, wanted, []))
-            except AdapterRefused as error:
-                if not await self._is_well():
-                    return
-                if not self.has_served:
-                    if not await self.record.wants(asked):
-                        return
-                    raise error.failure from None
-                refused = error
-                wanted = [one for one in wanted if one.adapter_id != error.adapter_id]
-            else:
-                break
-        if loaded is None:
-            return  # the engine ended, or is not wanted any more
-        if refused is not None:
-            await self._take_back(refused, [one.adapter_id for one in wanted], asked)
-        await self._ready(loaded)
-
-    async def _is_well(self) -> bool:
-        """Whether the engine still answers: what one that dies says of an adapter is no word on the adapter."""
-        assert self.client is not None
-        health = await self._unless_it_ends(self.client.health())
-        await self._count_unwell(health)
-        if health != Health.GOOD:
-            await self._sleep(PROBE_EVERY_S, stir=False)
-        return health == Health.GOOD
-
-    async def _count_unwell(self, health: Health | None) -> None:
-        assert self.child is not None
-        if health is None:
-            return  # it ended, or is not wanted any more
-        news = await self.silence.note(health, self.child.processor_times)
-        if news is not None:
-            await self.context.event(news.message, level="warning", data=news.data)
-        if self.silence.failure is not None and self.child.is_alive:
-            await self.child.stop()
-
-    def _waited_s(self) -> float:
-        return time.monotonic() - self.started_at
+        await self.engine.pause(PROBE_EVERY_S)
 
     async def _ready(self, loaded: list[dict[str, Any]]) -> None:
-        seconds = round(self._waited_s(), 2)
+        seconds = round(self.engine.waited_s, 2)
         self.has_served = True
-        self.silence.end()
+        self.engine.silence.end()
         self.stable_at = time.monotonic() + STABLE_S
         if await self.record.become_ready("it generated a token", ready_at=utcnow(), loaded=loaded):
             self.requests.asked()
@@ -372,34 +315,7 @@ class Service:
             if said:
                 await self.context.event(said, level="warning", data={"missing_cures": lacking})
 
-    async def _change_adapters(self) -> None:
-        """Load what is wanted, name it to clients, and have what is not wanted leave when its requests have ended."""
-        assert self.client is not None
-        wanted, before = self.adapters, self.row.loaded
-        try:
-            loaded = await self._unless_it_ends(loading.load(self.client, self.row.model_id, wanted, before))
-        except AdapterRefused as error:
-            if await self._is_well():
-                await self._take_back(error, [one["adapter_id"] for one in before], [one.adapter_id for one in wanted])
-            return
-        if loaded is None:
-            return
-        await self.record.write(loaded=loaded)
-        kept = {one["name"] for one in loaded}
-        self.requests.leave(one["name"] for one in before if one["name"] not in kept)
-        served = ", ".join(one["adapter_id"] for one in loaded) or "none"
-        await self.context.event(f"Adapters in service: {served}.", data={"adapters": loaded})
-
-    async def _take_back(self, refused: AdapterRefused, adapter_ids: list[str], asked: list[str]) -> None:
-        await self.record.take_back(refused, adapter_ids, asked)
-        await self.context.event(
-            f"{refused.failure.message} {refused.failure.hint} What was in service before goes on.",
-            level="error", data=refused.as_row(),
-        )  # fmt: skip
-
     async def _check_health(self) -> None:
-        assert self.client is not None
-        assert self.child is not None
         due_s = self.looked_at + HEALTH_EVERY_S - time.monotonic()
         if due_s > 0:
             if self.requests.are_leaving:
@@ -409,17 +325,17 @@ class Service:
             if await self._sleep(due_s):
                 return
         for name in await self.requests.those_that_left():
-            await self.client.unload_adapter(name, loading.UNLOAD_TIMEOUT_S)
+            await self.engine.client.unload_adapter(name, loading.UNLOAD_TIMEOUT_S)
         if self.row.idle_timeout_s is not None:
             await self.requests.look()
         if time.monotonic() - self.looked_at < HEALTH_EVERY_S:
             return
         self.looked_at = time.monotonic()
         if time.monotonic() > self.stable_at:
-            self.silence.count = 0
+            self.engine.silence.count = 0
             if self.row.restarts:
                 await self.record.write(restarts=0)
-        await self._count_unwell(await self._unless_it_ends(self.client.health()))
+        await self.engine.check_health()
 
     async def _drain(self) -> None:
         """Keep new requests away, and look how many of the others are left."""
@@ -439,21 +355,16 @@ class Service:
             await self._sleep(DRAIN_EVERY_S)
 
     async def _stop_engine(self) -> None:
-        if self.child is not None:
-            await self.child.stop()
-            self.child = None
-        if self.client is not None:
-            await self.client.close()
-            self.client = None
+        await self.engine.stop()
         self.requests.engine_is_gone()
 
     async def _back_off(self, cause: JobFailure) -> None:
-        is_forgiven = self.silence.is_forgiven
+        is_forgiven = self.engine.silence.is_forgiven
         if not self.has_served or (self.row.restarts >= self.settings.engine_max_restarts and not is_forgiven):
             raise cause
         delay_s = min(self.settings.engine_restart_delay_s * 2**self.row.restarts, LONGEST_DELAY_S)
         await self._stop_engine()
-        self.silence.end()
+        self.engine.silence.end()
         restarts = self.row.restarts + (0 if is_forgiven else 1)
         await self.record.move(DeploymentState.BACKOFF, cause.code, restarts=restarts, **actions.no_engine())
         self.delay_until = time.monotonic() + delay_s
@@ -468,20 +379,9 @@ class Service:
             data={"code": cause.code, "restart": restarts},
         )
 
-    async def _cause(self) -> JobFailure:
-        if self.child is not None and not self.child.is_alive:
-            self.outcome = self.child.outcome
-        if self.silence.failure is not None:
-            self.silence.failure.hint = self.silence.failure.hint.replace("<id>", str(self.context.id))
-            return self.silence.failure  # its log tells of its requests, not of why it was ended
-        text = await asyncio.to_thread(attempts.newest_log, self.context.log)
-        failure = explain(text, self.outcome)
-        failure.hint = failure.hint.replace("<id>", str(self.context.id))
-        return failure
-
     async def _end(self, to: DeploymentState, reason: str, failure: JobFailure | None = None) -> None:
         """Write the end, and let go of the models."""
-        self.child = None
+        self.engine.child = None
         await self.record.end(to, reason, self._leaves(), None if self.context.interrupted_before_start else failure)
 
     async def _restore_what_left(self) -> None:
@@ -490,41 +390,9 @@ class Service:
         if job is not None:
             await self.context.event(f"{job.name} is wanted again (job {job.id}).", data={"restored": str(job.id)})
 
-    async def _unless_it_ends(self, question: Awaitable[T]) -> T | None:
-        """Await the engine's answer, but no longer than it lives and is wanted."""
-        assert self.child is not None
-        asking = asyncio.ensure_future(question)
-        others = [
-            asyncio.ensure_future(self.child.wait()),
-            asyncio.ensure_future(self.context.interrupted.wait()),
-        ]
-        try:
-            await asyncio.wait([asking, *others], return_when=asyncio.FIRST_COMPLETED)
-            return asking.result() if asking.done() else None
-        finally:
-            for task in (asking, *others):
-                task.cancel()
-            await asyncio.gather(asking, *others, return_exceptions=True)
-
-    async def _sleep(self, seconds: float, *, stir: bool = True) -> bool:
+    async def _sleep(self, seconds: float) -> bool:
         """Sleep until time has passed, the engine ended, or a wish came; return whether it was woken."""
-        reasons: list[asyncio.Future[object]] = []
-        if not self.context.interrupted.is_set():
-            reasons.append(asyncio.ensure_future(self.context.interrupted.wait()))
-        if stir:
-            reasons.append(asyncio.ensure_future(self.stirred.wait()))
-        if self.child is not None:
-            reasons.append(asyncio.ensure_future(self.child.wait()))
-        if not reasons:
-            await asyncio.sleep(seconds)
-            return False
-        try:
-            done, _ = await asyncio.wait(reasons, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-            return bool(done)
-        finally:
-            for task in reasons:
-                task.cancel()
-            await asyncio.gather(*reasons, return_exceptions=True)
+        return await self.engine.pause(seconds, self.stirred)
 
 
 def not_started(error: RuntimeError) -> JobFailure:
