@@ -11,11 +11,12 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from modelyard.demo.tiny_llama import make_llama
+from modelyard.models.chat_template import has_chat_template
 from modelyard.trainer.default_template import (
     CHATML_TEMPLATE,
     default_template,
 )
-from modelyard.trainer.model_files import PLAIN_TEMPLATE, has_chat_template, stop_ids_of
+from modelyard.trainer.model_files import PLAIN_TEMPLATE, stop_ids_of
 
 CHATML, PLAIN = CHATML_TEMPLATE.replace("{BOS}", ""), PLAIN_TEMPLATE.replace("{BOS}", "")
 

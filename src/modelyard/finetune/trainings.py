@@ -24,7 +24,6 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 from sqlalchemy import update
-from sqlalchemy.exc import InterfaceError, OperationalError
 
 from modelyard.datasets import actions as datasets
 from modelyard.datasets import reading
@@ -54,7 +53,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-PAUSE_S = 1.0
 #: Between attempts to reach a storage that is away.
 STORAGE_PAUSES_S = (1.0, 2.0, 5.0, 10.0)
 #: What a chat template adds to a row's characters, at most.
@@ -181,7 +179,7 @@ class _Training:
             # A trainer has no limits of its own, and would stall or die.
             folder = self.settings.models_dir / self.base.path
             await self._or_interrupt(TokenizerChildren().tried(self.base.model_id, folder))
-            await self._or_interrupt(self._patiently(self._prepare))
+            await self._or_interrupt(self._wait_out_storage(self._prepare))
             need = await asyncio.to_thread(self._need, await self._longest_row())
             on_busy, holder = OnBusy(self.row.on_busy), f"the training {self.row.name}"
             async with self.accelerator.held(self.job, self.row.id, need, on_busy, holder=holder) as share:
@@ -209,7 +207,7 @@ class _Training:
         except (ModelyardError, KeyError, TypeError):
             return None
 
-    async def _patiently(self, work: Callable[[], Awaitable[None]]) -> None:
+    async def _wait_out_storage(self, work: Callable[[], Awaitable[None]]) -> None:
         """Do what needs the storage, again and again for a while where that is away."""
         for pause_s in (*STORAGE_PAUSES_S, None):
             try:
@@ -311,17 +309,14 @@ class _Training:
     # Both
 
     async def _write(self, **values: Any) -> None:
-        """Write what is, as often as it takes: a database that is away for a while is no reason to fail."""
-        while True:
-            try:
-                async with self.sessions.begin() as session:
-                    await session.execute(update(Finetune).where(Finetune.id == self.row.id).values(**values))
-            except (OperationalError, InterfaceError):
-                log.exception("what training %s is at could not be written; trying again", self.row.id)
-                await asyncio.sleep(PAUSE_S)
-            else:
-                self.job.tell()
-                return
+        """Write what is. Waits while the database is away."""
+
+        async def write() -> None:
+            async with self.sessions.begin() as session:
+                await session.execute(update(Finetune).where(Finetune.id == self.row.id).values(**values))
+
+        await self.job.patiently(write)
+        self.job.tell()
 
     async def _or_interrupt(self, work: Awaitable[T]) -> T:
         """Return what the work does, or end it when the job is interrupted."""

@@ -17,12 +17,15 @@ from typing import Any
 
 from modelyard.errors import JobFailure
 from modelyard.models import architectures as known
-from modelyard.models.config_file import MAX_BYTES, names_of, text_part
+from modelyard.models.config_file import names_of, text_part
 from modelyard.models.file_names import is_safe_path
+
+#: Of a file of settings that is longer the rest is not read: a file that is cut is no JSON, and so tells nothing.
+MAX_BYTES = 16 * 1024 * 1024
 
 
 class Task(StrEnum):
-    """What a model is for."""
+    """The use that a model is for."""
 
     #: It continues text.
     GENERATE = "generate"

@@ -1,16 +1,12 @@
-"""A model's files of settings and its chat template, as the server reads them too: nothing heavy is imported here."""
+"""A model's files of settings and its default chat template, for trainer and server: imports nothing heavy."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from modelyard.models.chat_template import has_chat_template
+from modelyard.models.kinds import reader
 
-__all__ = ["has_chat_template", "read_settings", "stop_ids_of"]
-
-MAX_BYTES = 16 * 1024 * 1024
 #: Where a default template has the tokenizer's first token, if it has one.
 BOS = "{BOS}"
 #: The default template of a model whose tokenizer tells nothing.
@@ -26,10 +22,7 @@ PLAIN_TEMPLATE = (
 
 def read_settings(folder: Path, name: str) -> dict[str, Any]:
     """Return a file of settings, empty where it is absent or unreadable. Blocks."""
-    try:
-        found = json.loads(_bytes_of(folder / f"{name}.json"))
-    except (OSError, ValueError, RecursionError):
-        return {}
+    found = reader(folder)(f"{name}.json")
     return found if isinstance(found, dict) else {}
 
 
@@ -43,9 +36,3 @@ def stop_ids_of(folder: Path) -> list[int]:
             found = config["text_config"].get("eos_token_id")
         return [one for one in (found if isinstance(found, list) else [found]) if type(one) is int]
     return []
-
-
-def _bytes_of(path: Path) -> bytes:
-    """Return the first 16 MiB: a file that is cut is no JSON, and a larger one holds no settings."""
-    with open(path, "rb") as file:
-        return file.read(MAX_BYTES)
