@@ -15,6 +15,7 @@ import pytest
 from starlette.routing import Match
 
 from modelyard.cli import app as command_line
+from modelyard.settings import Settings
 from modelyard.states import drawn_moves
 from tests.walk import application, every_path
 
@@ -129,3 +130,13 @@ def test_every_module_and_every_public_function_says_what_it_is_for(path: Path) 
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
             assert ast.get_docstring(node), f"line {node.lineno}: {node.name}"
+
+
+def test_the_table_of_bounds_has_every_bound_on_a_client_with_its_default() -> None:
+    table = README.split("\n## Bounds\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| .+ \| (.+) \| `MODELYARD_(\w+)` \| .*\|$", table, re.MULTILINE)
+    told = {name.lower(): float(re.findall(r"[\d.]+", default)[0]) for default, name in rows}
+    defaults = {name: field.default for name, field in Settings.model_fields.items()}
+    bounds = {name for name in defaults if name.startswith(("request_max_", "max_")) or "_chars_per_" in name}
+    assert bounds - {"max_downloads", "max_finetunes"} <= told.keys()  # of these two, more wait
+    assert told == {name: defaults[name] for name in told}

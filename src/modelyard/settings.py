@@ -107,7 +107,7 @@ class Settings(BaseSettings):
     request_max_pattern_length: int = Field(default=8192, ge=1, le=1000000)
     """Longest pattern in a request's schemas, in characters."""
     tokenize_chars_per_token: int = Field(default=32, ge=1, le=100000)
-    """Characters that /tokenize takes for each token of the model's length; 64 KiB it always takes."""
+    """Characters that /tokenize takes for each token of the model's length; it always takes 65,536."""
     max_dataset_gib: float = Field(default=10.0, gt=0.0, le=150.0)
     """Largest dataset, in GiB."""
     max_followers: int = Field(default=1024, ge=1, le=1_000_000)
