@@ -122,7 +122,8 @@ def create_app(foundation: Foundation) -> FastAPI:
         engines = Engines()
         children = Children(foundation.owner_lock, settings.grace_s)
         routing = Routing(sessions, settings.engine_wake_timeout_s)
-        supervisor = Supervisor(settings, sessions, children, routing)
+        tokenizers = TokenizerChildren()
+        supervisor = Supervisor(settings, sessions, children, routing, tokenizers)
         storage = foundation.storage
 
         def told(job_ids: Iterable[UUID]) -> None:
@@ -138,7 +139,7 @@ def create_app(foundation: Foundation) -> FastAPI:
             {
                 models.DOWNLOAD: Downloads(sessions, children, settings).run,
                 deployments.KIND: supervisor.serve,
-                finetunes.KIND: Trainings(settings, sessions, storage, children, accelerator, told).run,
+                finetunes.KIND: Trainings(settings, sessions, storage, children, accelerator, tokenizers, told).run,
             },
             {models.DOWNLOAD: settings.max_downloads, finetunes.KIND: settings.max_finetunes},
             settings.jobs_dir,
@@ -154,7 +155,7 @@ def create_app(foundation: Foundation) -> FastAPI:
         app.state.errands = errands
         app.state.sessions = sessions
         app.state.storage = storage
-        app.state.tokenizer_children = TokenizerChildren()
+        app.state.tokenizer_children = tokenizers
         app.state.runner = runner
         app.state.hang_up = hang_up
         app.state.routing = routing

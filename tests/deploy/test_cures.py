@@ -66,3 +66,7 @@ def test_of_an_engine_with_all_its_cures_nothing_is_told(tmp_path: Path) -> None
 def test_what_is_missing_without_each_plugin_is_in_the_table(has_gpu: bool) -> None:
     machine = Machine(memory_available_bytes=1, cpus=(0,), has_gpu=has_gpu)
     assert set(plugins(machine)) <= set(cures.WITHOUT)
+
+
+def test_an_engine_that_died_meanwhile_is_not_said_to_lack_anything(tmp_path: Path) -> None:
+    assert complain(tmp_path / "gone") == ("", {})

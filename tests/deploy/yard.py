@@ -25,6 +25,7 @@ from modelyard.jobs.runner import JobContext, JobFunction, JobInterrupted, JobRu
 from modelyard.jobs.schemas import EventOut, JobOut
 from modelyard.jobs.tables import ACTIVE
 from modelyard.models.tables import Model
+from modelyard.models.tokenizer_child import TokenizerChildren
 from modelyard.processes import Children
 from modelyard.settings import Settings
 from tests.eventually import eventually
@@ -222,7 +223,7 @@ async def deploy_yard(
     sessions = Sessions(foundation.url)
     routing = Routing(sessions, settings.engine_wake_timeout_s)
     children = Children(foundation.owner_lock, settings.grace_s)
-    supervisor = Supervisor(settings, sessions, children, routing)
+    supervisor = Supervisor(settings, sessions, children, routing, TokenizerChildren())
     runner = JobRunner(
         sessions, {actions.KIND: supervisor.serve, **(functions or {})}, {}, settings.jobs_dir,
         {actions.KIND: actions.ended},

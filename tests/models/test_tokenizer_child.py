@@ -11,6 +11,7 @@ import pytest
 
 from modelyard.errors import JobFailure
 from modelyard.filters import Limits
+from modelyard.models import tokenizer_child
 from modelyard.models.tokenizer_child import GIB, TokenizerChildren
 from tests.hostile_tokenizers import doubling, greedy, panicking, tokenizer
 
@@ -90,3 +91,9 @@ async def test_two_run_at_a_time_and_others_wait() -> None:
     program = "import time; time.sleep(0.5); print(time.monotonic())"
     ends = sorted(await asyncio.gather(*(children.ask("org/good", program) for _ in range(4))))
     assert ends[2] - ends[1] > 0.3
+
+
+def test_a_server_has_one_of_it_so_that_the_bound_holds_for_all_who_ask() -> None:
+    sources = Path(tokenizer_child.__file__).parents[1].rglob("*.py")
+    made = [path.name for path in sources if "TokenizerChildren()" in path.read_text("utf-8")]
+    assert made == ["app.py"]

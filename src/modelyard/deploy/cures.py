@@ -91,7 +91,8 @@ def _missing(file: Path, wanted: Iterable[str]) -> dict[str, str]:
         # Of several processes, one that failed counts.
         found = {one["cure"]: one["error"] or "" for one in sorted(said, key=lambda one: one["error"] or "")}
     except FileNotFoundError:
-        pass  # none was found by any process
+        if not file.parent.is_dir():
+            return {}  # the engine has died meanwhile, and its folder is gone: that says nothing of the cures
     except (OSError, ValueError, TypeError, KeyError) as error:
         return dict.fromkeys(wanted, f"what the engine wrote of it cannot be read: {error}")
     return {name: found.get(name, "it is not installed there") for name in wanted if found.get(name) != ""}

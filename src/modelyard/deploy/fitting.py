@@ -45,7 +45,6 @@ class Fitting:
     def __init__(self, settings: Settings, sessions: Sessions) -> None:
         self._settings = settings
         self._sessions = sessions
-        self._children = TokenizerChildren()
         self.message = ""
         #: What renders the chats of the model that the last command was for; None for one that has none.
         self.template_source: TemplateSource | None = None
@@ -87,7 +86,7 @@ class Fitting:
         # Nobody leaves for what then cannot start all the same: the command refuses it, with the numbers.
         return Room.THERE
 
-    async def try_tokenizer(self, row: Deployment) -> None:
+    async def try_tokenizer(self, row: Deployment, tokenizers: TokenizerChildren) -> None:
         """Load and use the model's tokenizer in a child with limits, once: an engine has none, and would stall or die.
 
         Raises:
@@ -97,7 +96,7 @@ class Fitting:
             model, _ = await actions.model_rows(session, row)
         folder = store.folder_of(self._settings.models_dir, model.path)
         if folder not in self._templates:
-            template = await self._children.tried(model.model_id, folder)
+            template = await tokenizers.tried(model.model_id, folder)
             self._templates[folder] = PLAIN_TEMPLATE.replace(BOS, "") if template is None else template
 
     async def command(self, row: Deployment, python: Path, scratch: Path) -> tuple[Command, int]:

@@ -223,7 +223,7 @@ class Service:
         number, folder = attempts.following(self.context.folder)
         private = scratch.new_path()
         url = f"unix:{socket_path(private)}"
-        await self.fitting.try_tokenizer(self.row)
+        await self.context.patiently(lambda: self.fitting.try_tokenizer(self.row, self.yard.tokenizers))
         async with self.yard.sharing_memory:
             if await self._room() != Room.THERE:  # another one was quicker
                 return

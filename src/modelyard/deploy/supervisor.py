@@ -15,6 +15,7 @@ from modelyard.deploy.routing import Routing
 from modelyard.deploy.service import ENGINE_GONE, Service
 from modelyard.deploy.tables import MOVES, Deployment, DeploymentState
 from modelyard.jobs.runner import JobContext
+from modelyard.models.tokenizer_child import TokenizerChildren
 from modelyard.processes import Children
 from modelyard.settings import Settings
 from modelyard.states import move
@@ -23,11 +24,19 @@ from modelyard.states import move
 class Supervisor:
     """Gives every deployment its supervising task."""
 
-    def __init__(self, settings: Settings, sessions: Sessions, children: Children, routing: Routing) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        sessions: Sessions,
+        children: Children,
+        routing: Routing,
+        tokenizers: TokenizerChildren,
+    ) -> None:
         self.settings = settings
         self.sessions = sessions
         self.children = children
         self.routing = routing
+        self.tokenizers = tokenizers
         #: Set and replaced by `stir`: take it before looking at a row, wait for it afterwards.
         self.stirred = asyncio.Event()
         #: Held from the look at free memory until an engine's share is written down.

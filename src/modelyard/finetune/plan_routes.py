@@ -27,5 +27,6 @@ async def plan_finetune(
     refused here too. Nothing is kept; one plan is made at a time, and a client that goes away ends its own.
     """
     await check(wanted, sessions, settings)
-    found = await unless_gone(request.receive, plan(sessions, settings, storage, errands, wanted))
+    tokenizers = request.app.state.tokenizer_children
+    found = await unless_gone(request.receive, plan(sessions, settings, storage, errands, tokenizers, wanted))
     return FinetunePlanOut.model_validate(found)

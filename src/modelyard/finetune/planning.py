@@ -43,7 +43,12 @@ TELLING = (
 
 
 async def plan(
-    sessions: Sessions, settings: Settings, storage: Storage, errands: Errands, wanted: FinetuneIn
+    sessions: Sessions,
+    settings: Settings,
+    storage: Storage,
+    errands: Errands,
+    tokenizers: TokenizerChildren,
+    wanted: FinetuneIn,
 ) -> dict[str, Any]:
     """Return what the training of a request would take (`plan_schemas.FinetunePlanOut`). Cancelling ends its child.
 
@@ -65,7 +70,7 @@ async def plan(
 
     try:
         need = await asyncio.to_thread(needed, longest)
-        await TokenizerChildren().tried(model.model_id, settings.models_dir / model.path)
+        await tokenizers.tried(model.model_id, settings.models_dir / model.path)
     except JobFailure as failure:
         raise refusal(failure) from failure
     now = await accelerator.sight(sessions, settings)

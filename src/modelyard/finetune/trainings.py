@@ -71,6 +71,7 @@ class Trainings:
         storage: Storage,
         children: Children,
         accelerator: Accelerator,
+        tokenizers: TokenizerChildren,
         told: Told,
     ) -> None:
         self._settings = settings
@@ -78,6 +79,7 @@ class Trainings:
         self._storage = storage
         self._children = children
         self._accelerator = accelerator
+        self._tokenizers = tokenizers
         self._told = told
 
     async def run(self, job: JobContext) -> None:
@@ -134,7 +136,7 @@ class _Training:
         self.job, self.row, self.base, self.dataset = job, row, base, dataset
         self.settings, self.sessions = yard._settings, yard._sessions
         self.storage, self.children, self.told = yard._storage, yard._children, yard._told
-        self.accelerator = yard._accelerator
+        self.accelerator, self.tokenizers = yard._accelerator, yard._tokenizers
         self.work = checkpoints.folder_of(self.settings.finetunes_dir, row.id)
         self.data = self.work / "data.jsonl"
         self.stored = row.checkpoint_step if row.checkpoint_step is not None else -1
@@ -178,7 +180,7 @@ class _Training:
             await self._write(phase=Phase.PREPARING)
             # A trainer has no limits of its own, and would stall or die.
             folder = self.settings.models_dir / self.base.path
-            await self._or_interrupt(TokenizerChildren().tried(self.base.model_id, folder))
+            await self._or_interrupt(self.tokenizers.tried(self.base.model_id, folder))
             await self._or_interrupt(self._wait_out_storage(self._prepare))
             need = await asyncio.to_thread(self._need, await self._longest_row())
             on_busy, holder = OnBusy(self.row.on_busy), f"the training {self.row.name}"

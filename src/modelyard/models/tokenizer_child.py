@@ -30,7 +30,7 @@ HINT = "Its tokenizer.json is damaged or made to deceive: tell the model's autho
 
 
 class TokenizerChildren:
-    """Starts the children, and keeps those that come too many waiting."""
+    """Starts the children, and keeps those that come too many waiting. A server has one of it, for all who ask."""
 
     def __init__(self, limits: Limits = LIMITS) -> None:
         self._limits = limits
