@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import text, update
 
 from modelyard.db import Sessions
 from modelyard.finetune import actions, curves
@@ -172,3 +172,28 @@ async def test_a_database_that_is_away_delays_reports_and_loses_none(
             await session.execute(text("ALTER TABLE away RENAME TO finetune_points"))
         await follower.finish()
         assert await one.steps() == [1, 2]
+
+
+async def test_a_training_that_came_further_than_ever_is_not_at_risk_any_more(
+    database_url: str, tmp_path: Path
+) -> None:
+    def progress(done: int, unit: str) -> dict[str, Any]:
+        return {"kind": "progress", "done": done, "total": 100, "unit": unit}
+
+    async with trainer(database_url, tmp_path) as one:
+
+        async def is_at_risk_after(*reports: dict[str, Any]) -> bool:
+            """Return whether a job at risk still is, when a server that was just started has read these reports."""
+            async with one.sessions.begin() as session:
+                await session.execute(update(Job).values(at_risk=True))
+            one.context = JobContext(await one.job(), tmp_path / "job", one.sessions, News())
+            one.say(*reports)
+            await (await one.follower()).finish()
+            assert one.context.is_at_risk == (await one.job()).at_risk
+            return one.context.is_at_risk
+
+        assert not await is_at_risk_after(progress(90, "bytes"), progress(10, "steps"))
+        # Begun again: the rows are prepared anew, and the same steps are done again.
+        assert await is_at_risk_after(progress(100, "bytes"))
+        assert await is_at_risk_after(progress(100, "bytes"))
+        assert not await is_at_risk_after(progress(10, "steps"))

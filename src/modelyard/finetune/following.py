@@ -1,4 +1,4 @@
-"""What a trainer reports becomes rows, events and progress: each line once, however often the server is restarted.
+"""Reports of a trainer, written as rows, events and progress: each line once, however often the server is restarted.
 
 How far the file was read is written in the transaction that writes what was read. Points are held together for a
 second, so that a training of quick steps is one small transaction a second; all else is written as it comes.
@@ -23,6 +23,7 @@ from modelyard.deploy.machine import GIB
 from modelyard.finetune import curves
 from modelyard.finetune.tables import Finetune, Phase
 from modelyard.jobs import actions as jobs
+from modelyard.jobs import survival
 from modelyard.jobs.runner import JobContext
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ _PHASES = {
     "evaluating": (Phase.EVALUATING, "Scoring base and adapter on the rows that were held back."),
     "saving": (None, "Writing the adapter."),
 }
+#: The units of a trainer's progress, in the order in which they come.
+_UNITS = ("bytes", "steps", "answers")
 _MUST_HAVE: Mapping[str, Mapping[str, type]] = {
     "phase": {"phase": str},
     "note": {"message": str},
@@ -124,15 +127,18 @@ class Follower:
         self._wrote_at = asyncio.get_running_loop().time()
         try:
             async with self._sessions.begin() as session:
-                await self._write_reports(session, reports)
+                is_further = await self._write_reports(session, reports)
         except SQLAlchemyError as error:
             # What is late is no reason to end a training: it is tried again with what comes next.
             log.warning("reports of training %s could not be written yet: %s", self._finetune_id, error)
             self._waiting, self._said = reports + self._waiting, said
             return
+        if is_further:
+            self._job.is_at_risk = False
         self._job.tell()
 
-    async def _write_reports(self, session: AsyncSession, reports: list[dict[str, Any]]) -> None:
+    async def _write_reports(self, session: AsyncSession, reports: list[dict[str, Any]]) -> bool:
+        """Write reports, and that the job survives if it came further than ever before; return whether it did."""
         values: dict[str, Any] = {"followed": {"attempt": self._attempt, "offset": self._read_to}}
         points: list[dict[str, Any]] = []
         progress: dict[str, Any] | None = None
@@ -168,6 +174,15 @@ class Follower:
             unit = progress["unit"][:UNIT_LENGTH]
             await jobs.set_progress(session, self._job.id, progress["done"], progress["total"], unit)
         await session.execute(update(Finetune).where(Finetune.id == self._finetune_id).values(**values))
+        job = self._job
+        is_further = (
+            progress is not None
+            and job.is_at_risk
+            and _place(progress["unit"], progress["done"]) > _place(job.unit_before, job.done_before)
+        )
+        if is_further:
+            await survival.note_survival(session, [job.id])
+        return is_further
 
     async def _say_points(self, session: AsyncSession, points: list[dict[str, Any]]) -> None:
         if not points:
@@ -184,6 +199,11 @@ class Follower:
         if last["step"] > 0:
             first = update(Finetune).where(Finetune.id == self._finetune_id, Finetune.first_step_at.is_(None))
             await session.execute(first.values(first_step_at=utcnow()))
+
+
+def _place(unit: str | None, done: int) -> tuple[int, int]:
+    """Return how far a training is, so that places of different phases compare."""
+    return (_UNITS.index(unit) if unit in _UNITS else -1, done)
 
 
 def _is_sound(report: Any) -> bool:

@@ -67,7 +67,8 @@ class JobContext:
         self._news = news
         self._progress_at = 0.0
         #: How far it had come when the function was called: further, and it is not what ended an earlier server.
-        self._done_before = job.progress_done or 0
+        #: How far it came before this start.
+        self.done_before, self.unit_before = job.progress_done or 0, job.progress_unit
         self._started_at = asyncio.get_running_loop().time()
         self.is_at_risk = True
 
@@ -97,9 +98,10 @@ class JobContext:
         try:
             async with self._sessions.begin() as session:
                 await actions.set_progress(session, self.id, done, total, unit)
-                if self.is_at_risk and done > self._done_before:
+                is_further = self.is_at_risk and done > self.done_before
+                if is_further:
                     await survival.note_survival(session, [self.id])
-                    self.is_at_risk = False
+            self.is_at_risk = self.is_at_risk and not is_further
         except SQLAlchemyError as error:  # a figure that got lost is no reason to fail: the next one tells more
             log.warning("the progress of job %s could not be written: %s", self.id, error)
         self._news.tell(self.id)
