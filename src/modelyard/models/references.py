@@ -15,8 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 from modelyard.errors import JobFailure
+from modelyard.models.config_file import MAX_DEPTH
 
-MAX_DEPTH = 64
 #: They make a library import code, from the folder or from the hub.
 CODE = {
     "auto_map": "transformers/dynamic_module_utils.py",
