@@ -44,7 +44,7 @@ _IMPORTABLE = ("transformers", "peft", "torch", "sentence_transformers", "megatr
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")
 _ACTIVATION = re.compile(r"torch\.nn\.modules\.(?:activation|linear)\.[A-Za-z0-9]{1,60}")
 #: A file of the folder itself, in the names that transformers chooses among by its version.
-_VERSIONED = re.compile(r"[A-Za-z_]+(?:\.[0-9A-Za-z.-]+)?\.json")
+_VERSIONED = re.compile(r"^[A-Za-z_]+(?:\.[0-9A-Za-z.-]+)?\.json")
 _MODULE_PATH = re.compile(r"(?:[0-9]+_[A-Za-z0-9]+)?/?")
 #: timm would load a model's configuration from there, whatever the key is called.
 _SCHEMES = ("hf-hub:", "hf_hub:", "local-dir:", "local_dir:")
