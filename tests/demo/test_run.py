@@ -87,7 +87,9 @@ def demo(folder: Path, *arguments: str, **settings: str) -> Iterator[DemoProcess
 def with_tiny(folder: Path, **misbehaviour: object) -> dict[str, str]:
     """Put the demo's own model, with a word to the imitation engine, into an import directory."""
     tiny_llama.make_llama(folder / "import" / "tiny-llama")
-    (folder / "import" / "tiny-llama" / "misbehave.json").write_text(json.dumps(misbehaviour), "utf-8")
+    # Within a file that a loader reads: any other JSON beside a model stays out of the store.
+    file = folder / "import" / "tiny-llama" / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), "misbehave": misbehaviour}), "utf-8")
     return {"MODELYARD_IMPORT_DIR": str(folder / "import")}
 
 

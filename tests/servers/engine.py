@@ -5,7 +5,8 @@ Started through `engine_python` with vLLM's own arguments; it heeds --model, --s
 max_tokens tokens (16 by default) of " tok0 tok1 ...", as Server-Sent Events where the request says `stream`. Their ids
 and log probabilities, in completions that ask for them, are the same for a prompt and others for each adapter.
 
-A file `misbehave.json` in the model's folder makes it misbehave. All keys are optional:
+A file `misbehave.json` in the model's folder, or `misbehave` in its generation_config.json, has it misbehave. All keys
+are optional:
   starts            list of start numbers (1 is the first) at which the rest holds; absent: at every start
   lacks_cures       ["name"]: plugins of ours that its Python does not have
   record_dir        folder for what it records; absent: the environment's ENGINE_RECORD_DIR, else the socket's folder
@@ -131,9 +132,11 @@ class Engine:
         self.generations = 0
         self.tokens = 0
         plan: Json = {}
-        file = Path(self.model, "misbehave.json")
+        file, within = Path(self.model, "misbehave.json"), Path(self.model, "generation_config.json")
         if file.is_file():
             plan = json.loads(file.read_text("utf-8"))
+        elif within.is_file():
+            plan = json.loads(within.read_text("utf-8")).get("misbehave", {})
         folder = plan.get("record_dir") or os.environ.get("ENGINE_RECORD_DIR") or str(Path(self.socket).parent)
         self.folder = Path(folder)
         self.number = len(read_record(self.folder, "start")) + 1
