@@ -519,7 +519,7 @@ async def _recite(link: Connection, engine: Engine, request: Json, sent: list[in
     choices = [part.choice(index) for index, part in enumerate(parts)]
     if isinstance(count := request.get("logprobs"), int) and not engine.plan.get("no_logprobs"):
         for part, choice in zip(parts, choices, strict=True):
-            choice["logprobs"] = recital.logprobs(part, count)
+            choice["logprobs"] = recital.logprobs(part, count, has_adapter=request["model"] in engine.loras)
     usage = _usage(request["prompt"], sum(len(part.ids) for part in parts))
     link.reply(200, json.dumps({**base, "choices": choices, "usage": usage}).encode())
     return 200
