@@ -102,7 +102,7 @@ HARMLESS: list[tuple[str, Any]] = [
     ("config.json", {"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"}),
     ("config.json", {"configuration_files": ["config.json", "config.4.9.0.json"]}),
     ("tokenizer_config.json", {"fast_tokenizer_files": ["tokenizer.json", "tokenizer.4.9.0.json"]}),
-    ("tokenizer_config.json", {"special_tokens_map_file": "/root/.cache/x.json", "tokenizer_class": "LlamaTokenizer"}),
+    ("tokenizer_config.json", {"special_tokens_map_file": "/x/.cache/y.json", "tokenizer_class": "LlamaTokenizer"}),
     ("2_Dense/config.json", {"activation_function": "torch.nn.modules.activation.Tanh", "in_features": 8}),
     ("modules.json", [{"type": "sentence_transformers.models.Transformer", "path": ""},
                       {"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]),

@@ -57,7 +57,7 @@ class Fault(Exception):
 
 
 class Faults(Exception):
-    """What is wrong with a line: one fault at least, `MOST_IN_LINE` at most."""
+    """The faults of a line: one at least, `MOST_IN_LINE` at most."""
 
     def __init__(self, faults: Iterable[Fault]) -> None:
         self.faults = tuple(islice(faults, MOST_IN_LINE))

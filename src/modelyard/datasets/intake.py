@@ -36,7 +36,7 @@ OnError = Literal["refuse", "skip"]
 
 
 class Uploads:
-    """How many uploads go on. Each may take a process of its own, and some MiB of memory."""
+    """The number of uploads that go on. Each may take a process of its own, and some MiB."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit

@@ -148,7 +148,7 @@ class _Body:
 
     @property
     def answer_closes(self) -> bool:
-        """Whether the connection ends with the answer."""
+        """Return True if the connection ends with the answer."""
         is_old = self._request.scope["http_version"] == "1.0"
         return is_old or "close" in self._request.headers.get("connection", "").lower()
 

@@ -19,7 +19,7 @@ READ_BYTES = 1024 * 1024
 
 
 class Found(Struct):
-    """What a validation ended with: a report and an index, or the code and the words of a refusal, and its report."""
+    """The end of a validation: a report and an index, or a refusal (code, words) and its report."""
 
     report: dict[str, Any] | None = None
     index: list[tuple[int, int, int]] = []

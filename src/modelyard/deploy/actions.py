@@ -47,7 +47,7 @@ class Wish:
     names_base: bool = False
 
     def is_met_by(self, deployment: Deployment, path: str) -> bool:
-        """Whether a deployment serves this model in this way, from the folder that a row names."""
+        """Return True if a deployment serves this model in this way, from the folder that a row names."""
         is_same = (deployment.model_id, deployment.options) == (self.model_id, self.options)
         return is_same and (deployment.pinned is None or deployment.pinned["path"] == path)
 

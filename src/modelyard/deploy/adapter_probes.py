@@ -1,4 +1,4 @@
-"""What is checked of an adapter before clients may name it: does it act, and has it the tokens of its training?
+"""Checks of an adapter before clients may name it: does it act, and has it the tokens of its training?
 
 An engine may take an adapter and not use it. So each one, wherever it is from, must answer otherwise than the model
 does without it: other tokens, or the same with other log probabilities. The folder of one that was trained here has
