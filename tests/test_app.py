@@ -225,7 +225,7 @@ def test_a_body_that_grows_too_large_is_refused_while_it_comes(server: Server) -
 
 
 def test_a_body_of_the_largest_size_is_read(server: Server) -> None:
-    body = json.dumps({"model_id": "no/such"}).encode().ljust(BODY_LIMIT)
+    body = json.dumps({"model_id": "nobody/asked-for"}).encode().ljust(BODY_LIMIT)
     answer = server.request("POST", "/api/v1/deploy/", body=body, headers={"Content-Type": "application/json"})
     assert (answer.status, answer.error_code) == (404, "model_not_found")
 

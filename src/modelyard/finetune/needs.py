@@ -29,8 +29,9 @@ from modelyard.deploy.model_shape import DTYPE_BYTES
 from modelyard.models.config_file import HEADS, HIDDEN, LAYERS, whole
 from modelyard.trainer.spec import Hyperparameters
 
-# Measured: 0.47 GiB, with everything imported and a model of 0.7 million weights.
-CPU_PROCESS_BYTES = int(0.6 * GIB)
+# Measured: 0.47 GiB, with everything imported and a model of 0.7 million weights. With AMX it is 0.65 GiB: the limit of
+# the process counts what its kernels and allocators reserve, too.
+CPU_PROCESS_BYTES = int(0.8 * GIB)
 #: CUDA's context and what its allocator keeps in reserve. An estimate, not measured.
 GPU_PROCESS_BYTES = int(1.5 * GIB)
 #: Measured: 16 rows of 1,017 tokens took 1.11 times what is worked out.
