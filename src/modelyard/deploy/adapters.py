@@ -1,4 +1,4 @@
-"""Whether vLLM can serve an adapter on a base, decided before an engine sees it.
+"""Check of an adapter against its base, decided before an engine sees it.
 
 vLLM 0.32 refuses much of what PEFT can train, often as an HTTP 500; and some of what it does load it serves wrongly
 without a word: weights too small for their base are padded, names that its model lacks are passed over, an adapter

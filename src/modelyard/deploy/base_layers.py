@@ -32,7 +32,7 @@ class BaseLayers:
     names: set[str] = field(default_factory=set)
 
     def has(self, module: str) -> bool:
-        """Whether the base has a layer of this whole name, or may have.
+        """Return True if the base has a layer of this whole name, or may have.
 
         Weights may have been saved without the model around them: 'h.0.mlp' then stands for 'transformer.h.0.mlp'. The
         head may be the embedding, which is stored once.

@@ -177,7 +177,7 @@ def model_files(settings: Settings, model: Model) -> ModelFiles:
 
 
 def _lacks_vision(settings: Settings) -> bool:
-    """Whether the Python that runs engines is this one, and has no torchvision; of another nothing is known."""
+    """Return True if this Python runs the engines and has no torchvision; of another nothing is known."""
     return settings.engine_python is None and importlib.util.find_spec("torchvision") is None
 
 

@@ -42,12 +42,12 @@ class LastKnown(Generic[T]):
 
     @property
     def is_away(self) -> bool:
-        """Whether the value is only the last known one, since the database does not answer."""
+        """True if the value is only the last known one, since the database does not answer."""
         return self._away_since is not None
 
     @property
     def is_fresh(self) -> bool:
-        """Whether the value is no older than the last change that was told."""
+        """True if the value is no older than the last change that was told."""
         return self._is_fresh(self._changes)
 
     def changed(self) -> None:

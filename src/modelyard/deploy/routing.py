@@ -133,7 +133,7 @@ class Routing:
 
     @property
     def is_away(self) -> bool:
-        """Whether the database does not answer, so that only what was known before is."""
+        """True if the database does not answer, so that only what was known before is."""
         return self._snapshots.is_away
 
     def expect_database(self, name: str | None = None) -> None:
