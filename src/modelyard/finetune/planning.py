@@ -29,6 +29,7 @@ from modelyard.finetune.tables import Finetune
 from modelyard.finetune.trainings import TEMPLATE_TOKENS
 from modelyard.models import store
 from modelyard.models.tokenizer_child import TokenizerChildren
+from modelyard.paths import below
 from modelyard.settings import Settings
 from modelyard.storage import Storage
 from modelyard.trainer.spec import Hyperparameters, Mode, Spec
@@ -70,7 +71,7 @@ async def plan(
 
     try:
         need = await asyncio.to_thread(needed, longest)
-        await tokenizers.tried(model.model_id, settings.models_dir / model.path)
+        await tokenizers.tried(model.model_id, below(settings.models_dir, model.path))
     except JobFailure as failure:
         raise refusal(failure) from failure
     now = await accelerator.sight(sessions, settings)
