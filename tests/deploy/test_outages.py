@@ -12,12 +12,14 @@ import sqlite3
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import psycopg
 import pytest
 from sqlalchemy import update
 
-from modelyard.deploy.tables import Deployment
+from modelyard.deploy.tables import Deployment, Wanted
+from modelyard.errors import EngineStarting
 from modelyard.jobs.tables import Job
 from tests.deploy.yard import DeployYard, deploy_yard
 from tests.deploy.yard_process import _ask
@@ -225,6 +227,44 @@ async def test_outages_in_any_order_with_deaths_and_requests_touch_no_healthy_en
         assert after.engine_url == before.engine_url, seed
         await yard.becomes(dying, "READY")
         assert [(await yard.job(one)).status for one in (healthy, dying)] == ["RUNNING", "RUNNING"], seed
+
+
+async def test_an_engine_that_has_drained_gets_no_request_of_a_gateway_whose_read_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hang() -> NoReturn:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async with deploy_yard(tmp_path / "data") as yard:
+        await yard.add_model("org/tiny", misbehave={"chunk_ms": 50})
+        job_id = await yard.deploy("org/tiny")
+        await yard.becomes(job_id, "READY")
+        wrong: list[str] = []
+        refused = 0
+
+        async def ask() -> None:
+            nonlocal refused
+            try:
+                target = await yard.routing.resolve("org/tiny", "generate")
+            except EngineStarting:
+                refused += 1
+                return
+            with yard.routing.request(target):
+                wrong.append(await _ask(target, 10))
+
+        await ask()
+        monkeypatch.setattr(yard.routing._snapshots, "_read", hang)
+        await yard.take_down(job_id, Wanted.DRAINED)
+        async with asyncio.TaskGroup() as group:
+            for _ in range(8):
+                # With gaps between them: under way without end, they would keep the engine.
+                group.create_task(ask())
+                await asyncio.sleep(0.8)
+        assert (await yard.deployment(job_id)).state == "STOPPED"
+        assert wrong
+        assert refused
+        assert not any(wrong), wrong
 
 
 async def test_what_serves_while_its_job_has_failed_is_wanted_again_by_the_next_server(

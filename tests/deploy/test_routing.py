@@ -316,6 +316,25 @@ async def test_open_requests_are_counted_by_engine_and_by_name(tmp_path: Path) -
         assert not table.routing._open, "an engine that is gone leaves nothing behind"
 
 
+async def test_what_is_closed_gets_no_request_even_if_the_rows_still_name_it(tmp_path: Path) -> None:
+    async with rows(tmp_path) as table:
+        one = await table.add("org/a", adapter_ids=["org/poems"], loaded={"org/poems": "org/poems@1"})
+        url = await table.url("org/a")
+        table.routing.close_to(url, "org/poems@1")
+        assert await table.url("org/a") == url
+        with pytest.raises(EngineStarting):
+            await table.url("org/poems")
+        table.routing.open_to(url, ["org/poems@1"])
+        assert await table.url("org/poems") == url
+        table.routing.close_to(url)
+        for name in ("org/a", "org/poems", "default", None):
+            with pytest.raises(EngineStarting):
+                await table.url(name)
+        await table.change(one, engine_url="unix:/new")
+        assert await table.url("org/a") == "unix:/new"
+        assert not table.routing._closed, "an engine that is gone leaves nothing behind"
+
+
 @pytest.mark.parametrize("state", [State.IDLE, State.DRAINING])
 async def test_a_request_wakes_an_idle_deployment_and_is_answered(tmp_path: Path, state: State) -> None:
     async with rows(tmp_path) as table:

@@ -63,8 +63,9 @@ class AdapterChanges:
             return
         if loaded is None:
             return
-        await self._record.write(loaded=loaded)
         kept = {one["name"] for one in loaded}
+        self._requests.come(kept)
+        await self._record.write(loaded=loaded)
         self._requests.leave(one["name"] for one in before if one["name"] not in kept)
         served = ", ".join(one["adapter_id"] for one in loaded) or "none"
         await self._context.event(f"Adapters in service: {served}.", data={"adapters": loaded})

@@ -71,11 +71,18 @@ class Requests:
         seconds = time.monotonic() - self._draining_since
         # Another gateway process may have read for so long that the engine serves.
         self.drained = seconds >= max(self._timeout_s, FRESH_S) or (open_requests == 0 and seconds >= FRESH_S)
+        if self.drained:
+            # Nothing was awaited since the count: no request can slip in between.
+            self._routing.close_to(self._url)
         return open_requests
 
     def leave(self, names: Iterable[str]) -> None:
         """Have adapters leave: their requests are let end."""
         self._leaving.update(dict.fromkeys(names, time.monotonic()))
+
+    def come(self, names: Iterable[str]) -> None:
+        """Have adapters take requests, also those that had left."""
+        self._routing.open_to(self._url, names)
 
     @property
     def are_leaving(self) -> bool:
@@ -96,7 +103,12 @@ class Requests:
         ]
         if left:
             in_use = await self._client.adapters_in_use()
-            left = [name for name in left if in_use is not None and name not in in_use]
+            left = [
+                name
+                for name in left
+                if in_use is not None and name not in in_use and not self._routing.open_requests(self._url, name)
+            ]
         for name in left:
+            self._routing.close_to(self._url, name)
             del self._leaving[name]
         return left

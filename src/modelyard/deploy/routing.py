@@ -19,7 +19,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -124,6 +124,8 @@ class Routing:
         #: Set and replaced by `changed`.
         self._news = asyncio.Event()
         self._open: Counter[tuple[str, str]] = Counter()
+        #: Engines, and adapters' names at engines, that get no new request even if the snapshot still names them.
+        self._closed: set[tuple[str, str | None]] = set()
 
     def changed(self) -> None:
         """Take a new snapshot at the next question. Call it after the commit."""
@@ -177,7 +179,10 @@ class Routing:
             DatabaseUnavailable: the name was not known when the database went away, or its engine must be woken.
         """
         snapshot = self._snapshots.value if self._snapshots.is_fresh else await self._look()
-        return snapshot.targets.get((name, task)) or await self._wait_for(name, task)
+        target = snapshot.targets.get((name, task))
+        if target is None or self._is_closed(target):
+            return await self._wait_for(name, task)
+        return target
 
     def request(self, target: Address) -> OpenRequest:
         """Count a request to an engine as open within a `with` block, which keeps the engine from being ended."""
@@ -188,6 +193,17 @@ class Routing:
         if served_name is not None:
             return self._open[url, served_name]
         return sum(count for (one, _), count in self._open.items() if one == url)
+
+    def close_to(self, url: str, served_name: str | None = None) -> None:
+        """Send no new request to an engine, or to one of its names, from now on.
+
+        A snapshot may be older than the word that it leaves, where the database is slow or away.
+        """
+        self._closed.add((url, served_name))
+
+    def open_to(self, url: str, served_names: Iterable[str]) -> None:
+        """Send requests again to names that the engine has loaded anew."""
+        self._closed.difference_update((url, name) for name in served_names)
 
     async def listing(self) -> list[Served]:
         """Return every name that works now: models, adapters, users' aliases, built-in ones."""
@@ -218,7 +234,8 @@ class Routing:
         while True:
             news = self._news
             snapshot = await self._look()
-            if target := snapshot.targets.get((name, task)):
+            target = snapshot.targets.get((name, task))
+            if target is not None and not self._is_closed(target):
                 return target
             way = snapshot.way(name, task)
             if way is None:
@@ -252,6 +269,10 @@ class Routing:
             return awaited is not None  # its adapter is being loaded
         return one.state in ASLEEP or (one.state in _COMING and (one.wake_requested or one.id in self._woken))
 
+    def _is_closed(self, target: Target) -> bool:
+        closed = self._closed
+        return bool(closed) and ((target.url, None) in closed or (target.url, target.served_name) in closed)
+
     async def _wake(self, deployment: Deployment) -> None:
         """Write once that a request waits, however many do."""
         if deployment.state not in ASLEEP or deployment.wake_requested:
@@ -283,6 +304,8 @@ class Routing:
             live = await succession.live(session)
             names = {row.name: row.target for row in await aliases.all_aliases(session)}
         snapshot = Snapshot([one for one in live if one.wanted == Wanted.UP], names)
+        urls = {one.engine_url for one in snapshot.up}
+        self._closed = {(url, name) for url, name in self._closed if url in urls}
         self._woken &= {one.id for one in snapshot.up if one.state != DeploymentState.READY}
         return snapshot
 
