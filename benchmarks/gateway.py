@@ -9,7 +9,8 @@ the proxy's process a chunk costs, at a fixed rate per stream, where nobody can 
 
 nginx comes from the system's packages, LiteLLM from a virtual environment of its own (.venv-litellm, made on demand);
 what can't be had is named and left out. `--server PORT --server-pid PID --server-model NAME` measures a running
-Modelyard beside them. --write puts the tables into benchmarks/RESULTS.md.
+Modelyard beside them, `--before CHECKOUT` the gateway of another checkout with a .venv of its own. --write puts the
+tables into benchmarks/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -151,22 +152,16 @@ def nginx(folder: Path, uds: Path) -> Iterator[Place]:
 
 
 @contextmanager
-def gateway(folder: Path, uds: Path, model: str) -> Iterator[Place]:
-    """Run the gateway alone, before one engine."""
+def gateway(folder: Path, uds: Path, model: str, checkout: Path | None = None) -> Iterator[Place]:
+    """Run the gateway alone, before one engine; that of another checkout is called `before`."""
     port = free_port()
-    argv = [
-        sys.executable,
-        str(HERE / "serve_gateway.py"),
-        "--engine",
-        f"unix:{uds}",
-        "--model",
-        model,
-        "--port",
-        str(port),
-    ]
+    python = str(checkout / ".venv" / "bin" / "python") if checkout else sys.executable
+    script = (checkout or HERE.parent) / "benchmarks" / "serve_gateway.py"
+    argv = [python, str(script), "--engine", f"unix:{uds}", "--model", model, "--port", str(port)]
     with child(argv, folder / "gateway.log") as process:
         wait_for(lambda: listens(port), process, "the gateway", START_S)
-        yield Place("Modelyard", Address("/v1/chat/completions", model, port=port), (process.pid,))
+        name = "before" if checkout else "Modelyard"
+        yield Place(name, Address("/v1/chat/completions", model, port=port), (process.pid,))
 
 
 def litellm_python() -> Path | None:
@@ -258,7 +253,7 @@ def named(place: Place, model: str) -> Place:
     return replace(place, address=replace(place.address, model=model))
 
 
-def on_replay(folder: Path, rounds: int, seconds: float) -> list[str]:
+def on_replay(folder: Path, rounds: int, seconds: float, before: Path | None) -> list[str]:
     """Measure on the replayed stream; returns Markdown."""
     with ExitStack() as stack:
         fast, fast_port = stack.enter_context(replay(folder, 0))
@@ -272,7 +267,10 @@ def on_replay(folder: Path, rounds: int, seconds: float) -> list[str]:
             print("left out: nginx is not installed (Debian: apt-get install nginx-light)")
         places.append(stack.enter_context(gateway(folder, fast, "replay")))
         slow.append(stack.enter_context(gateway(folder, paced, "replay")))
-        if litellm_python() is not None:
+        if before is not None:
+            places.append(stack.enter_context(gateway(folder, fast, "replay", before)))
+            slow.append(stack.enter_context(gateway(folder, paced, "replay", before)))
+        if before is None and litellm_python() is not None:
             try:
                 places.append(stack.enter_context(litellm(folder, fast_port)))
             except RuntimeError as error:
@@ -335,6 +333,7 @@ def main() -> None:
     parser.add_argument("--server", type=int, metavar="PORT")
     parser.add_argument("--server-pid", type=int)
     parser.add_argument("--server-model")
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="and the gateway there, LiteLLM left out")
     parser.add_argument("--write", action="store_true", help="put the tables into benchmarks/RESULTS.md")
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # through every `finally`, so that no child is left
@@ -346,7 +345,7 @@ def main() -> None:
     sections: dict[str, list[str]] = {}
     try:
         if not given.no_replay:
-            sections["Gateway, replayed stream"] = on_replay(folder, given.rounds, given.seconds)
+            sections["Gateway, replayed stream"] = on_replay(folder, given.rounds, given.seconds, given.before)
         if given.vllm:
             model, seconds = given.vllm, max(given.seconds, 3.0)
             sections["Gateway, real vLLM"] = on_vllm(folder, model, given.rounds, seconds, server)

@@ -51,7 +51,7 @@ def throughput(title: str, cells: Cells, levels: Sequence[int]) -> list[str]:
         for level in levels:
             here = cells[level, place]
             text = f"{_median(here, lambda cell: cell.per_second):,.0f}"
-            for other in ("direct", "nginx"):
+            for other in ("direct", "nginx", "before"):
                 if (level, other) in cells and other != place:
                     pairs = zip(here, cells[level, other], strict=True)
                     ratio = statistics.median(mine.per_second / theirs.per_second for mine, theirs in pairs)
@@ -73,6 +73,8 @@ def cost(title: str, cells: Cells, levels: Sequence[int]) -> list[str]:
             text = f"{mine:.1f} µs a chunk"
             if place != "nginx" and (level, "nginx") in cells:
                 text += f", {mine / _median(cells[level, 'nginx'], lambda cell: cell.cpu_us):.2f} of nginx"
+            if place != "before" and (level, "before") in cells:
+                text += f", {mine / _median(cells[level, 'before'], lambda cell: cell.cpu_us):.2f} of before"
             row.append(text)
         rows.append(row)
     return _table(title, ["", *(f"{level} client{'s' * (level > 1)}" for level in levels)], rows)

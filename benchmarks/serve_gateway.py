@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+import functools
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -13,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
+from modelyard.connections import Connection, Connections, Limits
 from modelyard.deploy.routing import OpenRequest
 from modelyard.errors import ModelNotFound
 from modelyard.gateway.metrics import Metrics
@@ -68,16 +71,33 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     given = parser.parse_args()
 
+    connections = Connections(Limits(4096, 64 << 10, 10.0, 60.0, 5.0))
+
+    async def sweep() -> None:
+        while True:
+            connections.sweep()
+            await asyncio.sleep(0.1)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engines = Engines()
+        sweeping = asyncio.create_task(sweep())
         app.state.gateway = Gateway(Only(given.model, given.engine), engines, Metrics(CollectorRegistry()), 32 << 20)
         yield
+        sweeping.cancel()
         await engines.close()
 
     app = FastAPI(lifespan=lifespan)
     app.include_router(api)
-    uvicorn.run(app, port=given.port, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=2)
+    uvicorn.run(
+        app,
+        http=functools.partial(Connection, connections),  # type: ignore[arg-type]  # uvicorn's type names classes only
+        port=given.port,
+        log_level="warning",
+        access_log=False,
+        ws="none",
+        timeout_graceful_shutdown=2,
+    )
 
 
 if __name__ == "__main__":
