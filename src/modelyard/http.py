@@ -33,6 +33,8 @@ BODY_LIMIT = 1024 * 1024
 PLAIN_TEXT_PATHS = frozenset({"/api/generate-one", "/api/generate-batch"})
 #: Here errors have the form of Anthropic's interface, whose clients find the message nowhere else.
 ANTHROPIC_PATHS = frozenset(f"{base}/messages{end}" for base in ("/v1", "/api/v1") for end in ("", "/count_tokens"))
+#: And at every other path that only such a client asks for: /v1/messages/batches, or one after a wrong base address.
+_ANTHROPIC = re.compile(r"(?:/+(?:api|v1))*/+messages(?:/.*)?", re.DOTALL)
 
 
 class EitherSlashRoute(APIRoute):
@@ -312,10 +314,7 @@ def error_response(error: errors.ModelyardError, path: str = "") -> Response:
         headers["WWW-Authenticate"] = "Bearer"
     if path.removesuffix("/") in PLAIN_TEXT_PATHS:
         return PlainTextResponse(error.message, status_code=error.status, headers=headers)
-    if path.removesuffix("/") in ANTHROPIC_PATHS:
-        envelope = anthropic_envelope(error.status, error.message)
-    else:
-        envelope = error.envelope()
+    envelope = anthropic_envelope(error.status, error.message) if _ANTHROPIC.fullmatch(path) else error.envelope()
     return Response(
         msgspec.json.encode(envelope), status_code=error.status, headers=headers, media_type="application/json"
     )

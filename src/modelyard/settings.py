@@ -21,11 +21,11 @@ from modelyard.errors import StartRefused
 PREFIX = "MODELYARD_"
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
-#: A page's, an app's or an extension's origin; null is what a sandboxed page or one from a file sends.
+#: A page's, an app's or an extension's origin. A sandboxed page or one from a file has null; in Electron, file://.
 ORIGIN = re.compile(
-    r"^(?:[a-z][a-z0-9+.-]{0,63}://([a-z0-9._~-]{1,253}|\[[0-9a-f:.]{2,45}\])(:[0-9]{1,5})?|null)", re.IGNORECASE
+    r"^(?:[a-z][a-z0-9+.-]{0,63}://([a-z0-9._~-]{1,253}|\[[0-9a-f:.]{2,45}\])(:[0-9]{1,5})?|null|file://)",
+    re.IGNORECASE,
 )
-
 #: No credentials, which belong elsewhere, and no path, which boto3 would put before every bucket.
 ENDPOINT = re.compile(r"https?://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?/?")
 #: Settings that others named.
@@ -69,7 +69,7 @@ class Settings(BaseSettings):
     admin_key: str | None = Field(default=None, min_length=8, repr=False)
     """Key that every request must carry (Authorization: Bearer KEY or X-API-KEY: KEY), /health aside."""
     cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
-    """Origins of the pages, apps and extensions that may call, comma-separated: https://chat.example.org, app://notes."""
+    """Origins that may call, comma-separated: https://chat.example.org, app://notes, null (pages from files)."""
     wrong_key_delay_s: float = Field(default=1.0, ge=0.0, le=60.0)
     """Longest that the answer to a wrong key is held back, after some from the same address, in seconds. 0: never."""
     max_connections: int = Field(default=4096, ge=1, le=1_000_000)
@@ -241,7 +241,8 @@ class Settings(BaseSettings):
             if not ORIGIN.fullmatch(origin):
                 raise ValueError(
                     f"'{origin[:200]}' is not the origin of a page or an app; write it like "
-                    "https://chat.example.org:8443, app://notes, chrome-extension://ID or null"
+                    "https://chat.example.org:8443, app://notes or chrome-extension://ID. Pages opened from a file "
+                    "have the origin null in browsers, and file:// in Electron"
                 )
         # Browsers send it in lower case, and without the port that its scheme has anyway.
         return tuple(re.sub(r"^(http://.*):80$|^(https://.*):443$", r"\1\2", origin.lower()) for origin in value)

@@ -286,12 +286,12 @@ def test_beyond_loopback_it_does_not_start_without_a_key(tmp_path: Path, host: s
 
 
 ORIGINS = ("app://notes.example", "tauri://localhost", "chrome-extension://abcdefgh", "moz-extension://0a-1b", "null",
-           "HTTPS://Chat.Example.org", "https://one.example.org:443/", "http://[::1]:3000")  # fmt: skip
+           "file://", "HTTPS://Chat.Example.org", "https://one.example.org:443/", "http://[::1]:3000")  # fmt: skip
 
 
 def test_apps_extensions_and_null_can_be_allowed_one_by_one(tmp_path: Path) -> None:
     with serving(tmp_path / "data", MODELYARD_CORS_ORIGINS=", ".join(ORIGINS)) as server:
-        for origin in (*ORIGINS[:5], "https://chat.example.org", "https://one.example.org", "http://[::1]:3000"):
+        for origin in (*ORIGINS[:6], "https://chat.example.org", "https://one.example.org", "http://[::1]:3000"):
             answer = server.get("/api/v1/jobs/", {"Origin": origin})
             assert (answer.status, answer.headers.get("access-control-allow-origin")) == (200, origin)
             asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
@@ -302,8 +302,16 @@ def test_apps_extensions_and_null_can_be_allowed_one_by_one(tmp_path: Path) -> N
             "chrome-extension://abcdefghi",
             "app://",
             "nul",
+            "file:///",
+            "file:///home/me/page.html",
         ):
             assert server.get("/api/v1/jobs/", {"Origin": origin}).status == 403, origin
+
+
+def test_a_page_from_a_file_is_told_the_setting_that_lets_it_call(open_server: Server) -> None:
+    refused = open_server.get("/api/v1/jobs/", {"Origin": "null"})
+    assert (refused.status, refused.error_code) == (403, "origin_not_allowed")
+    assert "MODELYARD_CORS_ORIGINS=null" in refused.json()["error"]["message"]
 
 
 def test_wrong_keys_are_logged_and_answered_ever_later_and_the_right_one_at_once(tmp_path: Path) -> None:
@@ -347,10 +355,12 @@ def test_beyond_loopback_it_starts_with_a_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("origins", ["*", "chat.example.org", f"{PAGE}/path", f"{PAGE} {ELSEWHERE}", "app://",
-                                     "://notes", "app:notes", "nulls", "https://user@chat.example.org"])  # fmt: skip
+                                     "://notes", "app:notes", "nulls", "file:///",
+                                     "file:///home/me/page.html", "https://user@chat.example.org"])  # fmt: skip
 def test_a_setting_that_names_no_page_stops_the_start(tmp_path: Path, origins: str) -> None:
     ended = run_modelyard(
         "serve", cwd=tmp_path, MODELYARD_CORS_ORIGINS=origins, MODELYARD_DATA_DIR=str(tmp_path / "data")
     )
     assert ended.returncode == 2
     assert re.fullmatch(r"modelyard: MODELYARD_CORS_ORIGINS.* is not the origin of a page.*\n", ended.stderr)
+    assert "Pages opened from a file have the origin null in browsers, and file:// in Electron" in ended.stderr

@@ -38,6 +38,14 @@ def test_what_is_not_a_json_object_is_refused(body: bytes) -> None:
     assert len(caught.value.message) < 200
 
 
+@pytest.mark.parametrize("body", [b"", b" \r\n"])
+def test_a_request_without_a_body_is_told_that_it_has_none(body: bytes) -> None:
+    with pytest.raises(InvalidJson, match="The request has no body: send a JSON object"):
+        parse(body)
+    with pytest.raises(InvalidJson, match="not valid JSON: Input data was truncated"):
+        parse(b'{"model": ')
+
+
 @pytest.mark.parametrize("value", ["3", '["a"]'])
 def test_a_model_that_is_no_text_is_refused(value: str) -> None:
     with pytest.raises(BadRequest, match="'model' has the wrong type") as caught:

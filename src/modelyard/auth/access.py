@@ -96,6 +96,11 @@ class Access:
                 "MODELYARD_ADMIN_KEY to serve other names."
             )
         if origin is not None and origin not in self._origins and origin != scope["scheme"].encode() + b"://" + host:
+            if origin == b"null":
+                raise OriginNotAllowed(
+                    "Pages without an origin of their own (opened from a file, or in a sandboxed frame) may not call "
+                    "this server. MODELYARD_CORS_ORIGINS=null allows all such pages."
+                )
             raise OriginNotAllowed(
                 f"Pages from {_shown(origin)} may not call this server. MODELYARD_CORS_ORIGINS names those that may."
             )

@@ -39,6 +39,7 @@ REFUSED_ENDS = ("_transfer_params", "_embeds", "_url", "_path")
 #: Fields whose parts may hold media.
 CONVERSATIONS = ("messages", "input", "system", "previous_input_messages")
 TOO_DEEP = "The body is nested too deeply."
+NO_BODY = "The request has no body: send a JSON object, with the header Content-Type: application/json."
 
 
 class ClientGone(Exception):
@@ -182,7 +183,7 @@ def parse(body: bytes) -> Envelope:
     """Read the envelope of a body and refuse what no engine should see.
 
     Raises:
-        InvalidJson: not JSON, or not an object.
+        InvalidJson: nothing at all, not JSON, or not an object.
         BadRequest: `model` is no text, or a field or a media address that is refused.
     """
     refuse_half_characters(body)
@@ -201,6 +202,8 @@ def parse(body: bytes) -> Envelope:
         param = where.rstrip("`")
         raise BadRequest(f"'{param}' has the wrong type. {reason}.", param=param) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        if not body.strip():
+            raise InvalidJson(NO_BODY) from None
         raise InvalidJson(f"The body is not valid JSON: {error}.") from None
     except RecursionError:
         raise InvalidJson(TOO_DEEP) from None
