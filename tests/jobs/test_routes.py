@@ -21,6 +21,7 @@ from modelyard.jobs import feeds, routes
 from modelyard.jobs.routes import read_tail
 from tests.eventually import eventually
 from tests.jobs.server import Client, jobs_server
+from tests.jobs.yard import away, without_table
 
 JOBS = "/api/v1/jobs"
 SHAPE = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}"
@@ -274,6 +275,32 @@ async def test_however_many_follow_a_job_it_is_read_once_for_each_piece_of_news_
                 seen = [json.loads((await anext(stream))["data"])["message"] for _ in range(3)]
                 assert seen == ["event 0", "event 1", "event 2"]
             assert len(statements) <= 4
+
+
+# SQLite can be read while others hold it.
+@pytest.mark.parametrize("database_url", [pytest.param("postgres", marks=pytest.mark.postgres)], indirect=True)
+async def test_followers_wait_for_a_database_that_is_away_and_a_fault_of_it_ends_their_streams(
+    database_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with jobs_server(database_url, tmp_path) as client:
+        job_id = await client.yard.create()
+        context = await client.yard.runs(job_id)
+        async with client.http.get(f"{JOBS}/{job_id}/events/") as reply:
+            stream = sse(reply)
+            await anext(stream)
+            with away(database_url):
+                context.tell()
+                await eventually(lambda: "wait for the database" in caplog.text, "the feed waits")
+                await asyncio.sleep(1.2)
+            await context.event("It is back.")
+            assert json.loads((await anext(stream))["data"])["message"].startswith("It is back")
+            assert caplog.text.count("wait for the database") == 1
+            async with without_table(client.yard.sessions, "job_events"):
+                context.tell()
+                assert [event async for event in stream] == [], "the stream ends"
+                assert caplog.text.count(f"task feed of job {job_id} died") == 1
+        async with client.http.get(f"{JOBS}/{job_id}/events/") as reply:
+            assert len([await anext(sse(reply)) for _ in range(1)]) == 1, "who comes back is served"
 
 
 async def test_more_followers_than_are_allowed_are_told_to_come_back(tmp_path: Path) -> None:

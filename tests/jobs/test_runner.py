@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select, text
+from sqlalchemy.exc import DBAPIError
 
 from modelyard.errors import JobFailure, JobFinished
 from modelyard.jobs import runner as runner_module
@@ -22,7 +23,7 @@ from modelyard.jobs.runner import JobContext, JobRunner, News
 from modelyard.jobs.tables import ACTIVE, MOVES, Job, JobStatus
 from modelyard.states import StateChange
 from tests.eventually import eventually
-from tests.jobs.yard import JobYard, job_yard
+from tests.jobs.yard import JobYard, away, be_impatient, job_yard, without_table
 
 # How a job goes
 
@@ -283,40 +284,72 @@ async def test_a_server_that_was_killed_and_one_that_follows_call_each_running_j
 # A database that is away
 
 
+WAITING = "waits for the database"
+
+
 async def test_the_end_of_a_job_is_written_when_the_database_is_back(
-    database_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    database_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with job_yard(database_url, tmp_path) as yard:
-        job_id = await yard.create()
+    be_impatient(monkeypatch)
+    async with job_yard(database_url, tmp_path, limits={"TEST": 1}) as yard:
+        job_id, next_id = await yard.create(), await yard.create()
         context = await yard.runs(job_id)
-        async with yard.sessions.begin() as session:
-            await session.execute(text("ALTER TABLE jobs RENAME TO jobs_away"))
-        await context.progress(1, 1, "bytes")  # only a figure: no reason to fail
-        yard.order(job_id)
-        await eventually(lambda: "could not be written; trying again" in caplog.text, "a try that failed")
-        yard.runner.wake()
-        await eventually(lambda: "the jobs could not be looked at" in caplog.text, "the runner lives through it")
-        async with yard.sessions.begin() as session:
-            await session.execute(text("ALTER TABLE jobs_away RENAME TO jobs"))
+        with away(database_url):
+            await context.progress(1, 1, "bytes")  # only a figure: no reason to fail
+            yard.order(job_id)
+            await eventually(lambda: f"({job_id}) {WAITING}" in caplog.text, "a try that failed")
+            yard.runner.wake()
+            await asyncio.sleep(0.5)
         await yard.becomes(job_id, "FINISHED")
         assert [to for to, _ in await yard.moves(job_id)] == ["RUNNING", "FINISHED"]
-        await yard.runs(await yard.create())
+        await yard.runs(next_id)
+        assert caplog.text.count(f"({job_id}) {WAITING}") == 1
+        assert "Traceback" not in caplog.text
 
 
 async def test_stopping_the_server_while_the_database_is_away_leaves_the_job_to_the_next_one(
-    database_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    database_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    be_impatient(monkeypatch)
     async with job_yard(database_url, tmp_path) as yard:
         job_id = await yard.create()
         await yard.runs(job_id)
-        async with yard.sessions.begin() as session:
-            await session.execute(text("ALTER TABLE jobs RENAME TO jobs_away"))
-        yard.order(job_id)
-        await eventually(lambda: "could not be written; trying again" in caplog.text, "a try that failed")
-        await yard.stop()
-        async with yard.sessions.begin() as session:
-            await session.execute(text("ALTER TABLE jobs_away RENAME TO jobs"))
+        with away(database_url):
+            yard.order(job_id)
+            await eventually(lambda: f"({job_id}) {WAITING}" in caplog.text, "a try that failed")
+            await yard.stop()
         assert (await yard.job(job_id)).status == "RUNNING"
+
+
+async def test_a_fault_of_the_database_that_would_never_pass_ends_the_runner_and_what_it_runs_at_once(
+    database_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with job_yard(database_url, tmp_path, start=False) as yard:
+        job_id = await yard.create()
+        running = asyncio.create_task(yard.runner.run())
+        await yard.runs(job_id)
+        async with without_table(yard.sessions, "jobs"):
+            yard.runner.wake()
+            with pytest.raises(DBAPIError, match="jobs"):
+                await asyncio.wait_for(running, 10)
+            assert all(task.get_name() != "job TEST_job" for task in asyncio.all_tasks()), "its function was cancelled"
+        assert (await yard.job(job_id)).status == "RUNNING", "the next server calls it again"
+
+
+async def test_an_end_that_cannot_be_written_fails_the_job_which_is_not_begun_again(
+    database_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with job_yard(database_url, tmp_path) as yard:
+        async with yard.sessions.begin() as session:
+            await session.execute(text("CREATE TABLE endings (number INTEGER)"))
+        job_id = await yard.create(kind="WITH_ENDING", spec={"ending": "INSERT INTO endings VALUES (1)"})
+        await yard.runs(job_id)
+        async with without_table(yard.sessions, "endings"):
+            yard.order(job_id)
+            failed = await yard.becomes(job_id, "FAILED")
+        assert (failed.failure_code, failed.finished_at is not None) == ("internal_error", True)
+        assert caplog.text.count("could not be written") == 1
+        assert [call.id for call in yard.calls] == [job_id]
 
 
 # News and progress

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+import sqlite3
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import select
+import psycopg
+import pytest
+from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from modelyard import tasks
@@ -42,7 +45,10 @@ class JobYard:
 
     async def _end(self, session: AsyncSession, job_id: UUID) -> None:
         """Write down that a job of the kind WITH_ENDING has ended, in the runner's own transaction."""
-        await actions.append_event(session, job_id, f"ended as {(await actions.get(session, job_id)).status}")
+        job = await actions.get(session, job_id)
+        await actions.append_event(session, job_id, f"ended as {job.status}")
+        if "ending" in job.spec:
+            await session.execute(text(job.spec["ending"]))
 
     async def _obey(self, context: JobContext) -> None:
         self.calls.append(context)
@@ -137,3 +143,35 @@ async def job_yard(
         with contextlib.suppress(AssertionError):
             await yard.stop()
         await yard.sessions.close()
+
+
+def be_impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have SQLite tell at once that it is locked. Call it before a yard is opened."""
+    monkeypatch.setattr("modelyard.db.BUSY_TIMEOUT_MS", 100)
+
+
+@contextmanager
+def away(url: str) -> Iterator[None]:
+    """Keep a database away, as a backup does that locks it or an operator who lets nobody in."""
+    if url.startswith("sqlite"):
+        with contextlib.closing(sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)) as holder:
+            holder.execute("BEGIN IMMEDIATE")
+            yield
+        return
+    server, _, rest = url.rpartition("/")
+    name, _, options = rest.partition("?")
+    with psycopg.connect(f"{server}/postgres?{options}", autocommit=True) as connection:
+        connection.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS false')
+        connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", (name,))
+        yield
+        connection.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS true')
+
+
+@asynccontextmanager
+async def without_table(sessions: Sessions, table: str) -> AsyncIterator[None]:
+    """Take a table away: a fault that no waiting cures."""
+    async with sessions.begin() as session:
+        await session.execute(text(f"ALTER TABLE {table} RENAME TO {table}_away"))
+    yield
+    async with sessions.begin() as session:
+        await session.execute(text(f"ALTER TABLE {table}_away RENAME TO {table}"))

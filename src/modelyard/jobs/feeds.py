@@ -17,7 +17,7 @@ from uuid import UUID
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from modelyard import tasks
+from modelyard import outages, tasks
 from modelyard.db import Sessions
 from modelyard.errors import TooManyFollowers
 from modelyard.jobs import actions
@@ -125,6 +125,7 @@ class Feed:
         return reached, "".join(map(_rendered, events))
 
     async def _follow_news(self) -> None:
+        is_away = False
         try:
             while self.job.status in ACTIVE and not self._news.is_over:
                 try:
@@ -135,11 +136,17 @@ class Feed:
                 self._told.clear()
                 try:
                     await self._read()
-                except SQLAlchemyError as error:  # followers wait with us until the database is back
-                    log.warning("the events of job %s could not be read: %s", self.job_id, error)
-                    await asyncio.sleep(RETRY_S)
+                except SQLAlchemyError as error:
+                    if not outages.is_passing(error):
+                        raise  # the followers' streams end, and who comes back is told of the fault
+                    if not is_away:
+                        said = outages.first_line(error)
+                        log.warning("followers of job %s wait for the database: %s", self.job_id, said)
+                    is_away = True
+                    await asyncio.sleep(RETRY_S)  # not `wait_out`: a server that stops ends this at the next try
                     self._told.set()
                     continue
+                is_away = False
                 if self.job.status in ACTIVE:
                     self._wake()
         finally:

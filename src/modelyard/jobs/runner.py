@@ -67,7 +67,6 @@ class JobContext:
         self._news = news
         self._progress_at = 0.0
         #: How far it had come when the function was called: further, and it is not what ended an earlier server.
-        #: How far it came before this start.
         self.done_before, self.unit_before = job.progress_done or 0, job.progress_unit
         self._started_at = asyncio.get_running_loop().time()
         self.is_at_risk = True
@@ -216,16 +215,18 @@ class JobRunner:
             await self._move(job.id, to, failure.code, failure=failure, ending=self._endings.get(job.kind))
 
     async def run(self) -> None:
-        """Run jobs until cancelled; on cancellation every function is cancelled and waited for."""
+        """Run jobs until cancelled; on cancellation every function is cancelled and waited for.
+
+        An outage of the database ends nothing that runs.
+
+        Raises:
+            SQLAlchemyError: the jobs cannot be read or written for a reason that would never pass, such as a table
+                that is not there. Every function is cancelled then, too.
+        """
         try:
             while True:
                 self._wake.clear()
-                try:
-                    await self._look()
-                except SQLAlchemyError:  # a database that is away for a moment must not end what runs
-                    log.exception("the jobs could not be looked at; looking again in %s s", LOOK_AGAIN_S)
-                    await asyncio.sleep(LOOK_AGAIN_S)
-                    continue
+                await outages.wait_out("the job runner", self._look)
                 # Not wait_for: until Python 3.12 it loses a cancellation that comes just after the wake-up.
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(LOOK_AGAIN_S):
@@ -291,12 +292,8 @@ class JobRunner:
             if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
                 raise  # the server stops; a cancellation that nobody asked this task for is a failure like any other
             log.exception("job %s (%s) failed inside the server", context.name, context.id)
-            to, reason = JobStatus.FAILED, "internal_error"
-            failure = JobFailure(
-                "internal_error",
-                "Something failed inside the server itself; its log has the cause.",
-                f"Look for job {context.id} in the server's log, and report it as a bug.",
-            )
+            failure = _internal_error(context)
+            to, reason = JobStatus.FAILED, failure.code
         if context.interrupted_before_start:
             to, reason, failure = JobStatus.KILLED, "interrupted before it started", None
         await self._settle(context, to, reason, failure)
@@ -316,16 +313,29 @@ class JobRunner:
                 await asyncio.sleep(LOOK_AGAIN_S)
 
     async def _settle(self, context: JobContext, to: JobStatus, reason: str, failure: JobFailure | None) -> None:
-        """Write how a job ended, as often as it takes: a database that is away must not leave it RUNNING."""
-        ending = self._endings.get(context.kind)
-        while True:
-            try:
-                await self._move(context.id, to, reason, failure=failure, ending=ending, finished_at=utcnow())
-            except SQLAlchemyError:
-                log.exception("the end of job %s (%s) could not be written; trying again", context.name, to)
-                await asyncio.sleep(LOOK_AGAIN_S)
-            else:
-                return
+        """Write how a job ended: a database that is away must not leave it RUNNING.
+
+        Where its end itself cannot be written, it is FAILED without what its kind writes beside.
+
+        Raises:
+            SQLAlchemyError: not even that can be written, for a reason that would not pass. The job keeps its place
+                among those that run, so that it is not begun again and again.
+        """
+        what, finished_at = f"the end of job {context.name} ({context.id})", utcnow()
+
+        async def write() -> None:
+            ending = self._endings.get(context.kind)
+            await self._move(context.id, to, reason, failure=failure, ending=ending, finished_at=finished_at)
+
+        async def write_fault() -> None:
+            fault = _internal_error(context)
+            await self._move(context.id, JobStatus.FAILED, fault.code, failure=fault, finished_at=finished_at)
+
+        try:
+            await outages.wait_out(what, write)
+        except SQLAlchemyError:
+            log.exception("%s (%s) could not be written", what, to)
+            await outages.wait_out(what, write_fault)
 
     async def _move(
         self,
@@ -361,3 +371,11 @@ class JobRunner:
             return False
         self.news.tell(job_id)
         return True
+
+
+def _internal_error(context: JobContext) -> JobFailure:
+    return JobFailure(
+        "internal_error",
+        "Something failed inside the server itself; its log has the cause.",
+        f"Look for job {context.id} in the server's log, and report it as a bug.",
+    )
