@@ -13,10 +13,12 @@ import pytest
 
 from modelyard.demo.tiny_llama import make_llama
 from modelyard.trainer.reports import Reports
+from modelyard.trainer.stall_watch import StallWatch
 from tests.fixtures import missing
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # torch and transformers warn of themselves
 
+WATCH = StallWatch("local:tiny", lambda failure: pytest.fail(failure.message))
 QUESTIONS = [
     "Name a river.",
     "Which mountain is the highest of all that stand on this planet, and how high is it?",
@@ -109,7 +111,7 @@ def loss_alone(model: Any, rows: list[Any]) -> float:
 def evaluated(model: Any, tokenizer: Any, rows: list[Any], folder: Path, **options: Any) -> dict[str, Any]:
     from modelyard.trainer.evaluation import evaluate
 
-    found = evaluate(model, tokenizer, rows, Reports(folder / "progress.jsonl"), **options)
+    found = evaluate(model, tokenizer, rows, Reports(folder / "progress.jsonl"), WATCH, **options)
     assert found is not None
     return found
 
@@ -201,7 +203,7 @@ def test_of_many_rows_the_same_sample_is_scored_each_time_and_said(model: Any, t
 def test_without_rows_there_is_nothing_to_say(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     from modelyard.trainer.evaluation import evaluate
 
-    assert evaluate(model, tokenizer, [], Reports(tmp_path / "progress.jsonl")) is None
+    assert evaluate(model, tokenizer, [], Reports(tmp_path / "progress.jsonl"), WATCH) is None
 
 
 def test_it_ends_within_a_token_when_told_to(model: Any, tokenizer: Any, tmp_path: Path) -> None:
@@ -218,8 +220,9 @@ def test_it_ends_within_a_token_when_told_to(model: Any, tokenizer: Any, tmp_pat
 
     with pytest.raises(Stopped):
         evaluate(
-            model, tokenizer, rows, Reports(tmp_path / "progress.jsonl"), should_stop=stop_in_the_middle_of_an_answer
-        )
+            model, tokenizer, rows, Reports(tmp_path / "progress.jsonl"), WATCH,
+            should_stop=stop_in_the_middle_of_an_answer,
+        )  # fmt: skip
     assert asked == 21
     assert time.monotonic() - began < 30
 

@@ -16,10 +16,12 @@ from modelyard.trainer.labels import IGNORED
 from modelyard.trainer.reports import Reports
 from modelyard.trainer.rows import Prepared, held_back_count, prepare
 from modelyard.trainer.spec import Hyperparameters, Mode, Spec
+from modelyard.trainer.stall_watch import StallWatch
 from tests.trainer.templates import FAMILIES, FORGETFUL, HEADERS, byte_tokenizer, need_transformers
 
 pytestmark = [pytest.mark.slow]
 
+WATCH = StallWatch("local:tiny", lambda failure: pytest.fail(failure.message))
 SETTINGS = Hyperparameters(
     epochs=1,
     max_steps=None,
@@ -61,7 +63,7 @@ class Desk:
         lines = [row if isinstance(row, bytes) else json.dumps(row, ensure_ascii=False).encode() for row in rows]
         data.write_bytes(b"".join(line + b"\n" for line in lines))
         spec = self.spec(data, now, **settings)
-        return prepare(spec, self.tokenizer, max_model_len, Reports(Path(spec.progress)))
+        return prepare(spec, self.tokenizer, max_model_len, Reports(Path(spec.progress)), WATCH)
 
     def spec(self, data: Path, now: float | None = None, **settings: Any) -> Spec:
         return Spec(
@@ -206,7 +208,7 @@ def test_a_dataset_of_which_nothing_can_be_learnt_fails_with_the_first_reasons(t
 def test_a_dataset_that_is_gone_fails(desk: Desk) -> None:
     spec = desk.spec(desk.folder / "gone")
     with pytest.raises(JobFailure) as caught:
-        prepare(spec, desk.tokenizer, 2048, Reports(Path(spec.progress)))
+        prepare(spec, desk.tokenizer, 2048, Reports(Path(spec.progress)), WATCH)
     assert caught.value.code == "dataset_missing"
 
 

@@ -17,13 +17,16 @@ import shutil
 import signal
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from modelyard.trainer import memory, ranks
 from modelyard.trainer.failures import as_failure
 from modelyard.trainer.reports import Reports, finite
+from modelyard.trainer.results import failed, leave, write_result
 from modelyard.trainer.spec import Mode, Spec
+from modelyard.trainer.stall_watch import StallWatch
 
 log = logging.getLogger("modelyard.trainer")
 
@@ -63,15 +66,7 @@ def main(argv: list[str]) -> None:
         log.exception("failed")
         if ranks.has_lost_another(error):
             os._exit(1)
-        failure = as_failure(error)
-        result = {
-            "failure": {
-                "code": failure.code,
-                "message": failure.message,
-                "hint": failure.hint,
-                "evidence": list(failure.evidence),
-            }
-        }
+        result = failed(as_failure(error))
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if ranks.is_first() or "failure" in result:
         write_result(spec, result)
@@ -120,7 +115,8 @@ def train(spec: Spec, report: Reports, stop: _Stop) -> dict[str, Any]:
     config = read_config(spec)
     memory.hold_to(spec.memory_bytes)
     tokenizer = load_tokenizer(spec)
-    prepared = prepare(spec, tokenizer, max_length(config), report)
+    watch = StallWatch(spec.model_id, partial(leave, spec))
+    prepared = prepare(spec, tokenizer, max_length(config), report, watch)
 
     from modelyard.trainer.batches import Rows
 
@@ -171,7 +167,7 @@ def train(spec: Spec, report: Reports, stop: _Stop) -> dict[str, Any]:
 
     from modelyard.trainer.evaluation import evaluate
 
-    evaluation = evaluate(model, tokenizer, prepared.held_out, report)
+    evaluation = evaluate(model, tokenizer, prepared.held_out, report, watch)
     figures = {
         **done["figures"],
         "seconds": report.seconds,
@@ -219,18 +215,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "unknown"
     return found
-
-
-def write_result(spec: Spec, result: dict[str, Any]) -> None:
-    """Put the result in its place when it is whole. Of several processes that failed the first one tells why."""
-    if ranks.count() > 1 and os.path.exists(spec.result):
-        return
-    beside = f"{spec.result}.{os.getpid()}.new"
-    with open(beside, "w", encoding="utf-8") as file:
-        json.dump(finite(result), file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(beside, spec.result)
 
 
 def _save(work_dir: Path, model: Any, prepared: Any, figures: dict[str, Any], fingerprint: str) -> dict[str, Any]:

@@ -21,8 +21,9 @@ from typing import Any, TypeVar
 
 from modelyard.trainer.failures import is_out_of_memory
 from modelyard.trainer.reports import Reports
-from modelyard.trainer.rows import Example, HeldOut
+from modelyard.trainer.rows import Example, HeldOut, decoded
 from modelyard.trainer.scores import is_exact, mean, rouge_l, verdict
+from modelyard.trainer.stall_watch import StallWatch
 
 #: Rows that are scored, at most.
 MOST_ROWS = 200
@@ -54,6 +55,7 @@ def evaluate(
     tokenizer: Any,
     held_out: Sequence[HeldOut],
     report: Reports,
+    watch: StallWatch,
     *,
     should_stop: Callable[[], bool] = lambda: False,
     batch_rows: int = BATCH_ROWS,
@@ -76,7 +78,7 @@ def evaluate(
     report.phase("evaluating")
     if len(rows) < len(held_out):
         report.note(f"Of the {len(held_out)} rows that were held back, {len(rows)}, drawn at random, are scored.")
-    examiner = _Examiner(model, tokenizer, report, should_stop, batch_rows, 2 * len(rows))
+    examiner = _Examiner(model, tokenizer, report, watch, should_stop, batch_rows, 2 * len(rows))
     was_training = model.training
     model.eval()
     try:
@@ -109,14 +111,16 @@ def evaluate(
     }
 
 
-def expected_seconds(model: Any, tokenizer: Any, held_out: Sequence[HeldOut], report: Reports) -> float:
+def expected_seconds(
+    model: Any, tokenizer: Any, held_out: Sequence[HeldOut], report: Reports, watch: StallWatch
+) -> float:
     """Return about how long `evaluate` would take at most, by beginning the answers of one typical batch."""
     if not held_out:
         return 0.0
     import torch
 
     rows = sample(held_out)
-    examiner = _Examiner(model, tokenizer, report, lambda: False, BATCH_ROWS, 2 * len(rows))
+    examiner = _Examiner(model, tokenizer, report, watch, lambda: False, BATCH_ROWS, 2 * len(rows))
     was_training = model.training
     model.eval()
     try:
@@ -156,12 +160,20 @@ class _Examiner:
     """Measures and asks a model, in batches that become smaller when memory does not suffice."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, report: Reports, should_stop: Callable[[], bool], batch_rows: int, total: int
+        self,
+        model: Any,
+        tokenizer: Any,
+        report: Reports,
+        watch: StallWatch,
+        should_stop: Callable[[], bool],
+        batch_rows: int,
+        total: int,
     ) -> None:
         # The adapter lives in the base's own layers: the base answers with it, or without where it is disabled.
         self._model = model.get_base_model()
         self._tokenizer = tokenizer
         self._report = report
+        self._watch = watch
         self._should_stop = should_stop
         self._batch_rows = batch_rows
         self._done, self._total = 0, total
@@ -240,7 +252,12 @@ class _Examiner:
 
     def _limit(self, row: HeldOut) -> int:
         """Return how many tokens an answer may have."""
-        wanted = len(self._tokenizer(row.answer, add_special_tokens=False)["input_ids"])
+
+        def encode(text: str) -> Any:
+            return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+        with self._watch.tokenizing([(f"line {row.line} of the dataset", [row.answer])], encode):
+            wanted = len(encode(row.answer))
         limit = math.ceil(wanted * LENGTH_FACTOR) + LENGTH_MARGIN
         longest = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         return max(1, min(limit, longest - len(row.prompt_ids)) if isinstance(longest, int) else limit)
@@ -270,8 +287,8 @@ class _Examiner:
 
     def _text(self, tokens: list[int]) -> str:
         end = next((at for at, token in enumerate(tokens) if token in self._stops), len(tokens))
-        text = self._tokenizer.decode(tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return str(text)
+        with self._watch.decoding("an answer to a row that was held back"):
+            return decoded(self._tokenizer, tokens[:end])
 
     def _leave_if_stopped(self) -> None:
         if self._should_stop():

@@ -63,7 +63,7 @@ class Labeller:
 
     def ids(self, text: str) -> array[int]:
         """Return the tokens of a rendered text."""
-        return array("i", self._tokens.encode(text, add_special_tokens=False).ids)
+        return array("i", self._encoded(text))
 
     def label(self, rows: Sequence[Sequence[Piece]]) -> list[list[Labelled] | Refused]:
         """Return for each row its pieces as tokens, or why it is refused; a piece may have become one per span."""
@@ -88,7 +88,7 @@ class Labeller:
         for start, end in piece.spans:
             first, last = self._tokens_of(encoding, start, end)
             if self._to_check:
-                if self._tokens.encode(piece.text[:start], add_special_tokens=False).ids != ids[:first]:
+                if self._encoded(piece.text[:start]) != ids[:first]:
                     self._to_check = -1
                     raise _Cut
                 self._to_check -= self._to_check > 0
@@ -117,7 +117,12 @@ class Labeller:
         raise Refused("the chat template's prompt ends inside a token, which this tokenizer cannot take apart")
 
     def _decoded(self, ids: Sequence[int]) -> str:
-        return str(self._tokens.decode(list(ids), skip_special_tokens=False))
+        return str(self._tokens.decode_batch([list(ids)], skip_special_tokens=False)[0])
+
+    def _encoded(self, text: str) -> list[int]:
+        # As a batch of one: `encode` would keep the watchdog's thread from running (`stall_watch`).
+        ids: list[int] = self._tokens.encode_batch([text], add_special_tokens=False)[0].ids
+        return ids
 
     def _check_stop(self, ids: Sequence[int]) -> None:
         if not ids or ids[-1] not in self._stops:

@@ -7,14 +7,17 @@ an estimate.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from modelyard.errors import JobFailure
 from modelyard.trainer import forecast, memory
 from modelyard.trainer.forecast import Basis
 from modelyard.trainer.reports import Reports
+from modelyard.trainer.results import leave
 from modelyard.trainer.rows import Prepared, prepare
 from modelyard.trainer.spec import Spec
+from modelyard.trainer.stall_watch import StallWatch
 
 
 def plan(spec: Spec, report: Reports) -> dict[str, Any]:
@@ -37,7 +40,8 @@ def plan(spec: Spec, report: Reports) -> dict[str, Any]:
     available = memory.budget(spec.memory_bytes).total_bytes
     memory.hold_to(spec.memory_bytes)
     tokenizer = load_tokenizer(spec)
-    prepared = prepare(spec, tokenizer, max_length(config), report)
+    watch = StallWatch(spec.model_id, partial(leave, spec))
+    prepared = prepare(spec, tokenizer, max_length(config), report, watch)
     rows = Rows(prepared.train)
     course = Course.of(spec.hyperparameters, len(rows))
     facts = {
@@ -68,7 +72,7 @@ def plan(spec: Spec, report: Reports) -> dict[str, Any]:
         found |= _remembered(history, forecast.tokens_of(rows, course), len(prepared.held_out), report)
     elif spec.measure:
         try:
-            found |= _measured(spec, tokenizer, prepared, rows, report)
+            found |= _measured(spec, tokenizer, prepared, rows, report, watch)
         except JobFailure as failure:
             if failure.code != "out_of_memory":
                 raise
@@ -112,7 +116,9 @@ def _remembered(history: dict[str, Any], total_tokens: int, held_out: int, repor
     return {"estimate": estimate, "seconds": _with_total(parts), "batch_size": history["batch_size"]}
 
 
-def _measured(spec: Spec, tokenizer: Any, prepared: Prepared, rows: Any, report: Reports) -> dict[str, Any]:
+def _measured(
+    spec: Spec, tokenizer: Any, prepared: Prepared, rows: Any, report: Reports, watch: StallWatch
+) -> dict[str, Any]:
     from modelyard.trainer.evaluation import expected_seconds
     from modelyard.trainer.model import load_base, with_adapter
     from modelyard.trainer.trial import Trial
@@ -135,7 +141,7 @@ def _measured(spec: Spec, tokenizer: Any, prepared: Prepared, rows: Any, report:
         "tokenizing": took.get("tokenizing", 0.0),
         "training": estimate["seconds"],
         "validation": trial.validation_seconds(),
-        "evaluation": expected_seconds(model, tokenizer, prepared.held_out, report),
+        "evaluation": expected_seconds(model, tokenizer, prepared.held_out, report, watch),
     }
     return {"estimate": estimate, "seconds": _with_total(parts), "batch_size": trial.sizing.at(0)}
 

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,10 @@ from modelyard.trainer.default_template import default_template
 from modelyard.trainer.labels import IGNORED, Labelled, Labeller
 from modelyard.trainer.messages import as_sent, messages_of
 from modelyard.trainer.model_files import stop_ids_of
-from modelyard.trainer.rendering import Refused, Renderer
+from modelyard.trainer.rendering import Piece, Refused, Renderer
 from modelyard.trainer.reports import Reports
 from modelyard.trainer.spec import Spec
+from modelyard.trainer.stall_watch import StallWatch
 
 DEFAULT_LENGTH = 4096
 HELD_BACK = 0.05
@@ -36,8 +36,9 @@ HELD_BACK = 0.05
 FEWEST_TO_SPLIT = 20
 #: Left-out rows that are listed.
 LISTED = 20
-#: Rows that are tokenised at once.
+#: Rows that are tokenised at once, and characters after which no more are added.
 BATCH = 512
+BATCH_CHARACTERS = 4 * 1024 * 1024
 BLOCK_BYTES = 1024 * 1024
 PROBED_ROWS = 4
 PROBE_TOKENS = 1024
@@ -105,8 +106,10 @@ class _Kept:
     key: bytes
 
 
-def prepare(spec: Spec, tokenizer: Any, max_model_len: int | None, report: Reports) -> Prepared:
+def prepare(spec: Spec, tokenizer: Any, max_model_len: int | None, report: Reports, watch: StallWatch) -> Prepared:
     """Read the dataset of a training and return what is learnt, what is held back, and probes of the prompts.
+
+    `watch` ends the process where the model's tokenizer or chat template stalls at a row.
 
     Raises:
         JobFailure: `max_seq_len_too_long`, `nothing_to_learn`, `dataset_missing`, `no_stop_token`,
@@ -117,7 +120,7 @@ def prepare(spec: Spec, tokenizer: Any, max_model_len: int | None, report: Repor
     now = datetime.fromtimestamp(spec.now, UTC) if spec.now else None
     folder = Path(spec.model_dir)
     renderer = Renderer(tokenizer, stop_ids_of(folder), now, lambda: default_template(folder))
-    reading = _Reading(spec, renderer, Labeller(renderer), limit)
+    reading = _Reading(spec, renderer, Labeller(renderer), limit, watch)
     kept = reading.read(report)
     if not kept:
         raise _nothing(reading, limit)
@@ -158,14 +161,19 @@ def _length_limit(wanted: int | None, max_model_len: int | None) -> int:
     return wanted
 
 
+#: A row's line and its pieces.
+_Rendered = tuple[int, list[Piece]]
+
+
 class _Reading:
     """Reads the file of a training, once for its examples and once more for what is shown of some rows."""
 
-    def __init__(self, spec: Spec, renderer: Renderer, labeller: Labeller, limit: int) -> None:
+    def __init__(self, spec: Spec, renderer: Renderer, labeller: Labeller, limit: int, watch: StallWatch) -> None:
         self._spec = spec
         self._renderer = renderer
         self._labeller = labeller
         self._limit = limit
+        self._watch = watch
         self.left_out = 0
         self.listed: list[dict[str, Any]] = []
 
@@ -173,8 +181,8 @@ class _Reading:
         """Return the rows that can be learnt from, as tokens."""
         size = Path(self._spec.data).stat().st_size if Path(self._spec.data).is_file() else 0
         kept: list[_Kept] = []
-        rows = self._rows()
-        while batch := list(islice(rows, BATCH)):
+        rendered = self._rendered()
+        while batch := _batch(rendered):
             kept += self._kept(batch)
             report.progress(self._bytes, size, "bytes")
         return kept
@@ -186,19 +194,20 @@ class _Reading:
         for line, row in self._rows():
             if line in held or line in probed:
                 messages, tools = messages_of(row), row.tools
-                pieces = self._renderer.pieces(messages, tools)
+                with self._watch.rendering(_place(line)):
+                    pieces = self._renderer.pieces(messages, tools)
                 if line in held:
-                    (labelled,) = self._labeller.label([pieces])
+                    (labelled,) = self._labelled([(line, pieces)])
                     assert not isinstance(labelled, Refused)
                     held_out.append(self._question(held[line], messages, tools, pieces[-1].turn, labelled[-1]))
                 asked = messages[: pieces[-1].turn]
                 if line in probed and all(call.get("id") for one in asked for call in one.get("tool_calls", ())):
-                    probes.append(self._probe(as_sent(asked), tools))
+                    probes.append(self._probe(as_sent(asked), tools, _place(line)))
             if line >= last:
                 break
         for messages in FIXED_PROBES:
             try:
-                probes.append(self._probe(messages, None))
+                probes.append(self._probe(messages, None, "a text that every training tries"))
             except Refused:
                 continue  # a template that wants more than a question
         return held_out, probes
@@ -213,14 +222,16 @@ class _Reading:
     ) -> HeldOut:
         ids = labelled.input_ids
         stop = max(at for at, label in enumerate(labelled.labels) if label != IGNORED)
-        answer = self._renderer.tokenizer.decode(
-            ids[labelled.answer_at : stop].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        with self._watch.decoding(_place(kept.line)):
+            answer = decoded(self._renderer.tokenizer, ids[labelled.answer_at : stop].tolist())
         prompt = ids[: labelled.answer_at]
         return HeldOut(kept.line, as_sent(messages[:turn]), tools, prompt, answer, kept.examples[-1])
 
-    def _probe(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> Probe:
-        return Probe(messages, tools, self._labeller.ids(self._renderer.prompt(messages, tools)).tolist())
+    def _probe(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, place: str) -> Probe:
+        with self._watch.rendering(place):
+            prompt = self._renderer.prompt(messages, tools)
+        with self._watch.tokenizing([(place, [prompt])], self._labeller.ids):
+            return Probe(messages, tools, self._labeller.ids(prompt).tolist())
 
     def _rows(self) -> Iterator[tuple[int, Row]]:
         self._bytes = 0
@@ -239,15 +250,24 @@ class _Reading:
                 "dataset_missing", f"The file of the dataset cannot be read: {error.strerror}.", "Start it again."
             ) from None
 
-    def _kept(self, batch: Sequence[tuple[int, Row]]) -> list[_Kept]:
-        lines, rendered, kept = [], [], []
-        for line, row in batch:
+    def _rendered(self) -> Iterator[_Rendered]:
+        for line, row in self._rows():
             try:
-                rendered.append(self._renderer.pieces(messages_of(row), row.tools))
-                lines.append(line)
+                with self._watch.rendering(_place(line)):
+                    pieces = self._renderer.pieces(messages_of(row), row.tools)
             except Refused as refused:
                 self._leave_out(line, str(refused))
-        for line, labelled in zip(lines, self._labeller.label(rendered), strict=True):
+            else:
+                yield line, pieces
+
+    def _labelled(self, batch: Sequence[_Rendered]) -> list[list[Labelled] | Refused]:
+        places = [(_place(line), [piece.text for piece in pieces]) for line, pieces in batch]
+        with self._watch.tokenizing(places, self._labeller.ids):
+            return self._labeller.label([pieces for _, pieces in batch])
+
+    def _kept(self, batch: Sequence[_Rendered]) -> list[_Kept]:
+        kept = []
+        for (line, _), labelled in zip(batch, self._labelled(batch), strict=True):
             if isinstance(labelled, Refused):
                 self._leave_out(line, str(labelled))
                 continue
@@ -272,6 +292,27 @@ class _Reading:
         self.left_out += 1
         if len(self.listed) < LISTED:
             self.listed.append({"line": line, "reason": reason})
+
+
+def decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Return the text of tokens, without special ones; other threads run meanwhile (`stall_watch`)."""
+    return str(tokenizer.backend_tokenizer.decode_batch([list(ids)], skip_special_tokens=True)[0])
+
+
+def _batch(rendered: Iterator[_Rendered]) -> list[_Rendered]:
+    """Return the next rows that are tokenised together, of bounded number and length; none at the end."""
+    batch: list[_Rendered] = []
+    characters = 0
+    for line, pieces in rendered:
+        batch.append((line, pieces))
+        characters += sum(len(piece.text) for piece in pieces)
+        if len(batch) == BATCH or characters >= BATCH_CHARACTERS:
+            break
+    return batch
+
+
+def _place(line: int) -> str:
+    return f"line {line} of the dataset"
 
 
 def _nothing(reading: _Reading, limit: int) -> JobFailure:
