@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import sqlite3
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +52,34 @@ def lock_holders(connection: Connection) -> list[int]:
         [DATABASE_LOCK],
     )
     return [pid for (pid,) in rows]
+
+
+def test_a_start_on_a_full_disk_is_refused_in_one_line_and_loses_nothing(tmp_path: Path) -> None:
+    with serving(tmp_path / "data") as server:
+        assert server.stop() == 0
+        path = server.data_dir / "modelyard.db"
+        with sqlite3.connect(path) as database:
+            # A start writes of such jobs that a server died while they ran: for these, more pages than there is room.
+            database.executemany(
+                "INSERT INTO jobs (id, kind, name, spec, status, interrupt_requested, created_at)"
+                " VALUES (?, 'UNKNOWN', 'x', ?, 'RUNNING', 0, '2026-01-01 00:00:00.000000')",
+                [(uuid.uuid4().hex, f'{{"long": "{3000 * "x"}"}}') for _ in range(30)],
+            )
+        database.close()
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        # No file may have more, which SQLite takes for a full disk.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))
+        try:
+            ended = run_modelyard("serve", cwd=tmp_path, MODELYARD_PORT="0", MODELYARD_DATA_DIR=str(server.data_dir))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert (ended.returncode, ended.stdout) == (2, ""), ended.stderr
+        assert "Traceback" not in ended.stderr
+        said = ended.stderr.splitlines()[-1]
+        assert said.startswith(f"modelyard: The database sqlite:///{path} cannot be used now: ")
+        assert "space" in said
+        server.start()
+        assert len(server.get("/api/v1/jobs/?limit=100").json()) == 30
 
 
 def test_a_second_server_on_the_same_data_folder_is_refused_and_told_whose_it_is(tmp_path: Path) -> None:

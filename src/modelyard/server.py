@@ -22,13 +22,15 @@ from typing import Any
 import uvicorn
 import uvloop
 from fastapi import FastAPI
-from starlette.types import ASGIApp, Receive, Scope, Send
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.types import Message, Receive, Scope, Send
 
 from modelyard.app import create_app
 from modelyard.connections import Connection, Connections, Limits
 from modelyard.errors import StartRefused
-from modelyard.foundation import Foundation
+from modelyard.foundation import Foundation, shown
 from modelyard.log_limits import limit_repeats
+from modelyard.outages import first_line, is_passing
 from modelyard.settings import Settings, unread_names
 
 #: How long open streams may go on when the server stops, in seconds.
@@ -64,7 +66,17 @@ def serve(settings: Settings) -> int:
         listener = _listen(settings.host, settings.port)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             connections = Connections(_limits(settings, _raise_file_limit()))
-            runner.run(_Server(create_app(foundation), connections).serve(sockets=[listener]))
+            app = _WithoutAWord(create_app(foundation))
+            try:
+                runner.run(_Server(app, connections).serve(sockets=[listener]))
+            except SystemExit as error:  # how uvicorn says that the application did not start
+                if app.outage_at_start is None:
+                    raise
+                said = first_line(app.outage_at_start)
+                raise StartRefused(
+                    f"The database {shown(foundation.url)} cannot be used now: {said}. Give its disk space, or end the "
+                    "program that holds it, and start again."
+                ) from error
     finally:
         foundation.close()
     return 0 if foundation.failure is None else 1
@@ -117,26 +129,60 @@ def _address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _without_a_word(app: FastAPI) -> ASGIApp:
-    """Return the application without the traceback of each request that was cut off because the server stops."""
+class _WithoutAWord:
+    """The application without tracebacks of what is nobody's fault.
 
-    async def quiet(scope: Scope, receive: Receive, send: Send) -> None:
+    Those are requests that were cut off because the server stops, and an outage of the database during the start.
+    """
+
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
+        #: For which the application did not start.
+        self.outage_at_start: SQLAlchemyError | None = None
+
+    def hang_up(self) -> None:
+        """End what is followed without end."""
+        self._app.state.hang_up()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._live(scope, receive, send)
+            return
         with contextlib.suppress(asyncio.CancelledError):
-            await app(scope, receive, send)
+            await self._app(scope, receive, send)
 
-    return quiet
+    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
+        failure: Message | None = None
+
+        async def hold_failure(message: Message) -> None:
+            nonlocal failure
+            if message["type"] == "lifespan.startup.failed":
+                failure = message  # its text is a traceback
+            else:
+                await send(message)
+
+        try:
+            await self._app(scope, receive, hold_failure)
+        except SQLAlchemyError as error:
+            if failure is None or not is_passing(error):
+                raise
+            self.outage_at_start = error
+            failure = {"type": "lifespan.startup.failed"}
+        finally:
+            if failure is not None:
+                await send(failure)
 
 
 class _Server(uvicorn.Server):
     """uvicorn's server, which says where it listens once it answers and ends with a status of our own."""
 
-    def __init__(self, app: FastAPI, connections: Connections) -> None:
+    def __init__(self, app: _WithoutAWord, connections: Connections) -> None:
         self._app = app
         self._connections = connections
         protocol: Any = functools.partial(Connection, connections)
         super().__init__(
             uvicorn.Config(
-                _without_a_word(app),
+                app,
                 http=protocol,
                 ws="none",
                 log_config=None,
@@ -163,7 +209,7 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._app.state.hang_up()
+        self._app.hang_up()
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
