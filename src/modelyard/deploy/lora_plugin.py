@@ -56,7 +56,7 @@ def _minding_the_base(operation: Callable[..., None]) -> Callable[..., None]:
     def apply(inputs: Any, weights: Any, output: Any, slots: Any, *rest: Any, **named: Any) -> None:
         operation(inputs.where((slots >= 0).unsqueeze(1), 0), weights, output, slots, *rest, **named)
 
-    apply.is_mended = True  # type: ignore[attr-defined]
+    apply.is_mended = True  # type: ignore[attr-defined]  # a mark, for a second call
     return apply
 
 
@@ -70,7 +70,7 @@ def _map_the_rows_of_prompts() -> None:
     def one_prompt_at_a_time(runner: Any, hidden_states: Any, num_scheduled_tokens: dict[str, int]) -> dict[str, Any]:
         asked = runner.num_prompt_logprobs
         if not asked or not runner.lora_config:
-            return original(runner, hidden_states, num_scheduled_tokens)  # type: ignore[no-any-return]
+            return original(runner, hidden_states, num_scheduled_tokens)  # type: ignore[no-any-return]  # vLLM's
         found: dict[str, Any] = {}
         try:
             for request_id in [one for one in asked if one in num_scheduled_tokens]:
@@ -83,7 +83,7 @@ def _map_the_rows_of_prompts() -> None:
             runner.num_prompt_logprobs = asked
         return found
 
-    one_prompt_at_a_time.is_mended = True  # type: ignore[attr-defined]
+    one_prompt_at_a_time.is_mended = True  # type: ignore[attr-defined]  # a mark, for a second call
     CPUModelRunner._get_prompt_logprobs_dict = one_prompt_at_a_time
 
 
@@ -119,7 +119,7 @@ def _refuse_layers_that_are_passed_over() -> None:
             raise ValueError(wrong)
         return lora
 
-    load.is_mended = True  # type: ignore[attr-defined]
+    load.is_mended = True  # type: ignore[attr-defined]  # a mark, for a second call
     WorkerLoRAManager._load_adapter = load
 
 

@@ -202,7 +202,7 @@ def _check(name: str, value: object, range_: Range | None) -> None:
     if not is_right:
         raise BadRequest(BAD_DATA, param=f"generation_config.{name}")
     if range_ is not None and not range_.holds(value):  # type: ignore[arg-type]  # a number, as was just checked
-        raise out_of_range(name, f"must be {range_}; it is {_shown(value)}")  # type: ignore[arg-type]
+        raise out_of_range(name, f"must be {range_}; it is {_shown(value)}")  # type: ignore[arg-type]  # likewise
 
 
 def _shown(value: float) -> str:

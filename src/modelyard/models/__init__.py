@@ -5,7 +5,7 @@ A request writes the wish for a DOWNLOAD job; the job runs `download_child`, whi
 beside, and moves the folder into place; then the job writes the row. `scan` says what is refused and why.
 
 - from elsewhere: `listing` (a hub's answer, checked), `file_names` (which names may become paths), `selection` (which
-  files are fetched), `shards` (whether the weights are whole)
+  files are fetched), `fetched` (each file scanned as it arrives), `shards` (whether the weights are whole)
 - from a model's files: `config_file` (the one reader of config.json), `mistral_format`, `references` (keys that load
   code or other repositories), `kinds` by `architectures` (is it served), `chat_template`, `tokenizer_child`
   An adapter's are read once (`adapter_facts`) and kept in its row (`stored_adapters`)

@@ -24,8 +24,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Collection, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,16 +34,16 @@ from modelyard.errors import JobFailure
 from modelyard.models import adapter_facts, config_file, ids, kinds, scan, transfer
 from modelyard.models.chat_template import source_of
 from modelyard.models.download_spec import GIB, Spec
+from modelyard.models.fetched import CONNECTIONS, Fetched
 from modelyard.models.mistral_format import PARAMS
-from modelyard.models.selection import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Selection, choose
-from modelyard.models.shards import INDEX, check_tensors, index_of, promised
+from modelyard.models.selection import ADAPTER_CONFIG, Selection, choose
+from modelyard.models.shards import INDEX, promised
 from modelyard.models.subfolder_source import SubfolderSource
 from modelyard.models.transfer import Progress, Source, SourceFile, TryAgain
 from modelyard.paths import below, inside, remove_tree
 
 log = logging.getLogger("modelyard.download")
 
-CONNECTIONS = 4
 LOCK_WAIT_S = 30.0
 # Nothing of a model that was refused for one of these is worth keeping for another try.
 REFUSALS = frozenset(
@@ -67,7 +66,7 @@ def download(spec: Spec, progress: Progress) -> dict[str, Any]:
     commit, paths = transfer.patiently(lambda: source.resolve(spec.revision))
     blobs = partial / "files"
     blobs.mkdir(parents=True, exist_ok=True, mode=0o700)
-    fetched = _Fetched(source, commit, blobs, progress)
+    fetched = Fetched(source, commit, blobs, progress)
     chosen = choose(paths, fetched.read)
     fetched.keep(_all(chosen))
     fetched.promised = promised(chosen.weight_map or {})
@@ -96,94 +95,6 @@ def download(spec: Spec, progress: Progress) -> dict[str, Any]:
     return _describe(target, chosen, files, commit, models)
 
 
-class _Fetched:
-    """The files that have arrived, by their path in the repository, each looked at as it arrives."""
-
-    def __init__(self, source: Source, commit: str, blobs: Path, progress: Progress) -> None:
-        self.blobs: dict[str, Path] = {}
-        self.promised: dict[str, set[str]] = {}
-        self._source = source
-        self._commit = commit
-        self._folder = blobs
-        self._progress = progress
-
-    def read(self, path: str) -> bytes:
-        """Fetch one configuration file ahead of the others, and return what it holds."""
-        file = transfer.patiently(lambda: self._source.describe(path))
-        self._fetch_configuration(file)
-        self._progress.update(done=-file.size)  # it is counted when it comes with the others
-        return self.blobs[path].read_bytes()
-
-    def keep(self, paths: Collection[str]) -> None:
-        """Forget what was read ahead and is none of these: a bad index beside a whole model must not be published."""
-        self.blobs = {path: blob for path, blob in self.blobs.items() if path in paths}
-
-    def configuration(self, files: Iterable[SourceFile]) -> None:
-        """Fetch configuration files and scan each."""
-        for file in files:
-            self._fetch_configuration(file)
-            scan.scan_configuration(file.path, self.blobs[file.path].read_bytes())
-
-    def weights(self, files: list[SourceFile]) -> None:
-        """Fetch weights, several at a time, and check each one's header. The first failure ends all."""
-        pool = ThreadPoolExecutor(CONNECTIONS)
-        try:
-            # Not a `with`: after a failure nobody waits for the other downloads; the process ends, they resume later.
-            # The smallest first: a pointer in the place of weights is seen before gigabytes have arrived.
-            distinct = sorted(_shared_once(files, self._commit), key=lambda file: file.size)
-            for future in as_completed([pool.submit(self._fetch_weights, file) for file in distinct]):
-                future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-        for file in files:
-            if file.path not in self.blobs:
-                self.blobs[file.path] = below(self._folder, transfer.blob_name(file, self._commit))
-                self._scan_weights(file.path)
-
-    def index(self, paths: Iterable[str]) -> None:
-        """Make the index that these weights came without."""
-        blob = self._folder / "made-index"
-        blob.write_bytes(index_of({path: scan.scan_safetensors(self.blobs[path], path) for path in paths}))
-        self.blobs[INDEX] = blob
-
-    def json(self, path: str) -> dict[str, Any]:
-        """Return a configuration file that holds an object; empty if there is none."""
-        blob = self.blobs.get(path)
-        return scan.read_json(path, blob.read_bytes()) if blob is not None else {}
-
-    def any_json(self, path: str) -> Any:
-        """Return what a configuration file holds; None if there is none."""
-        blob = self.blobs.get(path)
-        return scan.parse(path, blob.read_bytes()) if blob is not None else None
-
-    def _fetch_configuration(self, file: SourceFile) -> None:
-        if file.size > scan.MAX_CONFIG_BYTES:
-            raise JobFailure(
-                "bad_configuration",
-                f"{file.path} has {file.size} bytes: too many for a configuration file.",
-                "Tell the model's authors, or try another revision.",
-            )
-        self._fetch(file)
-
-    def _fetch_weights(self, file: SourceFile) -> None:
-        self._fetch(file)
-        self._scan_weights(file.path)
-
-    def _scan_weights(self, path: str) -> None:
-        most = scan.MAX_ADAPTER_HEADER_BYTES if path == ADAPTER_WEIGHTS else scan.MAX_HEADER_BYTES
-        check_tensors(self.promised.get(path, ()), path, scan.scan_safetensors(self.blobs[path], path, most))
-
-    def _fetch(self, file: SourceFile) -> None:
-        blob = transfer.fetch(self._source, file, self._commit, self._folder, self._progress)
-        scan.refuse_pointer(blob, file.path)
-        self.blobs[file.path] = blob
-
-
-def _shared_once(files: list[SourceFile], commit: str) -> list[SourceFile]:
-    """Leave out files with the same content as another: two threads must not write one part file."""
-    return list({transfer.blob_name(file, commit): file for file in files}.values())
-
-
 def _source(spec: Spec, progress: Progress) -> Source:
     if ids.is_local(spec.model_id):
         if spec.import_dir is None:
@@ -207,7 +118,7 @@ def _all(chosen: Selection) -> list[str]:
     return [*chosen.configuration, *chosen.weights]
 
 
-def _scan_whole(fetched: _Fetched, chosen: Selection) -> None:
+def _scan_whole(fetched: Fetched, chosen: Selection) -> None:
     """Check what takes more than one file to see."""
     if chosen.adapter:
         scan.scan_adapter(fetched.json(ADAPTER_CONFIG))
@@ -269,7 +180,7 @@ def _count_all(progress: Progress, files: list[SourceFile]) -> None:
     progress.update(phase="publish", total=total, done=total)
 
 
-def _repair(fetched: _Fetched, partial: Path, target: Path) -> None:
+def _repair(fetched: Fetched, partial: Path, target: Path) -> None:
     """Put whole files in the place of those that are missing or damaged in a folder of the store, one rename each.
 
     The folder stays where it is, since an engine may run on it: what that has open, it keeps.
@@ -287,7 +198,7 @@ def _repair(fetched: _Fetched, partial: Path, target: Path) -> None:
         _fsync_folder(place.parent)
 
 
-def _publish(fetched: _Fetched, whole: Path, target: Path) -> None:
+def _publish(fetched: Fetched, whole: Path, target: Path) -> None:
     """Build the model's folder beside and move it into place by one rename, with everything on disk before."""
     remove_tree(whole.parent, whole)
     folders = {whole}
