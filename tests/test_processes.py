@@ -19,7 +19,8 @@ import pytest
 import uvloop
 
 from modelyard import keeper as keeper_module
-from modelyard.processes import Child, Children, Command, Outcome, ServerLock, child_environment
+from modelyard.processes import Child, Children, Command, Outcome, child_environment
+from modelyard.server_lock import ServerLock
 from tests.eventually import eventually
 
 REPOSITORY = Path(__file__).parents[1]

@@ -22,6 +22,7 @@ foundation          data folder, locks and migrations: what must stand before th
 filters             children that read what they are fed, answer once, and are gone
 storage             objects: a local folder or S3
 processes, keeper   children that are never orphaned
+server_lock         the lock of a data folder's one server, by which its children know that it lives
 states              state machines on rows, with their history
 db                  sessions on SQLite and PostgreSQL
 settings, tasks     configuration; background tasks that cannot fail in silence

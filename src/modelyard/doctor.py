@@ -31,7 +31,7 @@ from modelyard.deploy import cures
 from modelyard.deploy.machine import GIB, this_machine
 from modelyard.errors import ModelyardError, StartRefused
 from modelyard.foundation import configured_database, shown
-from modelyard.processes import ServerLock
+from modelyard.server_lock import ServerLock
 from modelyard.settings import Settings, load_settings, unread_names
 from modelyard.storage import Storage, open_storage
 

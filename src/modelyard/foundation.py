@@ -21,7 +21,7 @@ from modelyard.db import database_url, sync_engine
 from modelyard.errors import StartRefused
 from modelyard.outages import first_line
 from modelyard.private_files import NotOurs, close_database, close_to_others
-from modelyard.processes import ServerLock
+from modelyard.server_lock import ServerLock
 from modelyard.settings import Settings
 from modelyard.storage import Storage, open_storage
 

@@ -26,7 +26,7 @@ from uuid import UUID
 from sqlalchemy import select
 
 from modelyard.deploy import aliases, succession
-from modelyard.deploy.routing import Target
+from modelyard.deploy.snapshot import Target
 from modelyard.deploy.tables import LIVE, Deployment, DeploymentModel, DeploymentState, Wanted
 from modelyard.errors import ModelyardError
 from modelyard.jobs.tables import Job

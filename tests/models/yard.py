@@ -27,7 +27,8 @@ from modelyard.jobs.tables import ACTIVE, JobStatus
 from modelyard.models import actions, store
 from modelyard.models.downloads import Downloads
 from modelyard.models.tables import Model
-from modelyard.processes import Children, ServerLock
+from modelyard.processes import Children
+from modelyard.server_lock import ServerLock
 from modelyard.settings import Settings
 from tests.eventually import eventually
 from tests.servers.lifetime import end_with_parent

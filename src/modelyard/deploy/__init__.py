@@ -12,6 +12,6 @@ job, which runs for as long as the model is in service. One `Service` per deploy
 - while it runs: `running_engine` (its process and client), `engine_client` (asking it), `silence` (busy or dead),
   `adapter_changes` and `loading` (adapters come, checked by `adapter_probes`), `draining` (requests and adapters go)
 - inside it: our vLLM plugins (`*_plugin`), whose effect is checked by `cures`
-- for requests: `routing` (which engine serves a name; in an outage of the database the one `last_known`), `aliases`,
-  `admission` (what is refused before it is wanted)
+- for requests: `routing` (which engine serves a name, by a `snapshot`; in an outage of the database the one
+  `last_known`), `aliases`, `admission` (what is refused before it is wanted)
 """

@@ -120,3 +120,12 @@ def _bare(line: str) -> str:
 
 def _unique(lines: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(filter(None, lines)))
+
+
+def not_started(error: RuntimeError) -> JobFailure:
+    """Return the failure of an engine of which not even the process came to be."""
+    return JobFailure(
+        "engine_not_started",
+        f"The engine's process could not be started: {error}.",
+        "Look whether the machine has memory and processes left, and deploy again.",
+    )

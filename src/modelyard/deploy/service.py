@@ -19,7 +19,7 @@ from modelyard.deploy import actions, attempts, cures, loading, scratch
 from modelyard.deploy.adapter_changes import AdapterChanges
 from modelyard.deploy.draining import Requests
 from modelyard.deploy.engine_client import Health
-from modelyard.deploy.failures import explain
+from modelyard.deploy.failures import explain, not_started
 from modelyard.deploy.fitting import Fitting
 from modelyard.deploy.last_known import FRESH_S
 from modelyard.deploy.loading import Adapter
@@ -393,12 +393,3 @@ class Service:
     async def _sleep(self, seconds: float) -> bool:
         """Sleep until time has passed, the engine ended, or a wish came; return whether it was woken."""
         return await self.engine.pause(seconds, self.stirred)
-
-
-def not_started(error: RuntimeError) -> JobFailure:
-    """Return the failure of an engine of which not even the process came to be."""
-    return JobFailure(
-        "engine_not_started",
-        f"The engine's process could not be started: {error}.",
-        "Look whether the machine has memory and processes left, and deploy again.",
-    )

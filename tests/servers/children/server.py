@@ -10,7 +10,8 @@ import signal
 import sys
 from pathlib import Path
 
-from modelyard.processes import Children, Command, ServerLock, child_environment
+from modelyard.processes import Children, Command, child_environment
+from modelyard.server_lock import ServerLock
 from tests.servers.lifetime import end_with_parent
 
 
