@@ -25,11 +25,15 @@ serve:  ## The server alone, on http://127.0.0.1:8080
 	$(INSTALL) server engine train
 	@exec $(BIN)/modelyard serve
 
-test:  ## All tests: the fast ones side by side, then those with real vLLM; ARGS= goes to pytest
+test:  ## All tests: those with real vLLM beside the fast ones; ARGS= goes to pytest
 	$(INSTALL) server engine train dev clients
-	@status=0; \
-	$(PYTEST) -n 2 -m "not engine" $(ARGS) || status=$$?; \
-	$(PYTEST) -m engine $(ARGS) || status=$$?; \
+	@# The ones with vLLM mostly wait for one thread; what they print comes last, whole.
+	@log=$$(mktemp); status=0; \
+	$(PYTEST) -m engine $(ARGS) > "$$log" 2>&1 & engine=$$!; \
+	trap 'kill -INT $$engine 2>/dev/null; wait $$engine; rm -f "$$log"' EXIT; trap 'exit 130' INT TERM; \
+	$(PYTEST) -n 3 -m "not engine" $(ARGS) || status=$$?; \
+	wait $$engine || status=$$?; \
+	cat "$$log"; \
 	exit $$status
 
 test-fast:  ## The tests that take no more than a few seconds each, without vLLM

@@ -490,7 +490,7 @@ def _run(machine: type[Events], sequences: int) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_random_events_leave_one_consistent_state_and_nothing_behind() -> None:
-    _run(Events, 11)
+    _run(Events, 7)
 
 
 @pytest.mark.slow

@@ -84,14 +84,14 @@ def blocks(entries: Sequence[Entry]) -> Generator[bytes]:
     Raises:
         FileChanged: a file has another size by now, or is gone.
     """
-    offset, directory = 0, b""
+    offset, directory = 0, bytearray()
     for entry in entries:
         yield _local(entry)
         checksum = yield from _data(entry)
         yield _descriptor(entry, checksum)
         directory += _central(entry, checksum, offset)
         offset += _length_of(entry)
-    yield directory + _end(len(entries), offset, len(directory))
+    yield bytes(directory) + _end(len(entries), offset, len(directory))
 
 
 async def stream(entries: Sequence[Entry]) -> AsyncGenerator[bytes]:
