@@ -4,7 +4,8 @@ Only `spec`, the file between server and child, and `model_files` are imported b
 in the child, on torch, transformers and PEFT, with the hub offline and without a secret: it reads a dataset's file and
 a model's folder, and writes into folders that the server gave it.
 
-- what is learnt: `rendering` (a conversation as text, and what of it is learnt), `labels` (the same as tokens),
+- what is learnt: `rendering` (a conversation as text, and what of it is learnt), by `completions` (what follows on a
+  prompt) and `content_format` (contents as text, or in parts); `labels` (the same as tokens), `messages`,
   `rows` (which rows, and which are held back), `default_template` (for models without one),
   `tokenizer_trial` (whether the tokenizer can be used at all, in a child with limits of its own)
 - how: `model` (the base and its adapter), `batches` (which rows when), `packing` (whether several may share a line),

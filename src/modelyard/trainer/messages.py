@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from modelyard.datasets.forms import Message, Row
+from modelyard.trainer.completions import THOUGHT
 
 
 def messages_of(row: Row) -> list[dict[str, Any]]:
@@ -32,11 +33,24 @@ def _message(message: Message) -> dict[str, Any]:
     return said
 
 
-def as_sent(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return messages as a client sends them: no weights, and the arguments of calls as text."""
+def split_thought(text: str | None) -> tuple[str | None, str | None]:
+    """Return an answer's thought, which is in tags before it, and the answer; None for the thought if it has none."""
+    if text is None or (thought := THOUGHT.match(text)) is None:
+        return None, text
+    return thought[1].strip(), text[thought.end() :]
+
+
+def as_sent(messages: Sequence[dict[str, Any]], *, takes_thoughts: bool = False) -> list[dict[str, Any]]:
+    """Return messages as a client sends them: no weights, and the arguments of calls as text.
+
+    `takes_thoughts`: thoughts go beside the content, as `reasoning`, since the chat template takes them there.
+    """
     sent = []
     for message in messages:
         said = {key: value for key, value in message.items() if key != "weight"}
+        if takes_thoughts and said["role"] == "assistant":
+            thought, said["content"] = split_thought(said.get("content"))
+            said.update({} if thought is None else {"reasoning": thought})
         if "tool_calls" in said:
             said["tool_calls"] = [
                 {

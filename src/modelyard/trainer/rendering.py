@@ -8,8 +8,8 @@ reason. Messages and tools are handed to the template as the engine does it; tra
 that can neither reach the machine nor change its input.
 
 A template that puts no stop token after a turn: the next turn's first token is learnt if it is one that the engine
-stops at (as GLM's are), else the tokenizer's end-of-text is put there. A template whose prompt begins a thought that
-the row does not have: an empty thought is closed before the answer.
+stops at (as GLM's are), else the tokenizer's end-of-text is put there. What follows on a prompt that ends otherwise
+than answers are rendered is `completions`' to say.
 """
 
 from __future__ import annotations
@@ -22,17 +22,19 @@ from datetime import datetime
 from typing import Any
 
 from modelyard.errors import JobFailure
+from modelyard.trainer.completions import THOUGHT, NoCompletionError, Opening, completion, shared, shared_end
+from modelyard.trainer.content_format import loops_over_content
+from modelyard.trainer.messages import split_thought
 from modelyard.trainer.model_files import PLAIN_TEMPLATE
 
-#: The engine hands content over as a list of parts when the template goes through it as one.
-_LOOPS_OVER_CONTENT = re.compile(
-    r"\{%-?\s*for\s+\w+\s+in\s+(?:content|\w+(?:\.content|\[['\"]content['\"]\]))\s*(?:if\b|-?%\})"
-)
 #: Characters of a text that are not found in another's by accident.
 TELLING = 24
-_THOUGHT = re.compile(r"(?<!\s)\s*<think>(.*?)</think>(\s*)", re.DOTALL)
 #: Appended to a text to see whether a rendering depends on it.
 _MARK = " qzvjx"
+#: The same for a message that follows.
+_NEXT = "jxqzv"
+#: Where the engine hands over what a client names `reasoning`.
+_REASONING = ("reasoning", "reasoning_content")
 
 Message = dict[str, Any]
 
@@ -89,7 +91,9 @@ class Renderer:
                 "Set eos_token in tokenizer_config.json, or eos_token_id in generation_config.json.",
             )
         self._stops = [str(text) for text in tokenizer.convert_ids_to_tokens(sorted(self.stop_ids)) if text]
-        one_stop = f"(?:{'|'.join(map(re.escape, self._stops))})"
+        # The longest first: one may be the beginning of another.
+        one_stop = f"(?:{'|'.join(map(re.escape, sorted(self._stops, key=len, reverse=True)))})"
+        self._stop = re.compile(one_stop)
         self._ending = re.compile(rf"({one_stop})\s*(?:{one_stop}\s*)*\Z")
         self.stop_text = str(tokenizer.eos_token) if own is not None else self._stops[0]
         self._now = (now or datetime.now()).strftime
@@ -111,7 +115,8 @@ class Renderer:
         self.template = self._named[False]
         #: Whether prompts change with the date.
         self.is_dated = any("strftime_now" in template for template in self._named.values())
-        self._in_parts = {key: bool(_LOOPS_OVER_CONTENT.search(text)) for key, text in self._named.items()}
+        self._takes_thoughts = {key: _REASONING[1] in text for key, text in self._named.items()}
+        self._in_parts = {key: loops_over_content(text) for key, text in self._named.items()}
 
     def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> str:
         """Return the prompt that the engine makes of a request. Raises Refused where the template does."""
@@ -156,41 +161,107 @@ class Renderer:
 
     def _turn(self, said: Sequence[Message], tools: list[Any] | None, at: int) -> _Turn:
         prompt = self._render(said[:at], tools, asks=True)
+        thought = said[at].get(_REASONING[0])
+        if thought is not None:
+            found = self._completion(said, tools, at, prompt)
+            if thought in found:
+                return _Turn(at, prompt, found)
+            # The template drops thoughts that it is given beside the answer: it may keep them in front of it.
+            said = [*said[:at], self._with_thought_inside(said[at], bool(tools))]
+        return _Turn(at, prompt, self._completion(said, tools, at, prompt))
+
+    def _completion(self, said: Sequence[Message], tools: list[Any] | None, at: int, prompt: str) -> str:
+        """Return what is to be said after the prompt, up to and with the first stop token after it."""
+        message, number = said[at], at + 1
+        content, calls = _text(message), message.get("tool_calls")
         answered = self._render(said[: at + 1], tools)
-        content, calls = _text(said[at]), said[at].get("tool_calls")
-        anchor = content.strip() or (calls[0]["function"]["name"] if calls else "")
-        completion = _completion(prompt, answered, content, (_text(said[at - 1]), anchor))
-        thought = _THOUGHT.match(content)
+        thought = THOUGHT.match(content)
         answer = content[thought.end() :].strip() if thought else content.strip()
 
         def depends_on(change: Message) -> bool:
-            return self._differs([*said[:at], {**said[at], **change}], tools, answered)
+            return self._differs([*said[:at], {**message, **change}], tools, answered)
 
-        is_there = answer in completion and not (answer and calls and len(answer) < TELLING)
-        if not is_there and not depends_on({"content": self._marked(said[at])}):
-            raise Refused(f"the chat template leaves out the content of message {at + 1}, which is to be learnt")
-        if calls and not _has_calls(calls, completion, depends_on):
-            raise Refused(f"the chat template leaves out the tool calls of message {at + 1}, which are to be learnt")
-        if ending := self._ending.search(completion):
-            # What the template puts after the first stop token is never asked for.
-            return _Turn(at, prompt, completion[: ending.end(1)])
-        follower = self._follower(said[: at + 1], tools, answered)
-        return _Turn(at, prompt, completion + follower if follower else completion.rstrip() + self.stop_text)
-
-    def _follower(self, said: Sequence[Message], tools: list[Any] | None, answered: str) -> str | None:
-        """Return the stop token that the template puts before whatever follows the last turn, if it does."""
-        calls = said[-1].get("tool_calls")
-        following: Message = {"role": "user", "content": self._content("x", bool(tools))}
-        if calls:
-            name = calls[0]["function"]["name"]
-            following = {"role": "tool", "content": "x", "name": name, "tool_call_id": calls[0].get("id")}
+        is_there, is_short = answer in answered, bool(answer and calls) and len(answer) < TELLING
+        if not is_there or is_short:
+            if not depends_on({"content": self._marked(message)}):
+                raise Refused(f"the chat template leaves out the content of message {number}, which is to be learnt")
+            if not is_there:
+                raise self._changed(number)
+        anchor = answer or (calls[0]["function"]["name"] if calls else "")
         try:
-            more = self._render([*said, following], tools)
+            found = completion(
+                prompt, answered, content, (_text(said[at - 1]), anchor), lambda: self._opening(said, tools, at, prompt)
+            )
+        except NoCompletionError as error:
+            raise Refused(str(error)) from None
+        found = self._ended(said[: at + 1], tools, answered, found)
+        if calls and not _has_calls(calls, found, depends_on):
+            raise Refused(f"the chat template leaves out the tool calls of message {number}, which are to be learnt")
+        for text in (answer, thought[1].strip() if thought else ""):
+            # It may begin with the prompt's own opening.
+            if text not in prompt[len(prompt) + 1 - len(text) :] + found:
+                raise self._changed(number)
+        return found
+
+    @staticmethod
+    def _changed(number: int) -> Refused:
+        return Refused(
+            f"the chat template does not render the content of message {number}, which is to be learnt, as it is: a "
+            "tag in it, such as </think>, may be one of the template's own"
+        )
+
+    def _opening(self, said: Sequence[Message], tools: list[Any] | None, at: int, prompt: str) -> Opening | None:
+        """Compare how a prompt ends with how an answer of one word is rendered; None where that cannot be seen."""
+        word = _MARK.strip()
+        asked, before = said[at - 1], list(said[: at - 1])
+        try:
+            answered = self._render(
+                [*said[:at], {"role": "assistant", "content": self._content(word, bool(tools))}], tools
+            )
+            other = self._render([*before, {**asked, "content": self._marked(asked)}], tools, asks=True)
         except Refused:
             return None
-        if not more.startswith(answered):
+        start, base = answered.find(word), shared(prompt, answered)
+        if not base <= start:
             return None
-        return next((stop for stop in self._stops if more.startswith(stop, len(answered))), None)
+        fixed = len(shared_end(prompt, other))
+        return Opening(base, prompt[base:], answered[base:start], is_fixed=len(prompt) - base <= fixed)
+
+    def _ended(self, said: Sequence[Message], tools: list[Any] | None, answered: str, found: str) -> str:
+        """Return a completion up to and with its first stop token, which is put there where the template has none.
+
+        What the template writes after that is never asked for: the end of a turn, or the beginning of the next one.
+        """
+        ending = self._ending.search(found)
+        if ending and self._stop.search(found, 0, ending.start()) is None:
+            return found[: ending.end(1)]
+        marked = [*said[:-1], self._marked_at_its_end(said[-1])]
+        tail = self._after_the_mark(marked, tools) or ""
+        tail = tail if found.endswith(tail) else ""
+        if first := self._stop.search(found, len(found) - len(tail)):
+            return found[: first.end()]
+        # No stop token: it may belong to whatever comes next, as the next role's token does.
+        more = self._after_the_mark([*marked, self._next(marked[-1], tools)], tools) or ""
+        first = self._stop.search(more.partition(_NEXT)[0])
+        if first and "".join(more[: first.start()].split()) == "".join(tail.split()):
+            return found[: len(found) - len(tail)] + more[: first.end()]
+        return found.rstrip() + self.stop_text
+
+    def _after_the_mark(self, said: Sequence[Message], tools: list[Any] | None) -> str | None:
+        """Return what a rendering has after the last mark in it."""
+        try:
+            _, mark, after = self._render(said, tools).rpartition(_MARK.strip())
+        except Refused:
+            return None
+        return after if mark else None
+
+    def _next(self, message: Message, tools: list[Any] | None) -> Message:
+        """Return a message that may follow one of the assistant."""
+        calls = message.get("tool_calls")
+        if not calls:
+            return {"role": "user", "content": self._content(_NEXT, bool(tools))}
+        name = calls[0]["function"]["name"]
+        return {"role": "tool", "content": _NEXT, "name": name, "tool_call_id": calls[0].get("id")}
 
     def _check_context(self, said: Sequence[Message], tools: list[Any] | None, turn: _Turn) -> None:
         """Raise Refused if the last prompt lacks a message or a tool that the row has."""
@@ -201,7 +272,7 @@ class Renderer:
                 return self._differs(changed, tools, turn.prompt, asks=True)
 
             text = _text(message)
-            if thought := _THOUGHT.match(text):
+            if thought := THOUGHT.match(text):
                 text = text[thought.end() :]
             text, role = text.strip(), message["role"]
             # A short one may be there by accident, in another's text.
@@ -224,6 +295,11 @@ class Renderer:
         """Return a message as the engine hands it to the template: no null content, arguments as objects."""
         role, text = message["role"], message.get("content")
         said: Message = {"role": role, "content": text or ""}
+        if role == "assistant" and self.takes_thoughts(with_tools):
+            inside, text = split_thought(text)
+            thought = message.get(_REASONING[0], inside)
+            said["content"] = text or ""
+            said.update({} if thought is None else dict.fromkeys(_REASONING, thought))
         if role != "tool" and self._in_parts[with_tools]:
             said["content"] = [] if text is None else [{"type": "text", "text": text}]
         if message.get("tool_calls"):
@@ -235,6 +311,27 @@ class Renderer:
 
     def _content(self, text: str, with_tools: bool) -> Any:
         return [{"type": "text", "text": text}] if self._in_parts[with_tools] else text
+
+    def takes_thoughts(self, with_tools: bool) -> bool:
+        """Return True if thoughts are handed to the template beside the content, as the engine does it."""
+        return self._takes_thoughts[with_tools]
+
+    def _with_thought_inside(self, message: Message, with_tools: bool) -> Message:
+        text = f"<think>\n{message[_REASONING[0]]}\n</think>\n\n{_text(message)}"
+        kept = {key: value for key, value in message.items() if key not in _REASONING}
+        return {**kept, "content": self._content(text, with_tools)}
+
+    def _marked_at_its_end(self, message: Message) -> Message:
+        """Return an answer with a mark in whatever it ends with: its text, its last call, or both."""
+        if not (calls := message.get("tool_calls")):
+            return {**message, "content": self._marked(message)}
+        function = calls[-1]["function"]
+        changed = {
+            "name": function["name"] + _MARK.strip(),
+            "arguments": {**function["arguments"], _MARK.strip(): _MARK},
+        }
+        marked = {**message, "tool_calls": [*calls[:-1], {**calls[-1], "function": {**function, **changed}}]}
+        return {**marked, "content": self._marked(message)} if _text(message) else marked
 
     @staticmethod
     def _marked(message: Message) -> Any:
@@ -253,55 +350,6 @@ def _learnt_turns(messages: Sequence[Mapping[str, Any]]) -> list[int]:
             if message.get("tool_calls") or (content and not content.isspace()):
                 turns.append(number)
     return turns
-
-
-def _completion(prompt: str, answered: str, content: str, around: tuple[str, str]) -> str:
-    """Return what the model has to say after the prompt, by the rendering of the conversation with its answer.
-
-    `around` are a text before the answer, and one at its beginning.
-    """
-    thought = _THOUGHT.match(content)
-    if answered.startswith(prompt):
-        rest, opening = answered[len(prompt) :], ""
-        if not thought or "</think>" in rest:
-            return rest
-        body = "<think>" + thought[1]
-    else:
-        shared = _shared(prompt, answered)
-        rest, opening = answered[shared:], prompt[shared:]
-        if not opening.strip():
-            return rest
-        if opening.strip() != "<think>" or "</think>" in rest:
-            # A template may word the last message differently, or put something before it: its end is the same.
-            found = _after_the_same_end(prompt, answered, *around)
-            if found is not None:
-                return found
-            raise Refused(
-                f"the chat template's prompt for an answer ends with {opening[-40:]!r}, which is not how it renders "
-                f"the answer ({rest[:40]!r})"
-            )
-        body = thought[1] if thought else "\n"
-        if thought and opening.endswith("\n"):
-            body = body.removeprefix("\n")
-    gap = thought[2] if thought else "\n\n"
-    return f"{body}</think>{'' if rest[:1].isspace() else gap}{rest}"
-
-
-def _after_the_same_end(prompt: str, answered: str, question: str, answer: str) -> str | None:
-    """Return what follows in `answered` on the end of the prompt, if that end has the question in it."""
-    ahead = answered.rfind(answer) if answer else -1
-    best, length = 0, 0
-    for at in range(ahead, max(ahead - 100, 0), -1):
-        same = _shared(prompt[::-1], answered[at - 1 :: -1])
-        if same > length:
-            best, length = at, same
-    return answered[best:] if length and question.strip() in prompt[len(prompt) - length :] else None
-
-
-def _shared(one: str, other: str) -> int:
-    """Return how many characters two texts begin with together."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((at for at, (this, that) in pairs if this != that), min(len(one), len(other)))
 
 
 def _has_calls(calls: Sequence[Mapping[str, Any]], text: str, depends_on: Any) -> bool:

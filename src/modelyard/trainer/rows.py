@@ -202,7 +202,7 @@ class _Reading:
                     held_out.append(self._question(held[line], messages, tools, pieces[-1].turn, labelled[-1]))
                 asked = messages[: pieces[-1].turn]
                 if line in probed and all(call.get("id") for one in asked for call in one.get("tool_calls", ())):
-                    probes.append(self._probe(as_sent(asked), tools, _place(line)))
+                    probes.append(self._probe(self._as_sent(asked, tools), tools, _place(line)))
             if line >= last:
                 break
         for messages in FIXED_PROBES:
@@ -225,7 +225,10 @@ class _Reading:
         with self._watch.decoding(_place(kept.line)):
             answer = decoded(self._renderer.tokenizer, ids[labelled.answer_at : stop].tolist())
         prompt = ids[: labelled.answer_at]
-        return HeldOut(kept.line, as_sent(messages[:turn]), tools, prompt, answer, kept.examples[-1])
+        return HeldOut(kept.line, self._as_sent(messages[:turn], tools), tools, prompt, answer, kept.examples[-1])
+
+    def _as_sent(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
+        return as_sent(messages, takes_thoughts=self._renderer.takes_thoughts(bool(tools)))
 
     def _probe(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, place: str) -> Probe:
         with self._watch.rendering(place):
