@@ -49,18 +49,17 @@ def model_of(family: str, changes: dict[str, Any], dtype: str = "float32") -> An
     """Return a small model of a family, of random weights, with an adapter that changes nothing yet."""
     needs_training()
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from modelyard.trainer.model import target_modules
+    from modelyard.trainer.layers import adapted, layers_to_adapt
 
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **SMALL | changes)
     # Weights of the usual size leave so small a model's answers all but the same.
     config.initializer_range = 0.1
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    layers = target_modules(model, None, family)
-    return get_peft_model(model, LoraConfig(r=4, target_modules=layers, task_type="CAUSAL_LM"))
+    return adapted(model, LoraConfig(r=4, task_type="CAUSAL_LM"), layers_to_adapt(model, None, family))
 
 
 def test_rows_share_few_lines_and_each_is_in_one() -> None:

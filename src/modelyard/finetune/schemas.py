@@ -59,7 +59,8 @@ class HyperparametersIn(BaseModel):
         | Literal["all-linear"]
     ) = Field(
         default="all-linear",
-        description="Layers that are adapted, by name, such as q_proj. all-linear: all but the output layer.",
+        description="Layers that are adapted, by the ends of their names, such as q_proj. all-linear: all that text "
+        "reaches and an engine serves, but the output layer.",
     )
     max_seq_len: int | None = Field(
         default=None,

@@ -43,12 +43,16 @@ CHECKPOINT_SHARE = 0.05
 #: Rows that validation looks at while the training runs; the scores after it are another matter.
 VALIDATION_ROWS = 256
 VALIDATION_BATCH = 8
+#: Steps after which every layer that learns has had a gradient, and the layers named that had none.
+FIRST_STEPS = 3
+NAMED_LAYERS = 3
 
 
 class Stop(Protocol):
     """Whether the training was asked to end, after the step that runs."""
 
-    asked: bool
+    @property
+    def asked(self) -> bool: ...
 
 
 @dataclass
@@ -75,6 +79,8 @@ class Progress:
     checkpoints: int = 0
     checkpoint_seconds: float = 0.0
     peak_memory_bytes: int = 0
+    #: Adapted layers that had no gradient in the first steps. None: not known yet.
+    untrained_layers: list[str] | None = None
 
 
 class Training:
@@ -167,6 +173,8 @@ class Training:
         done = self.progress.step = step.number + 1
         self.progress.padded_tokens += padded_tokens(self.rows, step.rows, self.sizing.at(step.number), self.capacity)
         self._report.progress(done, self.total_steps, "steps")
+        if self.progress.untrained_layers is None and done >= min(FIRST_STEPS, self.total_steps):
+            self._name_untrained(sorted(stepper.idle))
         if len(self._held_out) and self._validation_is_due(done):
             self._curve.pause()
             self._validate(done)
@@ -178,6 +186,16 @@ class Training:
             self._save(stepper)
             self._curve.begin()
         return False
+
+    def _name_untrained(self, layers: list[str]) -> None:
+        self.progress.untrained_layers = layers
+        if layers:
+            self._report.note(
+                f"{len(layers)} of the adapted layers had no gradient in the first {self.progress.step} steps and "
+                f"learn nothing, such as {', '.join(layers[:NAMED_LAYERS])}: these rows do not reach them.",
+                "WARNING",
+                untrained_layers=len(layers),
+            )
 
     def loss(self, model: Any, micro: Micro) -> Any:
         """Return the sum of the losses of all that a forward pass teaches."""
@@ -318,6 +336,7 @@ class Training:
             "checkpoints": progress.checkpoints,
             "checkpoint_seconds": round(progress.checkpoint_seconds, 3),
             "validation_seconds": round(progress.validation_seconds, 3),
+            "untrained_layers": progress.untrained_layers or [],
             "peak_memory_bytes": max(progress.peak_memory_bytes, memory.peak_bytes()),
         }
 

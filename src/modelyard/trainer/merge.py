@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -88,15 +89,21 @@ def _with_adapter(base: Any, spec: Spec, folder: Path) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
+    from modelyard.trainer.layers import names_as_they_are
+
+    with safe_open(str(folder / "adapter_model.safetensors"), "pt") as file:
+        wanted = set(file.keys())
+    layers = {key.partition(".lora_")[0].removeprefix("base_model.model.") for key in wanted}
+    # One that was made of a mixture of experts by transformers 4 has other names, which PEFT has to rewrite.
+    is_of_these = layers <= {name for name, _ in base.named_modules()}
     # In float32 whatever its file has: PEFT's own default, on which the single rounding rests.
     try:
-        model = PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=True)
+        with names_as_they_are() if is_of_these else nullcontext():
+            model = PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=True)
     except RuntimeError as error:
         if "size mismatch" not in str(error):
             raise
         raise _mismatch(spec, "its weights have other shapes than the base's layers") from error
-    with safe_open(str(folder / "adapter_model.safetensors"), "pt") as file:
-        wanted = set(file.keys())
     # PEFT only warns of weights that it finds no place for, and the sum would be the base itself.
     taken = set(get_peft_model_state_dict(model))
     if lost := sorted(wanted - taken) or sorted(taken - wanted):

@@ -15,13 +15,12 @@ from typing import Any
 from modelyard.errors import JobFailure
 from modelyard.models import config_file
 from modelyard.trainer.failures import in_words, is_out_of_memory
+from modelyard.trainer.layers import adapted, layers_to_adapt
 from modelyard.trainer.reports import Reports
 from modelyard.trainer.spec import Spec
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-#: Layers that choose among others (experts): engines do not take adapters on them.
-_ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "score", "classifier"})
 
 
 def load_tokenizer(spec: Spec) -> Any:
@@ -89,59 +88,22 @@ def with_adapter(model: Any, spec: Spec) -> Any:
     """Return the base with a fresh adapter on it (a PeftModel), the same one for the same seed.
 
     Raises:
-        JobFailure: `unknown_target_modules`, naming what there is; `unsupported_architecture` where nothing fits.
+        JobFailure: `unknown_target_modules`, naming what there is; `unsupported_architecture` where nothing fits;
+            `adapter_not_as_asked` where PEFT makes another one.
     """
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     settings = spec.hyperparameters
+    layers = layers_to_adapt(model, settings.target_modules, spec.model_id)
     torch.manual_seed(settings.seed)
     config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=target_modules(model, settings.target_modules, spec.model_id),
-        task_type="CAUSAL_LM",
+        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, task_type="CAUSAL_LM"
     )
-    adapted = get_peft_model(model, config)
+    made = adapted(model, config, layers)
     # PEFT writes the folder that the base was loaded from, which means nothing on another machine.
-    adapted.peft_config["default"].base_model_name_or_path = spec.model_id
-    return adapted
-
-
-def target_modules(model: Any, wanted: list[str] | None, model_id: str) -> list[str]:
-    """Return the names of the linear layers to adapt: those wanted, or all but the output layer.
-
-    Raises:
-        JobFailure: `unknown_target_modules` or `unsupported_architecture`.
-    """
-    from torch import nn
-
-    output = model.get_output_embeddings()
-    linear = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not output and name
-    }
-    known = sorted(linear - _ROUTERS)
-    if not known:
-        raise JobFailure(
-            "unsupported_architecture",
-            f"{model_id} has no linear layers that an adapter could be put on.",
-            "Train a decoder model such as Llama, Qwen, Mistral, Gemma or Phi.",
-        )
-    if wanted is None:
-        return known
-    unknown = sorted(set(wanted) - set(known))
-    if unknown or not wanted:
-        named = ", ".join(f"'{name[:60]}'" for name in unknown[:10]) or "no layer at all"
-        raise JobFailure(
-            "unknown_target_modules",
-            f"target_modules names {named}; the linear layers of {model_id} that can be trained are: "
-            f"{', '.join(known)}.",
-            "Name some of these, or leave target_modules out: then all of them are trained.",
-        )
-    return sorted(set(wanted))
+    made.peft_config["default"].base_model_name_or_path = spec.model_id
+    return made
 
 
 def bf16_is_quick() -> bool:

@@ -25,6 +25,8 @@ from modelyard.trainer.spec import Hyperparameters
 
 MAX_GRADIENT = 1.0
 WARMUP_SHARE = 0.03
+#: What AdamW keeps of a weight.
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 #: A step that takes longer is left unfinished when the training is asked to end.
 LONG_STEP_S = 5.0
 
@@ -75,6 +77,8 @@ class Stepper(Trainer):  # type: ignore[misc]
         self._start = start
         self._restored = moments
         self._trained = [(name, each) for name, each in owner.model.named_parameters() if each.requires_grad]
+        #: Adapted layers in which no weight has had a gradient so far; of several processes, in this one.
+        self.idle = {_layer_of(name) for name, _ in self._trained}
         self._random: list[Any] = []
         self._all_asked = False
         #: Of the step that was done last.
@@ -118,15 +122,19 @@ class Stepper(Trainer):  # type: ignore[misc]
         return list(islice(epoch_iterator, num_batches)), None
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Make AdamW over the adapter's weights, with the moments of the checkpoint."""
+        """Make AdamW over the adapter's weights, with the moments of the checkpoint.
+
+        It has moments of the weights that had a gradient by then, and of no others.
+        """
         self.optimizer = torch.optim.AdamW(
             [each for _, each in self._trained], lr=self.owner.settings.learning_rate, weight_decay=0.0, fused=True
         )
         if self._restored:
             for name, each in self._trained:
-                self.optimizer.state[each] = {
-                    key: self._restored[f"{name}:{key}"].to(each.device) for key in ("step", "exp_avg", "exp_avg_sq")
-                }
+                found = {key: self._restored[f"{name}:{key}"] for key in MOMENTS if f"{name}:{key}" in self._restored}
+                if found:
+                    self.optimizer.state[each] = {key: moment.to(each.device) for key, moment in found.items()}
+                    self.idle.discard(_layer_of(name))
             self._restored = None
         return self.optimizer
 
@@ -219,6 +227,8 @@ class Stepper(Trainer):  # type: ignore[misc]
             loss = self.owner.loss(self.owner.model, micro) * share
             self.accelerator.backward(loss)
             total = loss.detach() if total is None else total + loss.detach()
+        if self.idle:
+            self.idle -= {_layer_of(name) for name, each in self._trained if each.grad is not None}
         return total
 
     def _undo(self) -> None:
@@ -241,6 +251,10 @@ class _AfterStep(TrainerCallback):  # type: ignore[misc]
         if stepper.owner.after_step(stepper, stepper.step):
             control.should_training_stop = True
         return control
+
+
+def _layer_of(weight: str) -> str:
+    return weight.partition(".lora_")[0].removeprefix("base_model.model.")
 
 
 def rate_share(schedule: str, step: int, total: int, warmup: int) -> float:

@@ -1,0 +1,242 @@
+"""The layers that an adapter is put on: linear ones that text reaches and that PEFT trains, each by its full name.
+
+Which layers text reaches is not guessed from names but tried: a few tokens go forward and back, and a layer takes part
+if a gradient comes through it. So vision and audio towers get no adapters, nor what a model computes without gradients.
+PEFT is told full names, and kept from rewriting them: for mixtures of experts it would turn `gate_proj` into the routed
+experts' weights, of twice the rank, and leave the dense layers out. What it made is held against what was asked before
+anything is trained.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from modelyard.errors import JobFailure
+
+#: Layers that choose among others (experts): engines do not take adapters on them.
+ROUTERS = frozenset(
+    {"gate", "router", "shared_expert_gate", "score", "classifier", "wg", "modality_router", "weights_proj"}
+)
+#: Latent attention: the engine multiplies this layer's weight into others once, and asks the layer only for prompts.
+_ABSORBED = ("kv_b_proj",)
+#: Layers, by the kind of model, that transformers has and vLLM 0.32 serves no adapter on: it has them under another
+#: name, in other pieces, or reads their weights past them. A test holds this against vLLM.
+UNSERVED: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("axk1", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"), _ABSORBED),
+    **dict.fromkeys(("hy_v4", "longcat_flash"), _ABSORBED),
+    "glm4": ("gate_up_proj",),
+    "gpt_bigcode": ("c_attn",),
+    "granitemoe_swa": ("input_linear",),
+    "granitemoeshared": ("input_linear",),
+    "laguna": ("shared_experts",),
+}
+#: So many tokens are tried.
+TRIED_TOKENS = 8
+#: So many names are said of a kind.
+NAMES_SAID = 10
+_OTHER_MODEL = "Train a decoder model such as Llama, Qwen, Mistral, Gemma or Phi."
+_ROUTED = re.compile(r"\.experts\.\d+\.")
+
+
+def layers_to_adapt(model: Any, wanted: list[str] | None, model_id: str) -> list[str]:
+    """Return the full names of the linear layers to adapt: all that can be trained and served, or those `wanted`.
+
+    A wanted name is the end of a layer's full name: `q_proj`, `self_attn.q_proj` or `layers.0.self_attn.q_proj`.
+
+    Raises:
+        JobFailure: `unknown_target_modules`, naming what there is; `unsupported_architecture` where nothing fits.
+    """
+    there = trainable_layers(model)
+    if not there:
+        raise JobFailure(
+            "unsupported_architecture",
+            f"{model_id} has no linear layers that an adapter could be put on.",
+            _OTHER_MODEL,
+        )
+    if wanted is None:
+        return there
+    unknown = sorted(name for name in set(wanted) if not any(_is_named(layer, name) for layer in there))
+    if unknown or not wanted:
+        named = ", ".join(f"'{name[:60]}'" for name in unknown[:NAMES_SAID]) or "no layer at all"
+        kinds = sorted({layer.rpartition(".")[2] for layer in there})
+        raise JobFailure(
+            "unknown_target_modules",
+            f"target_modules names {named}; the linear layers of {model_id} that can be trained are: "
+            f"{', '.join(kinds)}.",
+            "Name some of these, or leave target_modules out: then all of them are trained.",
+        )
+    return [layer for layer in there if any(_is_named(layer, name) for name in wanted)]
+
+
+def trainable_layers(model: Any) -> list[str]:
+    """Return the full names of the linear layers that text reaches and that PEFT can train, in the model's order."""
+    from torch import nn
+
+    output = model.get_output_embeddings()
+    candidates = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and name
+        and module is not output
+        and name.rpartition(".")[2] not in ROUTERS
+        and not _ROUTED.search(name)
+        and not _is_read_by_a_kernel(model, name)
+        and not _is_unserved(model, name)
+    }
+    reached = _reached(model, candidates) if candidates else set()
+    return [name for name in candidates if name in reached]
+
+
+def adapted(model: Any, config: Any, layers: list[str]) -> Any:
+    """Return a PeftModel with an adapter on exactly these layers, of exactly the configuration's rank.
+
+    Raises:
+        JobFailure: `adapter_not_as_asked`: PEFT made another one.
+    """
+    from peft import get_peft_model
+
+    config.target_modules = set(layers)
+    with names_as_they_are():
+        made = get_peft_model(model, config)
+    check(made, layers, config.r)
+    # PEFT shortens long lists of names by chance; the file says the same each time.
+    made.peft_config["default"].target_modules = set(shortest_names(model, layers))
+    return made
+
+
+def check(model: Any, layers: Iterable[str], rank: int) -> None:
+    """Hold the adapter of a PeftModel against what was asked for.
+
+    Raises:
+        JobFailure: `adapter_not_as_asked`.
+    """
+    prefix, expected, found = "base_model.model.", set(layers), dict[str, set[int]]()
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad:
+            continue
+        layer, part, _ = name.partition(".lora_")
+        found.setdefault(layer.removeprefix(prefix), set()).add(
+            weight.shape[0] if name.startswith("A.", len(layer) + len(part)) else weight.shape[1]
+        )
+    missing, more = expected - found.keys(), found.keys() - expected
+    ranks = sorted({one for each in found.values() for one in each} - {rank})
+    if missing or more or ranks:
+        said = [
+            f"{len(missing)} layers have none ({_some(missing)})" if missing else "",
+            f"{len(more)} others have one ({_some(more)})" if more else "",
+            f"ranks are {', '.join(map(str, ranks))} instead of {rank}" if ranks else "",
+        ]
+        raise JobFailure(
+            "adapter_not_as_asked",
+            f"The adapter that PEFT made is not the one that was asked for: {'; '.join(filter(None, said))}.",
+            "Report this model and its settings; with target_modules of attention layers alone (q_proj, v_proj) it may "
+            "train.",
+        )
+
+
+def shortest_names(model: Any, layers: Iterable[str]) -> list[str]:
+    """Return names that stand for exactly these layers: the last part where all layers of that name are among them."""
+    chosen = set(layers)
+    kinds = {name.rpartition(".")[2] for name in chosen}
+    others = {
+        kind
+        for name in (each.replace(".base_layer", "") for each, _ in model.named_modules())
+        if (kind := name.rpartition(".")[2]) in kinds and name not in chosen
+    }
+    return sorted({name if (kind := name.rpartition(".")[2]) in others else kind for name in chosen})
+
+
+@contextmanager
+def names_as_they_are() -> Iterator[None]:
+    """Keep PEFT from rewriting names of layers, which are this model's own.
+
+    It takes a configuration that names `gate_proj` in a model whose experts transformers 5 keeps in one tensor for one
+    of transformers 4, and puts the adapter on the experts instead.
+    """
+    from peft.utils import transformers_weight_conversion
+
+    name = "convert_peft_config_for_transformers"
+    original = getattr(transformers_weight_conversion, name, None)
+    if original is None:
+        yield
+        return
+    setattr(transformers_weight_conversion, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        setattr(transformers_weight_conversion, name, original)
+
+
+def _reached(model: Any, candidates: dict[str, Any]) -> set[str]:
+    """Return which layers a gradient comes through when text is read. Nothing of the model changes."""
+    import torch
+
+    found: set[str] = set()
+
+    def watch(name: str) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> Any:
+            if not torch.is_grad_enabled() or not torch.is_tensor(output):
+                return None
+            # A layer whose output depends on nothing that is trained yet: with an adapter it will.
+            watched = output if output.requires_grad else output.detach().requires_grad_()
+            watched.register_hook(lambda _gradient: found.add(name))
+            # Not the leaf itself, which the model could not change in place.
+            return None if output.requires_grad else watched.clone()
+
+        return hook
+
+    model.requires_grad_(False)
+    hooks = [module.register_forward_hook(watch(name)) for name, module in candidates.items()]
+    was_training = model.training
+    try:
+        with torch.random.fork_rng(), torch.enable_grad():
+            model.train()
+            ids = torch.tensor([_plain_tokens(model.config)], device=model.device)
+            model(input_ids=ids, use_cache=False).logits.float().sum().backward()
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _plain_tokens(config: Any) -> list[int]:
+    """Return tokens that stand for nothing but text, as far as the configuration tells."""
+    text = config.get_text_config()
+    special: set[int] = set()
+    for part in (config, text):
+        for name, value in vars(part).items():
+            if "token" in name:
+                special.update(one for one in (value if isinstance(value, list) else [value]) if isinstance(one, int))
+    plain = [token for token in range(min(text.vocab_size, len(special) + TRIED_TOKENS)) if token not in special]
+    return plain[:TRIED_TOKENS] or [0]
+
+
+def _is_read_by_a_kernel(model: Any, name: str) -> bool:
+    """Return whether a layer's weight goes into a fused kernel, past the layer and so past its adapter.
+
+    The kernels of Mamba do so with `out_proj`; PEFT refuses it in some of these models, and trains nothing in others.
+    """
+    parent_name, _, last = name.rpartition(".")
+    if last != "out_proj":
+        return False
+    parent = model.get_submodule(parent_name)
+    return hasattr(parent, "A_log") and hasattr(parent, "D")
+
+
+def _is_unserved(model: Any, name: str) -> bool:
+    """Return whether vLLM serves the model with adapters, and yet none on this layer (or one that acts by half)."""
+    kinds = UNSERVED.get(str(model.config.get_text_config().model_type), ())
+    return any(f".{kind}." in f".{name}." for kind in kinds)
+
+
+def _is_named(layer: str, name: str) -> bool:
+    return layer == name or layer.endswith(f".{name}")
+
+
+def _some(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name[:120]}'" for name in sorted(names)[:3])
