@@ -56,6 +56,7 @@ bench:  ## Measure; writes benchmarks/RESULTS.md
 	@$(BIN)/python benchmarks/deploy.py --write
 	@$(BIN)/python benchmarks/changes.py --write
 	@$(BIN)/python benchmarks/raw.py --write
+	@$(BIN)/python benchmarks/tokenising.py --write
 	@$(BIN)/python benchmarks/training.py --write
 	@$(BIN)/python benchmarks/gateway.py --vllm tiny --write $(ARGS)
 

@@ -34,7 +34,7 @@ def _median(cells: Sequence[Any], value: Callable[[Any], float]) -> float:
     return statistics.median(value(cell) for cell in cells)
 
 
-def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = [f"### {title}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
 
@@ -58,7 +58,7 @@ def throughput(title: str, cells: Cells, levels: Sequence[int]) -> list[str]:
                     text += f", {ratio:.2f} of {other}" if ratio >= 0.1 else f", {ratio:.4f} of {other}"
             row.append(text)
         rows.append(row)
-    return _table(title, ["", *(f"{level} client{'s' * (level > 1)}" for level in levels)], rows)
+    return table(title, ["", *(f"{level} client{'s' * (level > 1)}" for level in levels)], rows)
 
 
 def cost(title: str, cells: Cells, levels: Sequence[int]) -> list[str]:
@@ -77,7 +77,7 @@ def cost(title: str, cells: Cells, levels: Sequence[int]) -> list[str]:
                 text += f", {mine / _median(cells[level, 'before'], lambda cell: cell.cpu_us):.2f} of before"
             row.append(text)
         rows.append(row)
-    return _table(title, ["", *(f"{level} client{'s' * (level > 1)}" for level in levels)], rows)
+    return table(title, ["", *(f"{level} client{'s' * (level > 1)}" for level in levels)], rows)
 
 
 def first_token(title: str, cells: Cells) -> list[str]:
@@ -87,7 +87,7 @@ def first_token(title: str, cells: Cells) -> list[str]:
     for place in _places(cells):
         mine = _median(cells[1, place], lambda cell: cell.first_ms)
         rows.append([place, f"{mine:.2f} ms", "" if place == "direct" else f"{mine - direct:+.2f} ms"])
-    return _table(title, ["", "median", "above direct"], rows)
+    return table(title, ["", "median", "above direct"], rows)
 
 
 def write(file: Path, subject: str, lines: Sequence[str]) -> None:

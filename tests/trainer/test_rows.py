@@ -376,3 +376,57 @@ def test_the_default_template_is_recorded(tmp_path: Path) -> None:
     assert prepared.facts["template_source"] == "default"
     assert "assistant:" in prepared.template
     assert desk.learnt(prepared) == [" b<|end|>"]
+
+
+def conversation(turns: int, words: int = 6, **more: Any) -> dict[str, Any]:
+    said = [
+        {"role": role, "content": f"{number} {role} " + "word " * words}
+        for number in range(turns) for role in ("user", "assistant")
+    ]  # fmt: skip
+    return {"messages": said, **more}
+
+
+@pytest.mark.parametrize("family", ["tiny", "thinking", "turns", "phi"])
+@pytest.mark.parametrize("limit", [64, 300])
+def test_a_long_conversation_is_learnt_as_if_it_had_been_cut_after_it_was_tokenised(
+    family: str, limit: int, tmp_path: Path
+) -> None:
+    desk = Desk(tmp_path, byte_tokenizer(*FAMILIES[family][:2]))
+    row = conversation(40)
+    whole = [one for one in desk.prepare(row, max_model_len=1 << 20, max_seq_len=1 << 20).train]
+    cut = desk.prepare(row, max_seq_len=limit)
+    learnt = [(list(one.input_ids[:limit]), list(one.labels[:limit])) for one in whole]
+    expected = [(ids, labels) for ids, labels in learnt if any(label != IGNORED for label in labels)]
+    found = [(list(one.input_ids), list(one.labels)) for one in cut.train]
+    assert len(found) == len(expected)
+    for (ids, labels), (all_ids, all_labels) in zip(found, expected, strict=True):
+        # What is not learnt at the end need not be there.
+        assert ids == all_ids[: len(ids)]
+        assert labels == all_labels[: len(labels)]
+        assert not any(label != IGNORED for label in all_labels[len(labels) :])
+    assert cut.facts["truncated_rows"] == 1
+
+
+def test_turns_beyond_the_length_are_not_even_rendered(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    bad = conversation(40)
+    # The template takes no such role, and says so of a row in which it is reached.
+    bad["messages"][60]["content"] = "<|refused|>"
+    desk.tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.content == '<|refused|>' %}{{ raise_exception('reached') }}{% endif %}"
+        "{% endfor %}" + desk.tokenizer.chat_template
+    )
+    assert desk.prepare(bad, max_seq_len=200).facts["truncated_rows"] == 1
+    assert "reached" in desk.failure(bad, max_seq_len=2000).evidence[0]
+
+
+def test_a_row_whose_answer_is_too_far_on_is_left_out_without_being_rendered(desk: Desk) -> None:
+    failure = desk.failure(chat("word " * 5000, "b"), max_seq_len=50)
+    assert failure.evidence == ("line 1: its first 50 tokens have nothing to learn in them (max_seq_len)",)
+
+
+def test_long_rows_that_differ_beyond_the_length_are_no_copies(desk: Desk) -> None:
+    one, other = conversation(40), conversation(40)
+    other["messages"][79]["content"] += "!"
+    assert desk.prepare(one, other, max_seq_len=64).facts["duplicate_rows"] == 0
+    assert desk.prepare(one, one, max_seq_len=64).facts["duplicate_rows"] == 2

@@ -52,12 +52,14 @@ class Rows:
         self.lines = np.fromiter((each.line for each in examples), np.int64, len(examples))
         self._ends = np.cumsum(self.lengths)
         total = int(self._ends[-1]) if len(examples) else 0
-        self._ids = np.fromiter((token for each in examples for token in each.input_ids), np.int32, total)
-        self._labels = np.fromiter((label for each in examples for label in each.labels), np.int32, total)
-        # The first token of a row is never predicted.
-        self.learnt = np.fromiter(
-            (sum(label != IGNORED for label in each.labels[1:]) for each in examples), np.int64, len(examples)
-        )
+        self._ids: Any = np.empty(total, np.int32)
+        self._labels: Any = np.empty(total, np.int32)
+        self.learnt: Any = np.zeros(len(examples), np.int64)
+        for row, each in enumerate(examples):
+            labels = self.labels(row)
+            self.ids(row)[:], labels[:] = each.input_ids, each.labels
+            # The first token of a row is never predicted.
+            self.learnt[row] = np.count_nonzero(labels[1:] != IGNORED)
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -5,6 +5,9 @@ the tokens' offsets. Where a span's edge would cut a token, the prompt and what 
 itself, which is what happens in service. Every span ends in a stop token that it has nowhere else, or the row is
 refused. That the prompt's tokens are those of the prompt alone is checked on the first rows of each run, and on all
 from then on if it ever does not hold.
+
+No more is tokenised than is asked for (`encoded`): of a long text as many characters as make `most_tokens`, and of a
+piece that begins as the one before it only what follows on that.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from modelyard.errors import JobFailure
+from modelyard.trainer.encoded import Encoded, Encoder
 from modelyard.trainer.rendering import Piece, Refused, Renderer
 
 IGNORED = -100
@@ -41,9 +45,13 @@ class _Cut(Exception):
 
 
 class Labeller:
-    """Tokenises for a renderer. Raises JobFailure `unsupported_tokenizer` where there are no offsets."""
+    """Tokenises for a renderer, `most_tokens` of a piece and a few more; None: all of it.
 
-    def __init__(self, renderer: Renderer) -> None:
+    Raises:
+        JobFailure: `unsupported_tokenizer` where there are no offsets.
+    """
+
+    def __init__(self, renderer: Renderer, most_tokens: int | None = None) -> None:
         backend = getattr(renderer.tokenizer, "backend_tokenizer", None)
         if backend is None:
             kind = type(renderer.tokenizer).__name__
@@ -57,6 +65,7 @@ class Labeller:
         self._tokens.post_processor = None
         self._tokens.no_truncation()
         self._tokens.no_padding()
+        self._encoder = Encoder(self._tokens, renderer.stop_ids, most_tokens)
         self._stops = renderer.stop_ids
         self._stop_text = renderer.stop_text
         self._to_check = CHECKED_SPANS
@@ -65,13 +74,18 @@ class Labeller:
         """Return the tokens of a rendered text."""
         return array("i", self._encoded(text))
 
+    def count(self, text: str) -> int:
+        """Return how many tokens a text has by itself; of one with more than `most_tokens`, about as many."""
+        return self._encoder.count(text)
+
     def label(self, rows: Sequence[Sequence[Piece]]) -> list[list[Labelled] | Refused]:
-        """Return for each row its pieces as tokens, or why it is refused; a piece may have become one per span."""
-        texts = [piece.text for row in rows for piece in row]
-        encoded = iter(self._tokens.encode_batch(texts, add_special_tokens=False))
+        """Return for each row its pieces as tokens, or why it is refused; a piece may have become one per span.
+
+        Of a piece longer than `most_tokens` there are so many tokens at least; a span's end beyond them is not seen.
+        """
+        encoded = self._encoder.encode([[piece.text for piece in row] for row in rows])
         found: list[list[Labelled] | Refused] = []
-        for row in rows:
-            encodings = [next(encoded) for _ in row]
+        for row, encodings in zip(rows, encoded, strict=True):
             try:
                 try:
                     found.append([self._labelled(*pair) for pair in zip(row, encodings, strict=True)])
@@ -81,27 +95,31 @@ class Labeller:
                 found.append(refused)
         return found
 
-    def _labelled(self, piece: Piece, encoding: Any) -> Labelled:
-        ids = encoding.ids
+    def _labelled(self, piece: Piece, encoded: Encoded) -> Labelled:
+        ids = encoded.ids
         labels = array("i", [IGNORED]) * len(ids)
-        first = 0
+        first = len(ids)
         for start, end in piece.spans:
-            first, last = self._tokens_of(encoding, start, end)
+            if start >= encoded.characters:
+                first = len(ids)
+                break
+            first, last = self._tokens_of(encoded, start, min(end, encoded.characters))
             if self._to_check:
-                if self._encoded(piece.text[:start]) != ids[:first]:
+                if self.ids(piece.text[:start]) != ids[:first]:
                     self._to_check = -1
                     raise _Cut
                 self._to_check -= self._to_check > 0
-            self._check_stop(ids[first : last + 1])
-            labels[first : last + 1] = array("i", ids[first : last + 1])
-        return Labelled(array("i", ids), labels, first, piece.turn)
+            if end <= encoded.characters:
+                self._check_stop(ids[first : last + 1])
+            labels[first : last + 1] = ids[first : last + 1]
+        return Labelled(ids, labels, first, piece.turn)
 
     @staticmethod
-    def _tokens_of(encoding: Any, start: int, end: int) -> tuple[int, int]:
-        first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
-        if first is None or last is None or encoding.token_to_chars(first)[0] != start:
+    def _tokens_of(encoded: Encoded, start: int, end: int) -> tuple[int, int]:
+        first, last = encoded.token_at(start), encoded.token_at(end - 1)
+        if first is None or last is None or encoded.characters_of(first)[0] != start:
             raise _Cut
-        if (first and encoding.token_to_chars(first - 1)[1] > start) or encoding.token_to_chars(last)[1] != end:
+        if (first and encoded.characters_of(first - 1)[1] > start) or encoded.characters_of(last)[1] != end:
             raise _Cut
         return first, last
 

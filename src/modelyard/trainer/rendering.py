@@ -131,7 +131,7 @@ class Renderer:
         Raises:
             Refused: the template does not take it, or leaves out what it says; nothing of it can be learnt.
         """
-        learnt = _learnt_turns(messages)
+        learnt = learnt_turns(messages)
         if not learnt:
             raise Refused("nothing to learn: no answer of the assistant to a message, of weight 1 and not empty")
         said = [self._as_engine(message, bool(tools)) for message in messages[: learnt[-1] + 1]]
@@ -340,7 +340,8 @@ class Renderer:
         return message["content"] + _MARK
 
 
-def _learnt_turns(messages: Sequence[Mapping[str, Any]]) -> list[int]:
+def learnt_turns(messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return the messages that are learnt: answers that are not empty, of weight 1, after somebody spoke."""
     spoken, turns = False, []
     for number, message in enumerate(messages):
         if message["role"] in ("user", "tool"):

@@ -21,11 +21,12 @@ from typing import Any
 from modelyard.datasets.forms import Row
 from modelyard.datasets.lines import rows_of
 from modelyard.errors import JobFailure
+from modelyard.trainer import cutting
 from modelyard.trainer.default_template import default_template
 from modelyard.trainer.labels import IGNORED, Labelled, Labeller
 from modelyard.trainer.messages import as_sent, messages_of
 from modelyard.trainer.model_files import stop_ids_of
-from modelyard.trainer.rendering import Piece, Refused, Renderer
+from modelyard.trainer.rendering import Piece, Refused, Renderer, learnt_turns
 from modelyard.trainer.reports import Reports
 from modelyard.trainer.spec import Spec
 from modelyard.trainer.stall_watch import StallWatch
@@ -36,9 +37,10 @@ HELD_BACK = 0.05
 FEWEST_TO_SPLIT = 20
 #: Left-out rows that are listed.
 LISTED = 20
-#: Rows that are tokenised at once, and characters after which no more are added.
+#: Rows that are tokenised at once, and characters after which no more are added: while they are looked at, a token
+#: takes some hundred bytes.
 BATCH = 512
-BATCH_CHARACTERS = 4 * 1024 * 1024
+BATCH_CHARACTERS = 512 * 1024
 BLOCK_BYTES = 1024 * 1024
 PROBED_ROWS = 4
 PROBE_TOKENS = 1024
@@ -48,7 +50,7 @@ FIXED_PROBES: tuple[list[dict[str, Any]], ...] = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """Something to learn from: labels are as long as the ids, IGNORED (-100) where nothing is learnt, not shifted.
 
@@ -96,7 +98,7 @@ class Prepared:
     template: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Kept:
     line: int
     examples: list[Example]
@@ -120,7 +122,7 @@ def prepare(spec: Spec, tokenizer: Any, max_model_len: int | None, report: Repor
     now = datetime.fromtimestamp(spec.now, UTC) if spec.now else None
     folder = Path(spec.model_dir)
     renderer = Renderer(tokenizer, stop_ids_of(folder), now, lambda: default_template(folder))
-    reading = _Reading(spec, renderer, Labeller(renderer), limit, watch)
+    reading = _Reading(spec, renderer, Labeller(renderer, limit), limit, watch)
     kept = reading.read(report)
     if not kept:
         raise _nothing(reading, limit)
@@ -162,7 +164,14 @@ def _length_limit(wanted: int | None, max_model_len: int | None) -> int:
 
 
 #: A row's line and its pieces.
-_Rendered = tuple[int, list[Piece]]
+@dataclass(frozen=True)
+class _Rendered:
+    """A row as texts. `is_cut`: what surely was too much is not among them."""
+
+    line: int
+    pieces: list[Piece]
+    is_cut: bool
+    key: bytes
 
 
 class _Reading:
@@ -193,7 +202,7 @@ class _Reading:
         last = max({*held, *probed})
         for line, row in self._rows():
             if line in held or line in probed:
-                messages, tools = messages_of(row), row.tools
+                messages, tools = self._within(line, messages_of(row)), row.tools
                 with self._watch.rendering(_place(line)):
                     pieces = self._renderer.pieces(messages, tools)
                 if line in held:
@@ -253,35 +262,54 @@ class _Reading:
                 "dataset_missing", f"The file of the dataset cannot be read: {error.strerror}.", "Start it again."
             ) from None
 
+    def _within(self, line: int, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the messages of a row that may be within the limit."""
+
+        def count(text: str) -> int:
+            with self._watch.tokenizing([(_place(line), [text])], self._labeller.count):
+                return self._labeller.count(text)
+
+        return cutting.within(messages, self._limit, count)
+
     def _rendered(self) -> Iterator[_Rendered]:
         for line, row in self._rows():
+            whole = messages_of(row)
+            messages = self._within(line, whole)
+            left = whole[len(messages) :]
+            if left and not learnt_turns(messages):
+                self._leave_out(line, self._too_long())
+                continue
             try:
                 with self._watch.rendering(_place(line)):
-                    pieces = self._renderer.pieces(messages_of(row), row.tools)
+                    pieces = self._renderer.pieces(messages, row.tools)
             except Refused as refused:
                 self._leave_out(line, str(refused))
             else:
-                yield line, pieces
+                yield _Rendered(line, pieces, bool(left), _key(pieces, left))
 
-    def _labelled(self, batch: Sequence[_Rendered]) -> list[list[Labelled] | Refused]:
+    def _labelled(self, batch: Sequence[tuple[int, list[Piece]]]) -> list[list[Labelled] | Refused]:
         places = [(_place(line), [piece.text for piece in pieces]) for line, pieces in batch]
-        with self._watch.tokenizing(places, self._labeller.ids):
+        with self._watch.tokenizing(places, self._labeller.count):
             return self._labeller.label([pieces for _, pieces in batch])
 
     def _kept(self, batch: Sequence[_Rendered]) -> list[_Kept]:
         kept = []
-        for (line, _), labelled in zip(batch, self._labelled(batch), strict=True):
+        found = self._labelled([(row.line, row.pieces) for row in batch])
+        for row, labelled in zip(batch, found, strict=True):
             if isinstance(labelled, Refused):
-                self._leave_out(line, str(labelled))
+                self._leave_out(row.line, str(labelled))
                 continue
-            cut = [self._cut(line, one) for one in labelled]
+            cut = [self._cut(row.line, one) for one in labelled]
             examples = [one for one in cut if one is not None]
             if not examples:
-                self._leave_out(line, f"its first {self._limit} tokens have nothing to learn in them (max_seq_len)")
+                self._leave_out(row.line, self._too_long())
                 continue
-            is_cut = any(len(one.input_ids) > self._limit for one in labelled)
-            kept.append(_Kept(line, examples, is_cut, labelled[-1].answer_at, _key(labelled)))
+            is_cut = row.is_cut or any(len(one.input_ids) > self._limit for one in labelled)
+            kept.append(_Kept(row.line, examples, is_cut, labelled[-1].answer_at, row.key))
         return kept
+
+    def _too_long(self) -> str:
+        return f"its first {self._limit} tokens have nothing to learn in them (max_seq_len)"
 
     def _cut(self, line: int, labelled: Labelled) -> Example | None:
         ids, labels = labelled.input_ids, labelled.labels
@@ -306,9 +334,9 @@ def _batch(rendered: Iterator[_Rendered]) -> list[_Rendered]:
     """Return the next rows that are tokenised together, of bounded number and length; none at the end."""
     batch: list[_Rendered] = []
     characters = 0
-    for line, pieces in rendered:
-        batch.append((line, pieces))
-        characters += sum(len(piece.text) for piece in pieces)
+    for row in rendered:
+        batch.append(row)
+        characters += sum(len(piece.text) for piece in row.pieces)
         if len(batch) == BATCH or characters >= BATCH_CHARACTERS:
             break
     return batch
@@ -352,10 +380,13 @@ def _probed(kept: Sequence[_Kept], seed: int) -> set[int]:
     return set(random.Random(seed).sample(short, min(PROBED_ROWS, len(short))))
 
 
-def _key(labelled: Sequence[Labelled]) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    for one in labelled:
-        _add(digest, one.input_ids, one.labels)
+def _key(pieces: Sequence[Piece], left: Sequence[dict[str, Any]]) -> bytes:
+    """Return a digest of what is learnt of a row, and of the messages that are too far on to be."""
+    digest = hashlib.blake2b(repr((len(pieces), left)).encode("utf-8", "replace"), digest_size=16)
+    for piece in pieces:
+        text = piece.text.encode("utf-8", "replace")
+        digest.update(f"{len(text)} {piece.spans}".encode())
+        digest.update(text)
     return digest.digest()
 
 
