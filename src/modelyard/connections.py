@@ -140,6 +140,7 @@ class Connection(HttpToolsProtocol):
         self._limits = connections.limits
         self._phase = Phase.IDLE
         self._deadline: float | None = None
+        self._missed: float | None = None
         self._head_bytes = 0
         self._head_at_most = 0
         self._length = self._coding = b""
@@ -294,7 +295,10 @@ class Connection(HttpToolsProtocol):
             if self.transport.is_closing():
                 self._deadline = now + UNREAD_S
         elif now >= self._deadline:
-            self._end_of_time(now)
+            # A loop that was held up comes here before it reads what came in time: that is read before the next sweep.
+            if self._missed == self._deadline:
+                self._end_of_time(now)
+            self._missed = self._deadline
 
     def _end_of_time(self, now: float) -> None:
         if self._phase is Phase.DEAF or self.transport.is_closing():
