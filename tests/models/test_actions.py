@@ -52,6 +52,18 @@ async def test_the_same_model_makes_the_same_job_while_it_runs(database_url: str
         assert first.spec == {"model_id": "acme/tiny", "revision": "main"}
 
 
+async def test_the_base_that_an_adapter_is_said_to_have_may_still_be_on_its_way(database_url: str) -> None:
+    async with opened(database_url) as sessions:
+        with pytest.raises(ModelNotFound, match="'acme/tiny'") as caught:
+            async with sessions.begin() as session:
+                await actions.request_download(session, "acme/lora", base_model_id="acme/tiny")
+        assert caught.value.param == "base_model_id"
+        async with sessions.begin() as session:
+            await actions.request_download(session, "acme/tiny")
+            job = await actions.request_download(session, "acme/lora", base_model_id="acme/tiny")
+        assert job.spec["base_model_id"] == "acme/tiny"
+
+
 async def test_adds_of_the_same_model_at_the_same_moment_make_one_job(database_url: str) -> None:
     async with opened(database_url) as sessions:
 

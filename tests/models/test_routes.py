@@ -96,13 +96,22 @@ async def test_the_base_of_an_adapter_can_be_named_when_it_is_added_or_later(
     async with client_of(tmp_path, hub) as (client, yard):
         await bring(client, yard, "acme/lora")
         assert await base(client) == (hint if hint == "Acme/Tiny" else None)
-        await bring(client, yard, "acme/lora", base_model_id="local:mine")
-        assert await base(client) == "local:mine"
+        await bring(client, yard, "acme/tiny")
+        await bring(client, yard, "acme/lora", base_model_id="acme/tiny")
+        assert await base(client) == "acme/tiny"
         await bring(client, yard, "acme/lora")
-        assert await base(client) == "local:mine", "what nobody says again stays"
+        assert await base(client) == "acme/tiny", "what nobody says again stays"
+        for wrong, status, code in (("acme/tiyn", 404, "model_not_found"), ("acme/lora", 422, "invalid_value")):
+            answer = await client.post("/models/add/", params={"model_id": "acme/lora", "base_model_id": wrong})
+            error = answer.json()["error"]
+            assert (answer.status_code, error["param"], error["code"]) == (status, "base_model_id", code)
+        assert (
+            "there are: acme/tiny"
+            in (await client.post("/models/add/", params={"model_id": "acme/lora", "base_model_id": "acme/other"})).text
+        )
         answer = await client.post("/models/add/", params={"model_id": "acme/lora", "base_model_id": "../x"})
         assert (answer.status_code, answer.json()["error"]["param"]) == (422, "base_model_id")
-        answer = await client.post("/models/add/", params={"model_id": "acme/tiny", "base_model_id": "acme/other"})
+        answer = await client.post("/models/add/", params={"model_id": "acme/tiny", "base_model_id": "acme/tiny"})
         job = await yard.ended(UUID(answer.json()["id"]))
         assert job.failure is not None
         assert job.failure.code == "not_an_adapter"

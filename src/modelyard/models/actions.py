@@ -111,12 +111,13 @@ async def request_download(
     `base_model_id` says which model an adapter belongs to, whatever its own files say.
 
     Raises:
-        Unprocessable: no such name or revision can exist.
+        Unprocessable: no such name or revision can exist, or the base is an adapter.
+        ModelNotFound: the base is neither in the store nor on its way.
         Conflict: another revision of the model is on its way, or it is with another base.
     """
     check_model_id(model_id)
     if base_model_id is not None:
-        check_model_id(base_model_id, param="base_model_id")
+        await _check_base(session, base_model_id)
     if is_trained(model_id):
         raise Unprocessable(
             f"{model_id} is the name of an adapter that is trained here, not downloaded: POST /api/v1/finetune/.",
@@ -149,6 +150,23 @@ async def request_download(
             code="download_running",
         )
     return active
+
+
+async def _check_base(session: AsyncSession, base_model_id: str) -> None:
+    check_model_id(base_model_id, param="base_model_id")
+    base = await find(session, base_model_id)
+    if base is not None and base.adapter:
+        raise Unprocessable(
+            f"'{base_model_id}' is an adapter itself: name the model that it belongs to.", param="base_model_id"
+        )
+    if base is None and await jobs.find_active(session, kind=DOWNLOAD, subject=base_model_id) is None:
+        known = await session.scalars(select(Model.model_id).where(~Model.adapter).order_by(Model.model_id).limit(20))
+        raise ModelNotFound(
+            base_model_id[:200],
+            known=known.all(),
+            hint="POST /api/v1/models/add/ downloads the base; the adapter can be added as soon as that has begun.",
+            param="base_model_id",
+        )
 
 
 async def is_there(session: AsyncSession, model_id: str, revision: str) -> Model | None:

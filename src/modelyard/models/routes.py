@@ -35,7 +35,7 @@ async def list_models(sessions: Sessions, settings: Settings) -> list[ModelOut]:
     return [ModelOut.of(model, lost) for model in models]
 
 
-@api.post("/add/", summary="Download a model", responses=documented(409, 422))
+@api.post("/add/", summary="Download a model", responses=documented(404, 409, 422))
 async def add_model(
     sessions: Sessions,
     runner: Runner,
@@ -60,8 +60,8 @@ async def add_model(
         str | None,
         Query(
             description="The model that an adapter belongs to, whatever its own files name: they may say a path, the "
-            "name in other letters, or the hub's name of an imported model. Its layers are compared with that model's "
-            "when it is deployed.",
+            "name in other letters, or the hub's name of an imported model. It must be in the store, or on its way; "
+            "the layers are compared with that model's when the adapter is deployed.",
             examples=["local:tiny-llama"],
         ),
     ] = None,
