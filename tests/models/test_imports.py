@@ -163,6 +163,24 @@ async def test_a_folder_of_the_hubs_cache_is_taken_for_the_snapshot_that_main_na
         assert not any(path.is_symlink() for path in yard.folder(model).rglob("*"))
 
 
+async def test_an_adapter_in_a_folder_of_the_hubs_cache_is_added_by_its_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "imports" / "models--acme--adapters"
+    files = {f"{name}/{file}": content for name in ("law", "poems") for file, content in adapter("org/a").items()}
+    put_in_cache_layout(folder, files, NEW)
+    put(folder, {"refs/main": NEW.encode()})
+    async with open_yard(make_settings(tmp_path / "data", NOWHERE, import_dir=tmp_path / "imports")) as yard:
+        failure = failure_of(await yard.bring("local:models--acme--adapters"))
+        assert "subfolder=law" in failure.hint
+        job = await yard.bring("local:models--acme--adapters/law")
+        assert job.status == JobStatus.FINISHED, yard.log(job.id)
+        model = await yard.model("local:models--acme--adapters/law")
+        assert model is not None
+        assert model.adapter
+        assert {"adapter_config.json", "adapter_model.safetensors"} <= set(files_below(yard.folder(model)))
+        failure = failure_of(await yard.bring("local:models--acme--adapters/prose"))
+        assert (failure.code, "adapters/prose'" in failure.message) == ("unknown_model", True)
+
+
 async def test_a_folder_of_the_hubs_cache_that_does_not_say_which_snapshot_is_refused_with_their_names(
     tmp_path: Path,
 ) -> None:

@@ -219,6 +219,19 @@ def test_adapters_in_folders_of_their_own_are_said_with_their_names(state: list[
     assert "subfolder=law" in caught.value.hint
 
 
+@pytest.mark.parametrize("folder", ["final adapter", "a--b", "a/b/c"])
+def test_no_folder_is_advised_that_would_be_refused_for_its_name(folder: str) -> None:
+    with pytest.raises(JobFailure) as caught:
+        select([f"{folder}/{name}" for name in adapter()])
+    assert caught.value.code == "adapters_in_folders"
+    assert repr(folder) in caught.value.message
+    assert "subfolder=" not in caught.value.hint
+    assert "under another name" in caught.value.hint
+    with pytest.raises(JobFailure) as caught:
+        select([f"{one}/{name}" for one in (folder, "zoo") for name in adapter()])
+    assert "subfolder=zoo," in caught.value.hint
+
+
 def test_an_adapters_configuration_beside_a_model_is_left_out() -> None:
     # transformers would load the model that it names, with this one as an adapter on top.
     assert "adapter_config.json" not in chosen_of({**llama(), "adapter_config.json": b"{}"}).configuration

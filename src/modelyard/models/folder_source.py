@@ -21,10 +21,12 @@ from modelyard.models.transfer import BLOCK, Progress, SourceFile, digest_of
 
 
 class FolderSource:
-    """The folder `root/name`. Its commit is a digest of its files' names and contents."""
+    """The folder `root/name`, which may be one inside a model's folder. Its commit is a digest of its files."""
 
     def __init__(self, root: Path, name: str, progress: Progress) -> None:
         self._root = root.resolve()
+        # In the hub's cache the folder that is asked for lies below the snapshot.
+        self._top, _, self._below = name.partition("/")
         self._folder = root / name
         self._name = name
         self._progress = progress
@@ -33,12 +35,15 @@ class FolderSource:
     def resolve(self, revision: str) -> tuple[str, list[str]]:
         """Return the commit and the names of the files. Reads every file that is needed once."""
         if not self._inside(self._folder).is_dir():
+            snapshot = self._in_cache_layout(self._root / self._top)
+            self._folder = snapshot / self._below if snapshot is not None else self._folder
+        if not self._inside(self._folder).is_dir():
             raise JobFailure(
                 "unknown_model",
                 f"The import directory has no folder '{self._name}'.",
-                f"Put the model's files into {self._folder}, or check MODELYARD_IMPORT_DIR.",
+                f"Put the model's files into {self._root / self._name}, or check MODELYARD_IMPORT_DIR.",
             )
-        self._folder = self._in_cache_layout() or self._folder
+        self._folder = self._in_cache_layout(self._folder) or self._folder
         digest = hashlib.sha1(usedforsecurity=False)
         names = sorted(self._walk())
         chosen = choose(names, self._read)
@@ -64,20 +69,20 @@ class FolderSource:
             content.seek(offset)
             yield offset, iter(lambda: content.read(BLOCK), b"")
 
-    def _in_cache_layout(self) -> Path | None:
-        """Return the folder of the snapshot, where the folder is one of the hub's cache: blobs/, refs/, snapshots/."""
-        snapshots = self._folder / "snapshots"
-        if (self._folder / "config.json").exists() or not self._inside(snapshots).is_dir():
+    def _in_cache_layout(self, folder: Path) -> Path | None:
+        """Return the folder of the snapshot, where a folder is one of the hub's cache: blobs/, refs/, snapshots/."""
+        snapshots = folder / "snapshots"
+        if (folder / "config.json").exists() or not self._inside(snapshots).is_dir():
             return None
         found = sorted(path.name for path in snapshots.iterdir() if path.is_dir())
-        main = self._inside(self._folder / "refs" / "main")
+        main = self._inside(folder / "refs" / "main")
         named = main.read_text("utf-8", "replace").strip()[:64] if main.is_file() else ""
         commit = named if named in found or len(found) != 1 else found[0]
         if commit not in found:
             raise JobFailure(
                 "ambiguous_snapshot",
-                f"'{self._name}' is a folder of the hub's cache with {len(found)} snapshots ({listed(found)}), and its "
-                "refs/main names none of them.",
+                f"'{folder.name}' is a folder of the hub's cache with {len(found)} snapshots ({listed(found)}), and "
+                "its refs/main names none of them.",
                 "Put one of the snapshots into the import directory as a folder of its own (cp -L copies what links "
                 "point to).",
             )

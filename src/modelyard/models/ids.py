@@ -56,6 +56,11 @@ def repository_of(model_id: str) -> tuple[str, str]:
     return "/".join(parts[:first]), "/".join(parts[first:])
 
 
+def is_folder_name(text: str) -> bool:
+    """Whether a folder inside a repository can be named in a model's id."""
+    return is_model_id(f"a/b/{text}")
+
+
 def check_model_id(text: str, param: str = "model_id") -> str:
     """Return the name unchanged.
 

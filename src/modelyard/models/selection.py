@@ -7,12 +7,13 @@ format are never chosen; what was left out and might be missed is told with its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from modelyard.errors import JobFailure
 from modelyard.models import kinds, shards
 from modelyard.models.file_names import MODULE_FOLDER, is_configuration, is_safe_path
+from modelyard.models.ids import is_folder_name
 from modelyard.models.mistral_format import INDEX as MISTRAL_INDEX
 from modelyard.models.mistral_format import PARAMS, has_mistral_tokenizer, is_consolidated
 from modelyard.models.scan import parse, read_json
@@ -213,6 +214,17 @@ def _distinct(weights: Iterable[str]) -> None:
             )
 
 
+def _to_add_one_of(folders: Sequence[str]) -> str:
+    """Return how one of several adapters is added; nothing is advised that would be refused for its name."""
+    named = next((folder for folder in folders if is_folder_name(folder)), None)
+    if named is not None:
+        return f"Add one of them: with subfolder={named}, or as model_id with '/{named}' behind it."
+    return (
+        "Their folders' names cannot be asked for (letters, digits, '-', '_' and '.' can, neither '--' nor '..', two "
+        "folders deep at most): copy one of the folders into the import directory under another name, and add that."
+    )
+
+
 def _refuse(usable: list[str], paths: Collection[str]) -> list[str]:
     top = [path for path in usable if "/" not in path and path.endswith(".safetensors")]
     if ADAPTER_CONFIG in usable and top:
@@ -249,7 +261,7 @@ def _refuse(usable: list[str], paths: Collection[str]) -> list[str]:
         raise JobFailure(
             "adapters_in_folders",
             f"The repository holds adapters in folders of their own, and nothing at the top: {listed(adapters)}.",
-            f"Add one of them: with subfolder={adapters[0]}, or as model_id with '/{adapters[0]}' behind it.",
+            _to_add_one_of(adapters),
         )
     below = [path for path in usable if path.endswith(".safetensors") and "/" in path]
     if below:

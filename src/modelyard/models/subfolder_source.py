@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from modelyard.errors import JobFailure
+from modelyard.models.ids import is_folder_name
 from modelyard.models.transfer import Source, SourceFile
 
 MAX_TOLD = 5
@@ -24,7 +25,8 @@ class SubfolderSource:
         commit, paths = self._source.resolve(revision)
         found = [path.removeprefix(f"{self._folder}/") for path in paths if path.startswith(f"{self._folder}/")]
         if not found:
-            folders = sorted({path.rpartition("/")[0] for path in paths if "/" in path})
+            above = {path.rpartition("/")[0] for path in paths if "/" in path}
+            folders = sorted(folder for folder in above if is_folder_name(folder))
             named = ", ".join(f"'{one[:80]}'" for one in folders[:MAX_TOLD]) or "none"
             raise JobFailure(
                 "unknown_model",
