@@ -267,6 +267,32 @@ def test_a_deleted_training_leaves_its_adapter_in_the_store(quick: Server, datas
     finished(quick, again)
 
 
+def test_whatever_needs_the_files_of_a_lost_base_says_that_it_is_lost(quick: Server, dataset_id: str) -> None:
+    found = at_step(quick, start(quick, dataset_id, "Hold hold=training"), 1)
+    quick.post(f"/api/v1/jobs/{found['job']['id']}/interrupt/")
+    ended(quick, found)
+    jobs = len(quick.get("/api/v1/jobs/").json())
+    [folder] = (quick.data_dir / "models" / MODEL.replace(":", "@")).iterdir()
+    aside = folder.rename(folder.parent / "aside")
+    try:
+        body = {"name": "Lost", "model_id": MODEL, "dataset_id": dataset_id, "hyperparameters": QUICK}
+        answers = [
+            quick.post(FINETUNE, body),
+            quick.post(f"{FINETUNE}plan/", body),
+            quick.post(f"{FINETUNE}{found['id']}/resume/"),
+            quick.get(f"/api/v1/datasets/{dataset_id}/report?model_id={MODEL}"),
+            quick.get(f"/api/v1/models/{MODEL}/export"),
+        ]
+        assert [(one.status, one.error_code) for one in answers] == [(409, "model_lost")] * 5
+        assert all("POST /api/v1/models/add/" in one.text for one in answers)
+        assert len(quick.get("/api/v1/jobs/").json()) == jobs
+    finally:
+        aside.rename(folder)
+    assert quick.post(f"{FINETUNE}{found['id']}/resume/").status == 200
+    quick.post(f"{FINETUNE}interrupt/")
+    ended(quick, found)
+
+
 def test_a_training_whose_dataset_is_gone_is_not_resumed(quick: Server) -> None:
     dataset_id = add_dataset(quick)
     found = ended(quick, start(quick, dataset_id, "fail=bad_rows"))

@@ -19,6 +19,7 @@ from modelyard.errors import BadRequest, EncodingNotAllowed, ModelyardError, Too
 from modelyard.http import Sessions, Settings, documented, router
 from modelyard.models import actions as models
 from modelyard.models import store
+from modelyard.models.lost import bring_back
 from modelyard.storage import Storage as ObjectStorage
 
 api = router("/api/v1/datasets", "Datasets")
@@ -169,7 +170,7 @@ async def _hearing_out(body: _Body) -> AsyncGenerator[None]:
         raise
 
 
-@api.get("/{dataset_id:uuid}/report", summary="Get a dataset's report", responses=documented(404, 422, 503))
+@api.get("/{dataset_id:uuid}/report", summary="Get a dataset's report", responses=documented(404, 409, 422, 503))
 async def get_report(
     request: Request,
     dataset_id: DatasetId,
@@ -192,6 +193,7 @@ async def get_report(
             model = await models.get(session, model.base_model_id)  # an adapter speaks its base's tokens
     report = ReportOut.model_validate((await reading.about(storage, dataset)).report)
     if model is not None:
+        await bring_back(settings.models_dir, [model], None)
         figures = await tokens.tokens_of(
             sessions,
             storage,

@@ -20,6 +20,7 @@ from modelyard.jobs.schemas import JobOut
 from modelyard.models import actions as models
 from modelyard.models import store
 from modelyard.models.kinds import Task
+from modelyard.models.lost import bring_back
 from modelyard.models.schemas import ModelOut
 from modelyard.models.tables import Model
 
@@ -71,6 +72,7 @@ async def check(wanted: FinetuneIn, sessions: Sessions, settings: Settings) -> N
     Raises:
         Unprocessable: param `model_id` or `hyperparameters.rank`.
         ModelNotFound: there is no such model.
+        ModelLost: its files are gone.
     """
     rank, most = wanted.hyperparameters.rank, settings.engine_max_lora_rank
     if rank > most:
@@ -81,6 +83,7 @@ async def check(wanted: FinetuneIn, sessions: Sessions, settings: Settings) -> N
         )
     async with sessions.read() as session:
         model = await actions.trainable(session, wanted.model_id)
+    await bring_back(settings.models_dir, [model], None)  # a base is not kept in the storage
     folder = store.folder_of(settings.models_dir, model.path)
     await asyncio.to_thread(trainable.check, model.model_id, folder, model.chat_template)
 
@@ -136,10 +139,16 @@ async def get_finetune(
 
 
 @api.post("/{finetune_id:uuid}/resume/", summary="Resume a training", responses=documented(404, 409, 422))
-async def resume_finetune(finetune_id: FinetuneId, sessions: Sessions, runner: Runner) -> JobOut:
-    """Have a training that was interrupted or failed go on from its last checkpoint, as a new job."""
+async def resume_finetune(finetune_id: FinetuneId, sessions: Sessions, settings: Settings, runner: Runner) -> JobOut:
+    """Have a training that was interrupted or failed go on from its last checkpoint, as a new job.
+
+    409 `model_lost` where the files of the commit that it began on are gone.
+    """
     async with sessions.begin() as session:
         job = await actions.resume(session, finetune_id)
+        row = await actions.get(session, finetune_id)
+        base = models.at_pin(await models.get(session, row.model_id), row.pinned)
+        await bring_back(settings.models_dir, [base], None)  # a refusal takes the new job back
     runner.wake()
     return JobOut.of(job)
 
