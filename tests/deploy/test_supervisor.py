@@ -76,6 +76,20 @@ async def test_a_hostile_tokenizer_is_refused_before_an_engine_reads_it(
         assert (await yard.deployment(job.id)).state == "FAILED"
 
 
+async def test_a_model_that_was_added_before_todays_rules_is_scanned_again_before_an_engine_reads_it(
+    tmp_path: Path,
+) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        folder = await yard.add_model("org/old")
+        (folder / "tokenizer_config.json").write_bytes(b'{"auto_map": {"AutoTokenizer": ["t.T", null]}}')
+        job = await yard.ended(await yard.deploy("org/old"))
+        assert job.failure is not None
+        assert (job.status, job.failure.code) == (JobStatus.FAILED, "remote_code")
+        assert "org/old was added before this was looked for" in job.failure.message
+        assert "tokenizer_config.json" in job.failure.message
+        assert yard.record("org/old") == [], "no engine has read it"
+
+
 async def test_a_cure_that_the_engines_python_lacks_is_said_when_the_engine_stands(tmp_path: Path) -> None:
     async with deploy_yard(tmp_path) as yard:
         await yard.add_model("org/tiny", misbehave={"lacks_cures": ["modelyard_lora"]})

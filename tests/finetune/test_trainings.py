@@ -477,3 +477,19 @@ def test_a_hostile_tokenizer_ends_a_training_with_the_reason_before_a_trainer_re
         assert "killed by SIGABRT" in found["job"]["failure"]["message"]
     finally:
         folder.write_bytes(good)
+
+
+def test_a_base_that_was_added_before_todays_rules_is_scanned_again_before_a_trainer_reads_it(
+    quick: Server, dataset_id: str
+) -> None:
+    [folder] = {path.parent for path in (quick.data_dir / "models").glob("*/*/tokenizer.json")}
+    hostile = folder / "processor_config.json"
+    try:
+        hostile.write_bytes(b'{"audio_tokenizer_name_or_path": "evil/repository"}')
+        body = {"name": "Old", "model_id": MODEL, "dataset_id": dataset_id, "hyperparameters": QUICK}
+        plan = quick.post(f"{FINETUNE}plan/", body)
+        assert (plan.status, plan.error_code) == (422, "loads_from_elsewhere")
+        found = ended(quick, start(quick, dataset_id, "Old"))
+        assert (found["job"]["status"], found["job"]["failure"]["code"]) == ("FAILED", "loads_from_elsewhere")
+    finally:
+        hostile.unlink()

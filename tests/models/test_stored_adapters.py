@@ -192,3 +192,11 @@ def test_facts_never_fill_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert facts.layers == ()
         assert facts.refusal is not None
         assert facts.refusal.what.startswith(said)
+
+
+def test_an_adapter_that_todays_rules_refuse_is_not_served(tmp_path: Path) -> None:
+    write_adapter(tmp_path, auto_mapping={"parent_library": "os.path", "base_model_class": "x"})
+    refusal = adapter_facts.read(tmp_path).refusal
+    assert refusal is not None
+    assert refusal.code == "remote_code"
+    assert "auto_mapping" in refusal.what

@@ -11,7 +11,7 @@ import pytest
 
 from modelyard.errors import JobFailure
 from modelyard.filters import Limits
-from modelyard.models import tokenizer_child
+from modelyard.models import rescan, tokenizer_child
 from modelyard.models.tokenizer_child import GIB, TokenizerChildren
 from tests.hostile_tokenizers import doubling, greedy, panicking, tokenizer
 
@@ -91,6 +91,24 @@ async def test_two_run_at_a_time_and_others_wait() -> None:
     program = "import time; time.sleep(0.5); print(time.monotonic())"
     ends = sorted(await asyncio.gather(*(children.ask("org/good", program) for _ in range(4))))
     assert ends[2] - ends[1] > 0.3
+
+
+@pytest.mark.parametrize("padding", [0, rescan.SMALL_BYTES])
+@pytest.mark.parametrize("has_tokenizer", [True, False])
+async def test_what_todays_rules_refuse_is_refused_before_the_tokenizer_is_read(
+    tmp_path: Path, padding: int, has_tokenizer: bool
+) -> None:
+    if has_tokenizer:
+        (tmp_path / "tokenizer.json").write_bytes(tokenizer())
+    (tmp_path / "generation_config.json").write_bytes(b"{}" + b" " * padding)
+    await TokenizerChildren().tried("org/old", tmp_path)
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_bytes(b'{"custom_generate": "org/evil"}')
+    with pytest.raises(JobFailure) as caught:
+        await TokenizerChildren().tried("org/old", tmp_path)
+    assert caught.value.code == "remote_code"
+    assert "1_Pooling/config.json" in caught.value.message
+    assert "DELETE /api/v1/models/org/old" in caught.value.hint
 
 
 def test_a_server_has_one_of_it_so_that_the_bound_holds_for_all_who_ask() -> None:

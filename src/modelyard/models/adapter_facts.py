@@ -26,7 +26,7 @@ from modelyard.models.selection import ADAPTER_CONFIG as CONFIG
 from modelyard.models.selection import ADAPTER_WEIGHTS as WEIGHTS
 
 #: Counts the changes of what is looked at here: the files of rows with facts of another version are read again.
-VERSION = 1
+VERSION = 2
 #: What vLLM takes as --max-lora-rank.
 MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 #: Weights above this size are not read for NaN and infinity: for a row from before there were facts, a request waits.
@@ -181,6 +181,10 @@ class _Reader:
             self._refuse(f"has a {CONFIG} that cannot be read ({str(error)[:80]})", _DAMAGED, "bad_weights")
         if not isinstance(config, dict):
             self._refuse(f"has a {CONFIG} that is no JSON object of at most 1 MiB", _DAMAGED, "bad_weights")
+        try:
+            scan.scan_configuration(CONFIG, content)
+        except JobFailure as failure:
+            self._refuse(f"is not used: its {failure.message.rstrip('.')}", failure.hint, failure.code)
         kind = config.get("peft_type")
         if kind != "LORA":
             self._refuse(f"is of type {str(kind)[:40]}, and only LORA can be served", _MERGE)

@@ -17,6 +17,7 @@ from typing import Any
 
 from modelyard.errors import JobFailure
 from modelyard.filters import Filter, FilterFailed, Limits
+from modelyard.models import rescan
 
 log = logging.getLogger(__name__)
 
@@ -62,12 +63,13 @@ class TokenizerChildren:
     async def tried(self, model_id: str, folder: Path) -> str | None:
         """Load and use a folder's tokenizer once, and return the chat template that the model gets if it has none.
 
-        For whoever is about to start an engine or a trainer, which have no limits of their own. None: there is no
-        tokenizer.json.
+        For whoever is about to start an engine or a trainer, which have no limits of their own. The configuration is
+        scanned again before, by the rules of today. None: there is no tokenizer.json.
 
         Raises:
-            JobFailure: `bad_tokenizer` or `no_process`.
+            JobFailure: `bad_tokenizer` or `no_process`; as `rescan.check`.
         """
+        await self._scan_again(model_id, folder)
         if not await asyncio.to_thread((folder / "tokenizer.json").exists):
             return None
         program = f"from modelyard.trainer.tokenizer_trial import main; main({str(folder)!r})"
@@ -75,6 +77,14 @@ class TokenizerChildren:
         if "refusal" in found:
             raise JobFailure(BAD, f"The tokenizer of {model_id} cannot be read: {found['refusal']}.", HINT)
         return str(found["template"])
+
+    async def _scan_again(self, model_id: str, folder: Path) -> None:
+        if await asyncio.to_thread(rescan.is_small, folder):
+            return await asyncio.to_thread(rescan.check, model_id, folder)
+        program = f"from modelyard.models.rescan import main; main({model_id!r}, {str(folder)!r})"
+        found = await self.ask(model_id, program)
+        if "failure" in found:
+            raise JobFailure(*found["failure"])
 
     def _failure(self, model_id: str, failed: FilterFailed) -> JobFailure:
         found = failed.outcome
