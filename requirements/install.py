@@ -37,7 +37,7 @@ UV = VENV / "bin" / "uv"
 STAMP = VENV / "modelyard-installed.json"
 #: There while an install runs; one that finds it repeats every package, since it can't know which are whole.
 UNFINISHED = VENV / "modelyard-unfinished"
-PARTS = ("server", "engine", "train", "dev", "clients")
+PARTS = ("server", "parquet", "engine", "train", "dev", "clients")
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 NEWEST = (3, 13)
 HEARTBEAT_S = 3.0

@@ -29,6 +29,7 @@ TITLES = {
     "build": "What installs the rest: uv, and modelyard's own build backend",
     "server": "The server",
     "cpu": "The engine where there is no GPU",
+    "parquet": "Datasets in Parquet, beside the server's file",
     "train": "Fine-tuning, beside an engine's file, which brings torch",
     "dev": "The server with its tests and checks",
     "clients": "Other people's clients for the tests with real vLLM, beside an engine's file",

@@ -26,7 +26,7 @@ from tests.server import serving
 
 ROOT = Path(__file__).resolve().parents[1]
 REQUIREMENTS = ROOT / "requirements"
-PINNED = ("build", "server", "cpu", "gpu", "train", "dev", "clients")
+PINNED = ("build", "server", "parquet", "cpu", "gpu", "train", "dev", "clients")
 #: Lie beside an engine's file, and leave to it what both engines pin.
 BESIDE_ENGINE = {"train", "clients"}
 #: Taken out by overrides.txt.
@@ -85,7 +85,7 @@ def test_no_package_is_pinned_to_two_versions() -> None:
 
 @pytest.mark.parametrize("engine", ["cpu", "gpu"])
 def test_what_is_installed_together_is_pinned_to_one_version(engine: str) -> None:
-    parts = ["server", "engine", "train", "dev", "clients"]
+    parts = ["server", "parquet", "engine", "train", "dev", "clients"]
     assert tuple(parts) == installer().PARTS
     files = [file for part in parts for file in installer().pin_files(part, engine)]
     versions: dict[str, set[str]] = {}

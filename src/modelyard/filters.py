@@ -17,7 +17,7 @@ import fcntl
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
 from modelyard.processes import Outcome, child_environment
@@ -126,21 +126,32 @@ class Filter:
         Raises:
             FilterFailed: it ended with another status than 0.
         """
-        self._end_input()
-        answer = []
+        self.end_input()
+        return b"".join([piece async for piece in self.pieces()])
+
+    async def pieces(self, *, is_patient: bool = False) -> AsyncGenerator[bytes]:
+        """Yield the answer as it comes; while one is fed, if it is read at the same time and `is_patient`.
+
+        Raises:
+            FilterFailed: it ended with another status than 0.
+        """
         while True:
             try:
                 piece = os.read(self._from, _ANSWER_BYTES)
             except BlockingIOError:
-                await self._ready(self._from, asyncio.get_running_loop().add_reader, "does not answer")
+                try:
+                    await self._ready(self._from, asyncio.get_running_loop().add_reader, "does not answer")
+                except FilterFailed:
+                    # While more may come in, silence says nothing: whoever feeds it waits for a client.
+                    if not is_patient or self._into is None:
+                        raise
                 continue
             if not piece:
                 break
-            answer.append(piece)
+            yield piece
         outcome = await self._ended()
         if not outcome.succeeded:
             raise FilterFailed(outcome.describe(), outcome)
-        return b"".join(answer)
 
     async def close(self) -> None:
         """End it at once if it still runs, and give everything back. Safe to repeat; nobody may be feeding it."""
@@ -148,10 +159,11 @@ class Filter:
             return
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        self._end_input()
+        self.end_input()
         await to_the_end(asyncio.ensure_future(self._ended()))
 
-    def _end_input(self) -> None:
+    def end_input(self) -> None:
+        """Say that there is no more. Safe to repeat."""
         if self._into is not None:
             os.close(self._into)
             self._into = None

@@ -129,7 +129,7 @@ def test_calls_of_tools_have_their_arguments_as_objects() -> None:
         ({"prompt": "a", "completion": ""}, "nothing_to_learn", "$.completion", "nothing to learn"),
         ({"prompt": "a"}, "missing_field", "$.completion", "beside 'prompt'"),
         ({"prompt": 1, "completion": "b"}, "wrong_value", "$.prompt", "is a number, but must be text"),
-        ({"text": "a"}, "unknown_form", "$", "has the keys 'text'; a row is"),
+        ({"words": "a"}, "unknown_form", "$", "has the keys 'words'; a row is"),
         ([1], "unknown_form", "$", "is not an object"),
         ("text", "unknown_form", "$", "is not an object"),
     ],

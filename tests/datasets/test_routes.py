@@ -219,7 +219,8 @@ def test_a_refusal_has_its_report_also_where_the_answer_ends_the_connection(
         (b"{}", 400, "bad_form"),
         (upload(b""), 422, "dataset_empty"),
         (upload(b"\n \n\r\n"), 422, "dataset_empty"),
-        (upload(b"\x1f\x8b\x08" + bytes(100)), 422, "not_jsonl"),
+        (upload(b"\x1f\x8b\x08" + bytes(100)), 422, "archive_damaged"),
+        (upload(b"BZh" + bytes(100)), 422, "not_jsonl"),
     ],
 )
 def test_what_is_no_dataset_has_a_clear_answer_and_leaves_nothing(

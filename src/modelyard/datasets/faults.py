@@ -27,6 +27,8 @@ class Kind(StrEnum):
     TOO_DEEP = "too_deep"
     #: Longer than a line may be.
     LINE_TOO_LONG = "line_too_long"
+    #: A record of a table with other cells than its header has names, or with wrong quotes.
+    BAD_TABLE = "bad_table"
     #: JSON, but none of the forms.
     UNKNOWN_FORM = "unknown_form"
     #: A field that is missing.

@@ -180,6 +180,12 @@ _KEYS = (
     (Form.PROMPT_COMPLETION, ("prompt", "completion")),
     (Form.INSTRUCTION, ("instruction", "output")),
 )
+#: What each form needs, one name of each, and all keys that it has.
+NEEDED_KEYS: dict[Form, tuple[tuple[str, ...], ...]] = {form: tuple((key,) for key in keys) for form, keys in _KEYS}
+KEYS_OF_FORMS: dict[Form, frozenset[str]] = {
+    form: frozenset(field.encode_name for field in msgspec.structs.fields(kind) if field.type != Raw | UnsetType)
+    for form, kind in _STRUCTS.items()
+}
 #: What decoders raise at a line that is not theirs.
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 FORMS_HINT = (
@@ -251,7 +257,11 @@ def _form_of(line: bytes) -> Form:
         if 0 < len(missing) < len(keys):
             other = next(key for key in keys if key in there)
             raise Faults([Fault(Kind.MISSING_FIELD, f"$.{missing[0]}", f"is missing beside '{other}'")])
-    shown = ", ".join(repr(name[:40]) for name in list(fields)[:8]) or "none"
+    from modelyard.datasets.mapping import advice, quoted
+
+    shown = quoted(fields)
+    if (said := advice(msgspec.json.decode(line))) is not None:
+        raise Faults([Fault(Kind.UNKNOWN_FORM, "$", f"has the keys {shown}, no form's: {said}")])
     raise Faults([Fault(Kind.UNKNOWN_FORM, "$", f"has the keys {shown}; {FORMS_HINT}")])
 
 

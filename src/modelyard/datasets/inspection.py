@@ -66,7 +66,7 @@ class Inspection:
         try:
             self._child = Filter(f"from modelyard.datasets.validator import validate; validate({self._max_line_bytes})")
         except OSError as error:
-            raise _unavailable(f"no process for it can be started ({error.strerror})") from error
+            raise unavailable(f"no process for it can be started ({error.strerror})") from error
         waiting, self._waiting = self._waiting, []
         await self._pass_on(waiting)
 
@@ -76,10 +76,10 @@ class Inspection:
             for piece in waiting:
                 await self._child.feed(piece)
         except BrokenPipeError:
-            _checked(await self._answer())
-            raise _unavailable("its process stopped reading") from None
+            checked(await self._answer())
+            raise unavailable("its process stopped reading") from None
         except FilterFailed as failed:
-            raise _unavailable(f"its process does not go on: {failed}") from failed
+            raise unavailable(f"its process does not go on: {failed}") from failed
 
     async def finish(self) -> Found:
         """Return what was found, once all bytes were fed.
@@ -95,9 +95,9 @@ class Inspection:
             finally:
                 await to_the_end(work)
             if found is not None:
-                return _checked(found)
+                return checked(found)
             await self._hand_over()
-        return _checked(await self._answer())
+        return checked(await self._answer())
 
     async def close(self) -> None:
         """End the child, if there is one. Safe to repeat."""
@@ -109,7 +109,7 @@ class Inspection:
         try:
             return msgspec.json.decode(await self._child.finish(), type=Found)
         except FilterFailed as failed:
-            raise _unavailable(f"its process ended early: {failed}") from failed
+            raise unavailable(f"its process ended early: {failed}") from failed
 
 
 def _validate(blocks: list[bytes], max_line_bytes: int) -> Found | None:
@@ -140,14 +140,20 @@ def _has_long_line(data: bytes) -> bool:
     return False
 
 
-def _checked(found: Found) -> Found:
+def checked(found: Found) -> Found:
+    """Return what was found.
+
+    Raises:
+        InvalidDataset: that is a refusal.
+    """
     if found.refusal is not None:
         code, message = found.refusal
         raise InvalidDataset(message, code=code, report=found.report)
     return found
 
 
-def _unavailable(why: str) -> ModelyardError:
+def unavailable(why: str) -> ModelyardError:
+    """Return what is said of a child that gives no answer."""
     log.warning("a dataset could not be validated: %s", why)
     return Unavailable(
         f"The file could not be validated: {why}. Nothing of it was kept; upload it again, and if that fails too, see "

@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 from uuid import UUID, uuid4
 
@@ -18,7 +20,10 @@ import msgspec
 from sqlalchemy.exc import SQLAlchemyError
 
 from modelyard.datasets import actions
+from modelyard.datasets.conversion import Conversion, Converter
 from modelyard.datasets.inspection import Inspection
+from modelyard.datasets.mapping import KeyMapping
+from modelyard.datasets.recognition import FileKind, kind_of
 from modelyard.datasets.tables import Dataset, data_key, metadata_key, prefix
 from modelyard.db import Sessions
 from modelyard.errors import InvalidDataset, ModelyardError, TooLarge, TooManyUploads
@@ -69,8 +74,14 @@ async def take_in(
     on_error: OnError = "refuse",
     max_bytes: int,
     max_line_bytes: int,
+    head: bytes = b"",
+    mapping: KeyMapping | None = None,
+    scratch: Path = Path(),
 ) -> Dataset:
     """Store and validate a file as it arrives, and return the row of the dataset that it has become.
+
+    `head` is how the file begins: what is not JSONL, or has its keys mapped, is converted on its way into the storage
+    (`scratch` is a folder for what cannot be read as a stream).
 
     Raises:
         InvalidDataset: it has bad lines (unless `on_error` is skip), or no good ones; with the report.
@@ -82,7 +93,12 @@ async def take_in(
         if parent_id is not None:
             await actions.get(session, parent_id, param="parent_id")
         await actions.note(session, dataset_id)
-    reader = _Reader(max_line_bytes, max_bytes, on_error)
+    reader: _Reader | Converter
+    if mapping is not None or kind_of(head) is not FileKind.JSONL:
+        paths = dict(mapping.paths) if mapping is not None else None
+        reader = Converter(Conversion(max_bytes, max_line_bytes, paths, str(scratch)), partial(_judge, on_error))
+    else:
+        reader = _Reader(max_line_bytes, max_bytes, partial(_judge, on_error))
     try:
         async with aclosing(reader.blocks(chunks)) as blocks:
             stored = await storage.put(data_key(dataset_id), blocks)
@@ -96,6 +112,7 @@ async def take_in(
             format=reader.report["format"],
             rows=reader.report["rows"],
             skipped_lines=reader.report["bad_lines"],
+            converted_from=reader.report.get("converted_from"),
         )
         about = {
             "id": str(dataset_id),
@@ -156,10 +173,10 @@ async def sweep(sessions: Sessions, storage: Storage, forgotten: Sequence[UUID])
 class _Reader:
     """Validates blocks while they are stored; `report` and `index` are there after the last one."""
 
-    def __init__(self, max_line_bytes: int, max_bytes: int, on_error: OnError) -> None:
+    def __init__(self, max_line_bytes: int, max_bytes: int, judge: Callable[[dict[str, Any]], None]) -> None:
         self._inspection = Inspection(max_line_bytes)
         self._max_bytes = max_bytes
-        self._on_error = on_error
+        self._judge = judge
         self.report: dict[str, Any] = {}
         self.index: list[tuple[int, int, int]] = []
 
@@ -192,20 +209,28 @@ class _Reader:
             await after
         await self._inspection.feed(block)
 
-    def _judge(self, report: dict[str, Any]) -> None:
-        bad = report["bad_lines"]
-        if not bad or (self._on_error == "skip" and report["rows"]):
-            return
-        if not report["rows"]:
-            said = "None of its lines can be learnt from"
-        else:
-            said = f"{bad} of its {report['lines']} lines cannot be learnt from"
-        first = report["problems"]["listed"][0]
-        hint = "" if self._on_error == "skip" or not report["rows"] else " (on_error=skip leaves bad lines out)"
-        raise InvalidDataset(
-            f"{said}; line {first['line']}: {first['path']}: {first['reason']}. The report has them all{hint}.",
-            report=report,
-        )
+
+def _judge(on_error: OnError, report: dict[str, Any]) -> None:
+    """Refuse a file by its report.
+
+    Raises:
+        InvalidDataset: it has bad lines that are not to be skipped, or nothing but these.
+    """
+    bad = report["bad_lines"]
+    if not bad or (on_error == "skip" and report["rows"]):
+        return
+    noun = "row" if report.get("converted_from") else "line"
+    if not report["rows"]:
+        said = f"None of its {noun}s can be learnt from"
+    else:
+        said = f"{bad} of its {report['lines']} {noun}s cannot be learnt from"
+    first = report["problems"]["listed"][0]
+    place = f" (line {line} of the file)" if (line := first.get("file_line")) else ""
+    hint = "" if on_error == "skip" or not report["rows"] else f" (on_error=skip leaves bad {noun}s out)"
+    raise InvalidDataset(
+        f"{said}; {noun} {first['line']}{place}: {first['path']}: {first['reason']}. The report has them all{hint}.",
+        report=report,
+    )
 
 
 async def _regrouped(chunks: AsyncIterable[bytes], max_bytes: int) -> AsyncGenerator[bytes]:

@@ -56,6 +56,10 @@ class Lines:
         if end < len(block):
             yield from self._keep(block[end:])
 
+    def pass_over(self, size_bytes: int) -> None:
+        """Count bytes of the stream that are not fed; only between lines."""
+        self._fed += size_bytes
+
     def finish(self) -> Iterator[bytes]:
         """Yield the last line, if the stream did not end with a newline; it is given one."""
         if self._rest:

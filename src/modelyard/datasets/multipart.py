@@ -1,8 +1,9 @@
 """The one file of a form, as a stream: its bytes are handed on as they come, and kept nowhere.
 
-A form may have other fields beside the file; they mean nothing here and are passed over, up to `OTHER_BYTES` with all
-that is not the file's content. What the form says of the file is its name, which never becomes a path: only what
-follows the last slash counts.
+A form may have other fields beside the file: `mapping` is kept, all others mean nothing here and are passed over, up to
+`OTHER_BYTES` with all that is not the file's content. Of a file the first MiB is read ahead, so that in a form with a
+small one it does not matter which of the two stands first. What the form says of the file is its name, which never
+becomes a path: only what follows the last slash counts.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from modelyard.errors import BadRequest, TooLarge, Unprocessable
 
 FIELD = "file"
+MAPPING = "mapping"
+#: What is read of a file before anything is done with it.
+AHEAD_BYTES = 1024 * 1024
 MAX_NAME_LENGTH = 255
 #: Other fields, boundaries and headers of parts, and what lies around them: all that a form may add to its file.
 OTHER_BYTES = 64 * 1024
@@ -23,15 +27,20 @@ HINT = f"Send it as a form with the field '{FIELD}': curl -F '{FIELD}=@train.jso
 
 
 class FormFile:
-    """The file in a form's body: `open` reads up to it, then `name` is known and `chunks` are its bytes."""
+    """The file in a form's body: `open` reads up to it and its begin, then `name`, `mapping` and `head` are known.
+
+    `chunks` are its bytes, from the first one on.
+    """
 
     def __init__(self, content_type: str, body: AsyncIterable[bytes]) -> None:
         self.name = ""
+        self.mapping: str | None = None
         self._body = body.__aiter__()
         self._data: deque[bytes] = deque()
         self._field, self._value = b"", b""
         self._headers: dict[bytes, bytes] = {}
-        self._in_file = self._is_found = self._has_ended = False
+        self._in_file = self._is_found = self._has_ended = self._is_handed_on = False
+        self._text: bytearray | None = None
         self._is_empty = True
         self._other_bytes = 0
         self._parser = MultipartParser(
@@ -49,7 +58,7 @@ class FormFile:
         )
 
     async def open(self) -> None:
-        """Read up to the file.
+        """Read up to the file, and the begin of it.
 
         Raises:
             BadRequest: there is no such field, or the body is no form.
@@ -59,14 +68,26 @@ class FormFile:
         while not self._is_found:
             if not await self._read():
                 raise BadRequest(f"The form has no field '{FIELD}'. {HINT}", param=FIELD, code="file_missing")
+        while sum(map(len, self._data)) < AHEAD_BYTES and await self._read():
+            pass
+
+    def head(self, size_bytes: int) -> bytes:
+        """Return so many of the file's first bytes, or all of them; only before the first chunk is taken."""
+        begin = b""
+        for piece in self._data:
+            begin += piece[: size_bytes - len(begin)]
+            if len(begin) == size_bytes:
+                break
+        return begin
 
     async def chunks(self) -> AsyncGenerator[bytes]:
         """Yield the file's bytes, and read the form to its end.
 
         Raises:
-            BadRequest: a second file, or the body ends before the form does.
+            BadRequest: a second file, a mapping that comes too late, or the body ends before the form does.
             TooLarge: the form has too much beside the file.
         """
+        self._is_handed_on = True
         while True:
             while self._data:
                 yield self._data.popleft()
@@ -110,6 +131,15 @@ class FormFile:
     def _on_headers_finished(self) -> None:
         _, options = parse_options_header(self._headers.get(b"content-disposition", b"").decode("latin-1"))
         self._in_file = options.get(b"name") == FIELD.encode()
+        if options.get(b"name") == MAPPING.encode():
+            if self._is_handed_on:
+                raise BadRequest(
+                    f"The field '{MAPPING}' comes after the file: put it in front, as in curl -F '{MAPPING}=...' "
+                    f"-F '{FIELD}=@FILE'.",
+                    param=MAPPING,
+                    code="mapping_after_file",
+                )
+            self._text = bytearray()
         if not self._in_file:
             return
         if self._is_found:
@@ -130,9 +160,13 @@ class FormFile:
         if self._in_file:
             self._data.append(data[start:end])
             self._other_bytes -= end - start
+        elif self._text is not None:
+            self._text += data[start:end]
 
     def _on_part_end(self) -> None:
         self._in_file = False
+        if self._text is not None:
+            self.mapping, self._text = self._text.decode("utf-8", "replace"), None
 
     def _on_end(self) -> None:
         self._has_ended = True

@@ -13,7 +13,9 @@ from starlette.responses import Response, StreamingResponse
 
 from modelyard.datasets import actions, intake, reading, tokens
 from modelyard.datasets.download import content_disposition, part_of
+from modelyard.datasets.mapping import parse
 from modelyard.datasets.multipart import OTHER_BYTES, FormFile
+from modelyard.datasets.recognition import HEAD_BYTES
 from modelyard.datasets.schemas import DatasetOut, PageOut, ReportOut, Tokens
 from modelyard.errors import BadRequest, EncodingNotAllowed, ModelyardError, TooLarge
 from modelyard.http import Sessions, Settings, documented, router
@@ -39,7 +41,20 @@ FORM: dict[str, Any] = {
                 "schema": {
                     "type": "object",
                     "required": ["file"],
-                    "properties": {"file": {"type": "string", "format": "binary", "description": "The JSONL file."}},
+                    "properties": {
+                        "mapping": {
+                            "type": "string",
+                            "description": "Keys of the file that stand for keys of a row, as a JSON object of the "
+                            "row's key and the file's (dots lead into objects). Before the file.",
+                            "example": '{"prompt": "question", "completion": "answer"}',
+                        },
+                        "file": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": "JSONL; or a JSON array, CSV or TSV with a header, gzip or zstd of one of "
+                            "these, or Parquet, which become JSONL.",
+                        },
+                    },
                 },
                 "example": {"file": ROW},
             }
@@ -83,11 +98,14 @@ async def upload_dataset(
         intake.OnError, Query(description="skip: leave bad lines out of what is learnt from, instead of a refusal.")
     ] = "refuse",
 ) -> DatasetOut:
-    """Upload a JSONL file of conversations, one on each line, as the field `file` of a form.
+    """Upload a file of conversations, JSONL or one that becomes it, as the field `file` of a form.
 
     A row is `{"messages": [{"role", "content"}, ...]}`; ShareGPT's form, prompt/completion and
     instruction/input/output are recognised too. A file with lines that cannot be learnt from is refused as a whole:
     422, with the error and a `report` that has each problem as line, path and reason. Nothing of it is kept.
+
+    A JSON array, a table (CSV, TSV) with a header, gzip and zstd of these or of JSONL, and Parquet (an extra) become
+    JSONL: `converted_from` says so. The field `mapping` says which keys of the file stand for which of a row.
     """
     max_bytes = int(settings.max_dataset_gib * GIB)
     announced = request.headers.get("content-length", "")
@@ -106,6 +124,7 @@ async def upload_dataset(
         with uploads.one():
             form = FormFile(request.headers.get("content-type", ""), body.chunks())
             await form.open()
+            mapping = parse(form.mapping) if form.mapping is not None else None
             dataset = await intake.take_in(
                 sessions,
                 storage,
@@ -116,6 +135,9 @@ async def upload_dataset(
                 on_error=on_error,
                 max_bytes=max_bytes,
                 max_line_bytes=settings.dataset_line_mib * MIB,
+                head=form.head(HEAD_BYTES),
+                mapping=mapping,
+                scratch=settings.data_dir,
             )
     return DatasetOut.model_validate(dataset)
 
@@ -232,7 +254,7 @@ async def get_rows(
     summary="Download a dataset",
     response_class=Response,
     responses={
-        200: {"description": "The file as it was uploaded.", "content": FILE},
+        200: {"description": "The file as it is stored.", "content": FILE},
         206: {"description": "The part that `Range` asked for.", "content": FILE},
         **documented(404, 416, 422, 503),
     },
@@ -256,7 +278,7 @@ async def download_dataset(
     headers = {
         "ETag": etag,
         "Accept-Ranges": "bytes",
-        "Content-Disposition": content_disposition(dataset.name),
+        "Content-Disposition": content_disposition(dataset.file_name),
         "X-Content-Type-Options": "nosniff",
         "Cache-Control": "private, no-cache",
     }

@@ -22,6 +22,7 @@ EXAMPLE: dict[str, JsonValue] = {
     "format": "messages",
     "rows": 50,
     "skipped_lines": 0,
+    "converted_from": None,
     "parent_id": None,
 }
 
@@ -53,6 +54,9 @@ class DatasetOut(BaseModel):
     """Conversations that can be learnt from."""
     skipped_lines: int = Field(ge=0)
     """Bad lines that are left out of what is learnt from (`on_error=skip`)."""
+    converted_from: str | None = Field(examples=["gzip+csv"])
+    """The kind of file that was made JSONL: json_array, csv, gzip, zstd, parquet, or jsonl whose keys were mapped; null
+    where the file is stored byte for byte."""
     parent_id: UUID | None
     """The dataset that it was made from."""
 
@@ -74,6 +78,8 @@ class Problem(BaseModel):
     """What is wrong there."""
     kind: Kind
     """Stable: programs may match it."""
+    file_line: int | None = None
+    """Of a table: the line of the uploaded file where the row begins."""
 
 
 class Problems(BaseModel):
@@ -190,6 +196,10 @@ class ReportOut(BaseModel):
     """Whether the file begins with one."""
     crlf_lines: int
     """Lines that end as on Windows."""
+    converted_from: str | None = None
+    """What the file was before it became JSONL: its rows are the lines of that."""
+    mapping: dict[str, str] | None = None
+    """The mapping of keys that the upload said."""
     stopped_at_line: int | None = None
     """Where reading stopped because too much was wrong (10,000 problems, or 64 MiB in bad lines); null: nowhere."""
     tokens: Tokens | None = None

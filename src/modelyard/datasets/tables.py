@@ -26,6 +26,8 @@ class Dataset(Base):
     format: Mapped[str] = mapped_column(String(32))
     rows: Mapped[int] = mapped_column(BigInteger())
     skipped_lines: Mapped[int] = mapped_column(BigInteger())
+    # Kinds of file (`recognition.FileKind`), outermost first, with a plus between them; null: stored as it came.
+    converted_from: Mapped[str | None] = mapped_column(String(64))
     # Not a foreign key: a dataset outlives the one that it was made from.
     parent_id: Mapped[UUID | None] = mapped_column(Uuid(), index=True)
 
@@ -33,6 +35,13 @@ class Dataset(Base):
     def s3_path(self) -> str:
         """The key of the object that describes it."""
         return metadata_key(self.id)
+
+    @property
+    def file_name(self) -> str:
+        """The name under which it is saved: a converted file is JSONL, whatever it was."""
+        if self.converted_from is None or self.name.endswith(".jsonl"):
+            return self.name
+        return f"{self.name.removesuffix('.gz').removesuffix('.zst').rpartition('.')[0] or self.name}.jsonl"
 
     @property
     def data_key(self) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import mmap
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from modelyard.datasets.conversations import examine, lengths_if_plain
@@ -81,8 +81,14 @@ class Validation:
     """The state of one pass: `feed` it the file's bytes in order, then ask it to `finish`."""
 
     def __init__(
-        self, max_line_bytes: int, *, most_problems: int = MOST_PROBLEMS, most_bad_bytes: int = MOST_BAD_BYTES
+        self,
+        max_line_bytes: int,
+        *,
+        most_problems: int = MOST_PROBLEMS,
+        most_bad_bytes: int = MOST_BAD_BYTES,
+        is_recognised: bool = False,
     ) -> None:
+        """`is_recognised`: the file's kind is known already, and its first bytes say nothing more."""
         self.is_over_budget = False
         self._max_line_bytes = max_line_bytes
         self._most_problems = most_problems
@@ -90,7 +96,7 @@ class Validation:
         self._bad_bytes = self._shape_roles = 0
         self._reader = Lines(max_line_bytes)
         self._head: list[bytes] = []
-        self._is_begun = False
+        self._is_begun = is_recognised
         self._likely = Form.MESSAGES
         self._doubt = self._doubted = 0
         self._lines = self._blank = self._rows = self._crlf = 0
@@ -126,6 +132,32 @@ class Validation:
             if self.is_over_budget:
                 self._give_up()
 
+    def feed_rows(self, block: bytes, places: Sequence[int]) -> None:
+        """Take whole lines that were made of another file, and where each begins in that (0: nobody knows).
+
+        Raises:
+            InvalidDataset: as `feed`.
+        """
+        known, before = len(self._problems), self._lines
+        self.feed(block)
+        for problem in self._problems[known:]:
+            problem["file_line"] = places[problem["line"] - before - 1] or None
+
+    def refuse_row(self, fault: Fault, place: int) -> None:
+        """Count a row of another file that cannot be made a line: a blank one stands for it in the JSONL.
+
+        Raises:
+            InvalidDataset: too much is wrong.
+        """
+        self._reader.pass_over(1)
+        self._lines += 1
+        known = len(self._problems)
+        self._refuse(self._lines, [fault], 0)
+        for problem in self._problems[known:]:
+            problem["file_line"] = place or None
+        if self.is_over_budget:
+            self._give_up()
+
     def finish(self) -> dict[str, Any]:
         """Return the report, once all bytes were fed.
 
@@ -142,6 +174,8 @@ class Validation:
             self._take(run)
         if self.is_over_budget:
             self._give_up()
+        if not self._lines:
+            raise InvalidDataset("The file is empty.", code="dataset_empty")
         if not self._rows and not self._bad_lines:
             raise InvalidDataset(f"The file has {self._lines} lines, and all of them are blank.", code="dataset_empty")
         return self._report()
