@@ -316,3 +316,16 @@ def test_a_merge_that_dies_is_an_answer_with_its_end(
         assert (answer.status, answer.error_code) == (status, code)
         assert "ended before its work was done" in answer.json()["error"]["message"]
         assert not leftovers(server)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("read", "model_id"), [("adapter_dir", ADAPTER), ("model_dir", MODEL)])
+def test_what_is_deleted_while_it_is_merged_is_not_found(with_trainer: Any, read: str, model_id: str) -> None:
+    act = f"import json, shutil; shutil.rmtree(json.load(open(sys.argv[-1]))['{read}']); sys.exit(3)"
+    with with_trainer(act) as server:
+        for each in (MODEL, ADAPTER):
+            add_model(server, each)
+        answer = export(server, ADAPTER, "?merged=true")
+        assert (answer.status, answer.error_code) == (404, "model_not_found")
+        assert model_id in answer.json()["error"]["message"]
+        assert "deleted while" in answer.json()["error"]["message"]

@@ -603,6 +603,8 @@ async def _tokenize(link: Connection, engine: Engine, request: Json, sent: list[
     if "messages" in request and engine.plan.get("no_chat_template"):
         raise Refused(400, "As of transformers v4.44, default chat template is no longer allowed, so you must provide "
                            "a chat template if the tokenizer does not define one.")  # fmt: skip
+    if not isinstance(request.get("prompt"), str) and not isinstance(request.get("messages"), list):
+        raise Refused(400, "prompt: Field required")
     text = request["prompt"] if "prompt" in request else chat_prompt(request["messages"], request.get("tools"))
     has_begin = "recites" in engine.plan and request.get("add_special_tokens", True)
     tokens = recital.tokenize(text, has_begin=has_begin)
@@ -614,7 +616,10 @@ async def _tokenize(link: Connection, engine: Engine, request: Json, sent: list[
 
 
 async def _detokenize(link: Connection, engine: Engine, request: Json, sent: list[int]) -> int:
-    link.reply(200, json.dumps({"prompt": recital.decode(request["tokens"])}).encode())
+    tokens = request.get("tokens")
+    if not isinstance(tokens, list) or any(type(one) is not int or not 0 <= one < recital.TOKENS for one in tokens):
+        raise Refused(400, "tokens: Input should be a valid list of token ids")
+    link.reply(200, json.dumps({"prompt": recital.decode(tokens)}).encode())
     return 200
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from uuid import uuid4
 
 from modelyard import evidence
-from modelyard.errors import BadGateway, JobFailure, ModelyardError, Unavailable, Unprocessable
+from modelyard.errors import BadGateway, JobFailure, ModelNotFound, ModelyardError, Unavailable, Unprocessable
 from modelyard.finetune import attempts
 from modelyard.processes import Child, Children, Outcome
 from modelyard.settings import Settings
@@ -84,16 +84,20 @@ class Errands:
         Cancelling it ends the child and waits until nothing of it is left.
 
         Raises:
+            ModelNotFound: the model or the adapter was deleted meanwhile.
             ModelyardError: it failed, was killed or died; the cause and what to do.
         """
         if self._is_ending:
             raise _stopping()
-        task = asyncio.create_task(self._run(folder, spec(folder), env or {}), name=f"errand {folder.name}")
+        wanted = spec(folder)
+        task = asyncio.create_task(self._run(folder, wanted, env or {}), name=f"errand {folder.name}")
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         try:
             return await asyncio.shield(task)
         except JobFailure as failure:
+            if (deleted := await asyncio.to_thread(_deleted, wanted)) is not None:
+                raise ModelNotFound(deleted, hint="It was deleted while the trainer read it.") from failure
             raise refusal(failure) from failure
         except asyncio.CancelledError:
             own = asyncio.current_task()
@@ -128,6 +132,12 @@ def refusal(failure: JobFailure) -> ModelyardError:
     if failure.code in PASSING:
         return Unavailable(message, retry_after_s=RETRY_AFTER_S, code=failure.code)
     return (BadGateway if failure.code == "trainer_failed" else Unprocessable)(message, code=failure.code)
+
+
+def _deleted(spec: Spec) -> str | None:
+    """Return which of the spec's models has no folder any more."""
+    read = ((spec.model_id, spec.model_dir), (spec.adapter_id, spec.adapter_dir))
+    return next((model_id for model_id, folder in read if folder and not Path(folder).is_dir()), None)
 
 
 def _stopping() -> ModelyardError:
