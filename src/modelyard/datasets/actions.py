@@ -1,4 +1,4 @@
-"""What may be done with datasets, as functions on a session that never commit."""
+"""Actions on datasets, as functions on a session that never commit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a conversation can be learnt from, and what it is in the one canonical form.
+"""The check of a conversation: whether it can be learnt from, and what it is in the one canonical form.
 
 Refused: no message of the assistant with anything in it (or all of weight 0), a system message that is not the first,
 a tool message that does not follow a tool call, content that is not text. Warned of: what some chat templates refuse,
@@ -35,7 +35,7 @@ MOST_KEPT_ROLES = 64
 
 @dataclass(frozen=True)
 class Shape:
-    """What the roles of a conversation say by themselves, whatever their messages are."""
+    """The roles of a conversation, judged by themselves whatever their messages are."""
 
     roles: tuple[Role, ...]
     faults: tuple[Fault, ...]

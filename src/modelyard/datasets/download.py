@@ -1,4 +1,4 @@
-"""What HTTP says about handing out a file: which part of it is wanted, and under what name it is to be saved."""
+"""HTTP headers of a file that is handed out: the part of it that is wanted, and the name to save it under."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be wrong with a line, where in it, and in words for whoever made it.
+"""Faults of a line: their kind, the place in it, and words for whoever made it.
 
 `diagnose` says why a line is no JSON that can be read. It is slow, and only for lines that have been refused already.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 
 class Kind(StrEnum):
-    """What can be wrong with a line; the report counts by it."""
+    """The kinds of fault that a line can have; the report counts by them."""
 
     #: Bytes that are no UTF-8.
     NOT_UTF8 = "not_utf8"

@@ -27,7 +27,7 @@ Role = Literal["system", "user", "assistant", "tool"]
 
 
 class Form(StrEnum):
-    """How a row is written."""
+    """The format of a row."""
 
     #: OpenAI's chat format, which is the canonical one.
     MESSAGES = "messages"
@@ -47,7 +47,7 @@ class Part(Struct, gc=False):
 
 
 class Function(Struct, gc=False):
-    """What a tool call calls; the canonical form has the arguments as an object."""
+    """The function that a tool call calls; the canonical form has the arguments as an object."""
 
     name: str
     arguments: dict[str, Any] | str
@@ -231,7 +231,7 @@ def plain_rows(lines: Iterable[bytes]) -> Iterator[PlainRow]:
 
 
 def _is_really(found: Any) -> bool:
-    """Whether no form that goes before this one is there as well."""
+    """True if no form that goes before this one is there as well."""
     for name in _EARLIER[type(found)]:
         value = getattr(found, name)
         if value is not UNSET and bytes(value) != b"null":

@@ -1,4 +1,4 @@
-"""How a dataset comes in and goes out: the file is hashed, validated and stored in one pass, then its row is written.
+"""Datasets that come in and go out: the file is hashed, validated and stored in one pass, then its row is written.
 
 Nothing is left of what was refused, broke off or could not be stored. What a killed server leaves is noted in the
 database, and `sweep` removes it at the next start.

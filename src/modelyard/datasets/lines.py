@@ -126,7 +126,7 @@ def rows_of(blocks: Iterable[bytes], max_line_bytes: int) -> Iterator[tuple[int,
 
 
 def is_utf8(text: bytes) -> bool:
-    """Whether the bytes are text."""
+    """True if the bytes are text."""
     if text.isascii():
         return True
     try:

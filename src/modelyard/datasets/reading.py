@@ -21,7 +21,7 @@ PAGE_BYTES = 8 * 1024 * 1024
 
 
 class About(Struct):
-    """What `metadata.json` has beside the columns of the row."""
+    """The part of `metadata.json` that is beside the columns of the row."""
 
     report: dict[str, Any]
     #: Byte, lines and rows before it.

@@ -1,4 +1,4 @@
-"""What datasets look like on the wire."""
+"""Wire shapes of datasets."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class DatasetOut(BaseModel):
     s3_path: str
     """The key of the object that describes it; the file lies beside it."""
     description: str | None
-    """What the upload said of it."""
+    """The description that the upload gave."""
     created_at: datetime
     """When it was uploaded, in UTC."""
     size_bytes: int = Field(ge=0)
@@ -49,7 +49,7 @@ class DatasetOut(BaseModel):
     sha256: str
     """The hash of the file."""
     format: Form | str
-    """How its rows are written: messages, sharegpt, prompt_completion, instruction, or mixed."""
+    """The format of its rows: messages, sharegpt, prompt_completion, instruction, or mixed."""
     rows: int = Field(ge=0)
     """Conversations that can be learnt from."""
     skipped_lines: int = Field(ge=0)
@@ -66,7 +66,7 @@ class DatasetOut(BaseModel):
 
 
 class Problem(BaseModel):
-    """What is wrong with a line."""
+    """A problem of a line."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
@@ -75,7 +75,7 @@ class Problem(BaseModel):
     path: str = Field(examples=["$.messages[1].role"])
     """Where in it: a JSON path; `$` is the line itself."""
     reason: str = Field(examples=["is 'human', but must be one of system, user, assistant, tool"])
-    """What is wrong there."""
+    """The problem, in words."""
     kind: Kind
     """Stable: programs may match it."""
     file_line: int | None = None
@@ -135,7 +135,7 @@ class Tokens(BaseModel):
     counted_rows: int
     """The rows that these figures are about: those in the first 32 MiB."""
     is_exact: bool
-    """Whether these are all rows."""
+    """True if these are all rows."""
     total: int
     longest: int
     truncated_rows: int
@@ -167,7 +167,7 @@ REPORT_EXAMPLE: dict[str, JsonValue] = {
 
 
 class ReportOut(BaseModel):
-    """What is in a dataset."""
+    """The content of a dataset."""
 
     model_config = ConfigDict(use_attribute_docstrings=True, json_schema_extra={"examples": [REPORT_EXAMPLE]})
 
@@ -193,7 +193,7 @@ class ReportOut(BaseModel):
     warnings: list[Warned]
     problems: Problems
     byte_order_mark: bool
-    """Whether the file begins with one."""
+    """True if the file begins with one."""
     crlf_lines: int
     """Lines that end as on Windows."""
     converted_from: str | None = None
@@ -214,9 +214,9 @@ class RowOut(BaseModel):
     line: int
     """Its line in the file, from 1."""
     format: Form
-    """How it is written there."""
+    """The format in which it is written there."""
     messages: list[dict[str, Any]]
-    """What is said: role, content, and where there are any tool_calls, tool_call_id, name, weight."""
+    """The message: role, content, and where there are any tool_calls, tool_call_id, name, weight."""
     tools: list[dict[str, Any]] | None = None
     """The tools that the conversation knows."""
 

@@ -38,7 +38,7 @@ _MOST_KEPT = _SLOTS * 3 // 4
 
 
 class Duplicates:
-    """Which rows were there before. Exact for the first 3 million different ones, in 32 MiB at most."""
+    """The rows that were there before. Exact for the first 3 million different ones, in 32 MiB at most."""
 
     def __init__(self) -> None:
         # Memory that nobody has touched yet costs nothing: a small dataset pays for its own rows only.
@@ -50,7 +50,7 @@ class Duplicates:
 
     @property
     def is_full(self) -> bool:
-        """Whether rows came that nothing could be compared with later."""
+        """True if rows came that nothing could be compared with later."""
         return self._kept >= _MOST_KEPT
 
     def see(self, lines: Iterable[bytes], numbers: Iterable[int]) -> None:
