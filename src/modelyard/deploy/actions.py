@@ -1,4 +1,4 @@
-"""What may be wanted of deployments, as functions on a session that never commit."""
+"""Wishes about deployments, as functions on a session that never commit."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ async def _hold(session: AsyncSession, deployment_id: UUID, model_ids: Sequence[
 
 
 async def holds_more_than_it_needs(session: AsyncSession, deployment: Deployment) -> bool:
-    """Whether a deployment holds adapters that it neither wants nor serves."""
+    """True if a deployment holds adapters that it neither wants nor serves."""
     more = select(DeploymentModel.model_id).where(_not_needed(deployment)).limit(1)
     return (await session.scalar(more)) is not None
 
@@ -269,7 +269,7 @@ async def _last_failure(session: AsyncSession) -> str:
 
 
 async def is_wanted(session: AsyncSession, deployment: Deployment) -> bool:
-    """Whether a deployment is wanted in service: its job runs, and neither of them was asked to end."""
+    """True if a deployment is wanted in service: its job runs, and neither of them was asked to end."""
     job = await jobs.get(session, deployment.job_id)
     return deployment.wanted == Wanted.UP and job.status in ACTIVE and not job.interrupt_requested
 

@@ -56,7 +56,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Probes:
-    """What an adapter's folder says of how it was trained. `template_source`: model or default, if it is said.
+    """The facts in an adapter's folder about its training. `template_source`: model or default, if it is said.
 
     `is_dated`: the chat template puts today's date into prompts, so that some tokens are others on another day.
     """
@@ -155,7 +155,7 @@ async def _acts(
 
 
 def are_same(ids: Sequence[int], wanted: Sequence[int], most: int) -> bool:
-    """Whether two prompts are the same but for `most` tokens in one place, which a date may have taken."""
+    """True if two prompts are the same but for `most` tokens in one place, which a date may have taken."""
     if ids == wanted:
         return True
     shorter = min(len(ids), len(wanted))

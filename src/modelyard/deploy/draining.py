@@ -54,7 +54,7 @@ class Requests:
             self.asked()
 
     def unasked(self, timeout_s: float | None) -> bool:
-        """Whether nobody has asked for so long, as of the last look."""
+        """True if nobody has asked for so long, as of the last look."""
         return timeout_s is not None and time.monotonic() - self._asked_at > timeout_s
 
     def begin_draining(self) -> None:
@@ -86,7 +86,7 @@ class Requests:
 
     @property
     def are_leaving(self) -> bool:
-        """Whether adapters wait for their last request."""
+        """True if adapters wait for their last request."""
         return bool(self._leaving)
 
     async def those_that_left(self) -> list[str]:

@@ -34,7 +34,7 @@ _WORKER = re.compile(r"Call to \w+ method failed: Worker failed with error '(.+)
 
 
 class Health(StrEnum):
-    """What an engine says of itself."""
+    """An engine's answer to the question for its health."""
 
     #: It answers 200.
     GOOD = "good"
@@ -46,7 +46,7 @@ class Health(StrEnum):
 
 @dataclass(frozen=True)
 class Answer:
-    """What a prompt was answered with: tokens, and how likely each was."""
+    """The answer to a prompt: tokens, and how likely each was."""
 
     token_ids: list[int]
     logprobs: list[float]

@@ -1,4 +1,4 @@
-"""Whether a model fits a machine: the one arithmetic behind the plan, the supervisor's decision and the command.
+"""The fit of a model on a machine: the one arithmetic behind the plan, the supervisor's decision and the command.
 
 On a CPU memory is shared out here, because vLLM itself would be killed by the system instead: processes, weights and
 room for adapters are counted, and the KV cache gets what is useful of the rest. On a GPU vLLM takes a given part of
@@ -36,7 +36,7 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 @dataclass(frozen=True)
 class Fit:
-    """What an engine takes of a machine, and whether the machine has it. All memory in bytes.
+    """The memory that an engine takes of a machine, and whether the machine has it. All memory in bytes.
 
     On a GPU `total_bytes` is all that vLLM takes on its GPUs together (`gpus`: their indexes), and `available_bytes`
     what is free on those. A sequence is one request of full length. None: nothing tells.
@@ -83,7 +83,7 @@ def gib(size_bytes: int) -> str:
 
 
 class _Need:
-    """What a model with its options needs, part by part, whatever the machine has."""
+    """The memory that a model with its options needs, part by part, whatever the machine has."""
 
     def __init__(self, model: ModelFiles, options: EngineOptions, machine: Machine, adapters_rank: int) -> None:
         self.model = model

@@ -1,4 +1,4 @@
-"""Whether a deployment's engine may start now, and with which command: the fit check on what others were given.
+"""The decision to start a deployment's engine, and its command: the fit check on what others were given.
 
 Reads the machine, the model's files and the tables. The supervisor holds a lock from `room` until the engine's share is
 written to the row (`memory_bytes`), so that two engines never count on the same memory. What is promised to jobs of

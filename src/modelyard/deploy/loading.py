@@ -31,7 +31,7 @@ class Adapter:
     path: Path
 
     def is_loaded(self, loaded: Sequence[dict[str, Any]]) -> bool:
-        """Whether this very folder is what an engine serves."""
+        """True if this very folder is what an engine serves."""
         return any(one["adapter_id"] == self.adapter_id and one["path"] == str(self.path) for one in loaded)
 
 

@@ -1,4 +1,4 @@
-"""What this machine has for an engine: GPUs or not, processors, free memory. Reads files and NVML, starts nothing.
+"""This machine's hardware for an engine: GPUs or not, processors, free memory. Reads files and NVML, starts nothing.
 
 NVML is NVIDIA's library of figures; the package nvidia-ml-py (of the gpu extra) speaks to it. Without the package or
 without the library there are no GPUs to see, and `has_gpu` says whether a driver is there all the same.

@@ -1,4 +1,4 @@
-"""What a model's `config.json` tells of the memory that serving it takes.
+"""The shape of a model, by its `config.json`, that tells how much memory serving it takes.
 
 Every function answers None where the configuration does not tell, so that nobody counts on a guess: layers of more
 than one kind (sliding windows, state spaces, shared caches) and families whose fields are read nowhere here are such
@@ -69,12 +69,12 @@ def stored_dtype(config: Config) -> str | None:
 
 
 def is_quantised(config: Config) -> bool:
-    """Whether the weights are kept in a format of their own, whatever the number format of the arithmetic is."""
+    """True if the weights are kept in a format of their own, whatever the number format of the arithmetic is."""
     return any(part.get(key) for part in (config, text_part(config)) for key in ("quantization_config", "quant_config"))
 
 
 def is_encoder(config: Config) -> bool:
-    """Whether the model is known to need no KV cache."""
+    """True if the model is known to need no KV cache."""
     return names_of(config)[0] in ENCODERS
 
 

@@ -1,4 +1,4 @@
-"""What a deploy would take and do, without doing it.
+"""The plan of a deploy: what it would take and do, without doing it.
 
 The wish is written as a deploy writes it, looked at, and taken back: what `actions` would decide is decided by the same
 lines. Whether the engine would start is asked of `fit` and of `vllm_args`, as the supervisor asks them, on the machine
@@ -43,7 +43,7 @@ class Leaving:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a deploy would do. Memory in bytes; `free_bytes` is what engines may take now, None if nothing tells.
+    """The plan of a deploy. Memory in bytes; `free_bytes` is what engines may take now, None if nothing tells.
 
     `fit` is None where the model's files cannot be read; `failure` is the one that the deploy's job would end with.
     """
@@ -164,7 +164,7 @@ class _Look:
         return left_when_gone(self.machine, self._row, self._live, gone, self._settings, self._promised)
 
     def is_blind(self, leaving: Sequence[Leaving]) -> bool:
-        """Whether nothing tells how much memory the GPUs have, and another engine is on them."""
+        """True if nothing tells how much memory the GPUs have, and another engine is on them."""
         gone = {self._row.id, *(one.deployment_id for one in leaving if one.first)}
         others = any(one.memory_bytes for one in self._live if one.id not in gone)
         return self.machine.has_gpu and not self.machine.gpus and (others or self._promised.memory_bytes > 0)

@@ -14,7 +14,7 @@ GIB = 1024**3
 
 
 class PlannedMemory(BaseModel):
-    """What the engine takes, in bytes; with GPUs: of their memory. null: the model's configuration does not tell."""
+    """Memory of the engine in bytes, of the GPUs where there are any. null: the model's configuration does not tell."""
 
     weights_bytes: int = Field(examples=[16 * GIB])
     processes_bytes: int = Field(description="The engine itself, without model and cache.", examples=[2 * GIB])
@@ -58,7 +58,7 @@ class LeavingOut(BaseModel):
 
 
 class PlanOut(BaseModel):
-    """What a deploy with this body would take and do."""
+    """The plan of a deploy with this body."""
 
     model_config = ConfigDict(protected_namespaces=())
 

@@ -18,7 +18,7 @@ from modelyard.jobs.tables import ACTIVE, Job
 
 @dataclass(frozen=True)
 class Promised:
-    """What is promised altogether. `not_taken_bytes` is the part of it that the machine still counts as free."""
+    """All that is promised. `not_taken_bytes` is the part of it that the machine still counts as free."""
 
     memory_bytes: int = 0
     not_taken_bytes: int = 0

@@ -1,4 +1,4 @@
-"""What is written of one deployment: its row, kept at hand as it was last read, and the transactions on it.
+"""The record of one deployment: its row, kept at hand as it was last read, and the transactions on it.
 
 Only its service writes through this. Where what is written depends on what is wanted, wishes are kept out meanwhile:
 on PostgreSQL a wish beside such a transaction would be lost, or hold a model for ever.
@@ -82,7 +82,7 @@ class Record:
 
     @patient
     async def wants(self, adapter_ids: list[str]) -> bool:
-        """Whether exactly these adapters are wanted now."""
+        """True if exactly these adapters are wanted now."""
         async with self._sessions.read() as session:
             return (await self._of(session)).adapter_ids == adapter_ids
 

@@ -41,7 +41,7 @@ _COMING = frozenset({DeploymentState.STARTING, DeploymentState.BACKOFF})
 
 
 class Address(Protocol):
-    """What is needed of a target to count its requests."""
+    """The part of a target by which its requests are counted."""
 
     @property
     def url(self) -> str: ...

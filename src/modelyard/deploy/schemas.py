@@ -15,7 +15,7 @@ from modelyard.settings import Settings
 
 
 class EngineOptions(BaseModel):
-    """What a request may say about the engine. Nothing here can name a path, a plugin or remote code.
+    """Options of an engine that a request may set. Nothing here can name a path, a plugin or remote code.
 
     What is left out comes from the settings `MODELYARD_ENGINE_*`, and what those leave open from the machine.
     """
@@ -73,7 +73,7 @@ class EngineOptions(BaseModel):
 
 
 class DeployIn(BaseModel):
-    """What to put into service. Ids are those of GET /api/v1/models/."""
+    """A wish to put something into service. Ids are those of GET /api/v1/models/."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -129,7 +129,7 @@ class AdapterFailureOut(BaseModel):
     hint: str = Field(examples=["Check that it was trained for this very model."])
 
 
-_STATES = """What it does right now.
+_STATES = """The state right now.
 STARTING: an engine is on its way, or will be when memory is free.
 READY: the engine has generated a token.
 BACKOFF: the engine died; the next one starts after a delay.
@@ -251,7 +251,7 @@ class AliasIn(BaseModel):
 
 
 class ResolvedOut(BaseModel):
-    """What answers a name right now."""
+    """The deployment that answers a name right now."""
 
     model_config = ConfigDict(protected_namespaces=())
 

@@ -56,7 +56,7 @@ class Silence:
 
     @property
     def is_forgiven(self) -> bool:
-        """Whether the engine was ended here, and may be started again although it has no restarts left."""
+        """True if the engine was ended here, and may be started again although it has no restarts left."""
         return self.failure is not None and self.count <= FORGIVEN
 
     async def note(self, health: Health, processor_times: Callable[[], Awaitable[dict[int, float]]]) -> News | None:

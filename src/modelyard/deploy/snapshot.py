@@ -57,14 +57,14 @@ class Way:
 
     @property
     def rank(self) -> int:
-        """How good it is, beside others for the same name: the higher the sooner it answers."""
+        """Its rank beside others for the same name: the higher the sooner it answers."""
         if self.deployment.state == DeploymentState.READY and self.deployment.engine_url is not None:
             return 3 if self.served_name is not None else 2
         return 1 if self.deployment.state in ASLEEP else 0
 
     @property
     def works(self) -> bool:
-        """Whether a request would be answered, if need be after a wait."""
+        """True if a request would be answered, if need be after a wait."""
         return self.rank in (1, 3)
 
     def target(self) -> Target | None:
@@ -76,7 +76,7 @@ class Way:
 
 
 class Snapshot:
-    """Which names lead where, worked out once for all requests until the next snapshot.
+    """The way of each name, worked out once for all requests until the next snapshot.
 
     `up` are the deployments that are wanted, those first that were last asked to be current.
     """

@@ -1,4 +1,4 @@
-"""What a deployment's supervisor does next: one pure function, tested as a table with no process.
+"""The next step of a deployment's supervisor: one pure function, tested as a table with no process.
 
 The supervisor gathers the facts, asks `next_step`, does what it says, and asks again when something happened.
 """
@@ -12,7 +12,7 @@ from modelyard.deploy.tables import DeploymentState, Wanted
 
 
 class ChildState(StrEnum):
-    """What is known of the engine process of this deployment."""
+    """The known state of this deployment's engine process."""
 
     #: There is none.
     NONE = "none"
@@ -23,7 +23,7 @@ class ChildState(StrEnum):
 
 
 class Room(StrEnum):
-    """Whether an engine may be started now."""
+    """True if an engine may be started now."""
 
     #: It fits, or nothing could be done about it.
     THERE = "there"
@@ -72,7 +72,7 @@ class Step(StrEnum):
 
 @dataclass(frozen=True)
 class Facts:
-    """What the supervisor knows.
+    """Facts that the supervisor knows.
 
     `has_served`: an engine of it, or of what it brings back, has generated a token. `drained`: it has had no request
     for a moment, or time is up. `unasked`: nobody asked for as long as its idle timeout. `awaited`: a request waits

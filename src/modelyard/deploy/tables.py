@@ -61,7 +61,7 @@ LIVE = (_State.STARTING, _State.READY, _State.BACKOFF, _State.DRAINING, _State.I
 
 
 class Wanted(StrEnum):
-    """What requests want of a deployment."""
+    """The state that requests want of a deployment."""
 
     UP = "UP"
     #: Out of service when the requests that it has have ended.
@@ -71,7 +71,7 @@ class Wanted(StrEnum):
 
 
 class Strategy(StrEnum):
-    """How a deployment takes the place of others."""
+    """The way in which a deployment takes the place of others."""
 
     #: Beside them where memory allows, else in their place.
     AUTO = "auto"
@@ -134,7 +134,7 @@ class Deployment(Base):
 
     @property
     def has_served(self) -> bool:
-        """Whether it, or what it brings back, has been ready: what fails then may work the next time, or in part."""
+        """True if it, or what it brings back, has been ready: what fails then may work the next time, or in part."""
         return self.ready_at is not None or self.restores is not None
 
 
