@@ -41,7 +41,7 @@ MOST_TRIED = 10
 
 @dataclass(frozen=True)
 class Share:
-    """What a training was given. `memory_bytes` is None where nothing tells how much there is."""
+    """The share that a training was given. `memory_bytes` is None where nothing tells how much there is."""
 
     memory_bytes: int | None
     #: For the trainer's environment: which GPUs are its.
@@ -67,7 +67,7 @@ class Sight:
         return min((gpu.free_bytes for gpu in self._freest(machine)), default=None)
 
     def fits(self, needed_bytes: int, gone: Collection[UUID] = (), *, alone: bool = False) -> bool:
-        """Whether so much is free then; where nothing tells, one at a time is all that is safe."""
+        """True if so much is free then; where nothing tells, one at a time is all that is safe."""
         free = self.free(gone, alone=alone)
         if free is not None:
             return free >= needed_bytes

@@ -1,4 +1,4 @@
-"""What may be done with trainings, as functions on a session that never commit.
+"""Actions on trainings, as functions on a session that never commit.
 
 Requests write wishes here: a training with its job, one more job for it, its deletion. What a training holds (its base
 and its dataset, which cannot be deleted meanwhile) is held from the transaction that creates its job to the one that

@@ -44,7 +44,7 @@ class Entry:
 
     @property
     def is_large(self) -> bool:
-        """Whether its size needs Zip64."""
+        """True if its size needs Zip64."""
         return self.size >= MOST_32
 
     @property

@@ -119,7 +119,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class Kills:
-    """How many processes the kernel has killed for want of memory: on the machine, and in this server's container."""
+    """Processes that the kernel has killed for want of memory: on the machine, and in this server's container."""
 
     machine: int
     container: int

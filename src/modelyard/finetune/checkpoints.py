@@ -37,7 +37,7 @@ _STEP = re.compile(r"step-(\d{1,12})")
 
 
 class DamagedCheckpoint(Exception):
-    """What is stored is not what its manifest says."""
+    """The stored files differ from their manifest."""
 
 
 def prefix(finetune_id: UUID) -> str:

@@ -1,4 +1,4 @@
-"""What is in the store, to take away: an adapter or a model as a zip, or an adapter inside its base.
+"""Exports from the store: an adapter or a model as a zip, or an adapter inside its base.
 
 An adapter leaves with the name of its base where PEFT looks for it, whatever its file said. To merge, a trainer child
 writes the whole model into a folder of its own (`errands`); whoever opened the `merged` block has it until the end of

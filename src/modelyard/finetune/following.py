@@ -207,7 +207,7 @@ def _place(unit: str | None, done: int) -> tuple[int, int]:
 
 
 def _is_sound(report: Any) -> bool:
-    """Whether a report has what its kind must have; a kind that is not known has not."""
+    """True if a report has what its kind must have; a kind that is not known has not."""
     kind = report.get("kind") if isinstance(report, dict) else None
     wanted = _MUST_HAVE.get(kind) if isinstance(kind, str) else None
     return wanted is not None and all(type(report.get(name)) is what for name, what in wanted.items())

@@ -208,7 +208,7 @@ async def _served_elsewhere(session: AsyncSession, row: Deployment, adapter_id: 
 
 
 async def _fell_with_another(session: AsyncSession, row: Deployment, adapter_id: str) -> bool:
-    """Whether the adapter was taken back only because another one that was asked for beside it was refused."""
+    """True if the adapter was taken back only because another one that was asked for beside it was refused."""
     failure = row.adapter_failure
     return (
         failure is not None

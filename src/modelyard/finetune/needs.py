@@ -1,4 +1,4 @@
-"""How much memory a training will want, worked out before it begins from the model's shape and the settings.
+"""The memory that a training will want, worked out before it begins from the model's shape and the settings.
 
 An estimate from above, to decide who must make room; the trainer measures, and keeps to what it was given. The parts:
 
@@ -105,7 +105,7 @@ def estimate(
 
 @cache
 def has_amx(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this processor multiplies numbers of 16 bits fast, so that a trainer computes in them."""
+    """True if this processor multiplies numbers of 16 bits fast, so that a trainer computes in them."""
     try:
         return " amx_tile " in cpuinfo.read_text("ascii", errors="replace").replace("\n", " ")
     except OSError:

@@ -1,4 +1,4 @@
-"""What a plan of a training looks like on the wire."""
+"""Wire shapes of a training's plan."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ EXAMPLE: dict[str, Any] = {
 
 
 class FinetunePlanOut(BaseModel):
-    """What a training would take, and whether there is room for it now."""
+    """The cost of a training, and whether there is room for it now."""
 
     model_config = ConfigDict(protected_namespaces=(), json_schema_extra={"examples": [EXAMPLE]})
 

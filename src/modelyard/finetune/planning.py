@@ -1,4 +1,4 @@
-"""What a training would take, before it is asked for: rows, steps, minutes, memory, and whether there is room.
+"""The plan of a training, before it is asked for: rows, steps, minutes, memory, and whether there is room.
 
 Asked with the same body as the training. A trainer child prepares every row; where no training of this model and
 these settings tells what its steps take, and nobody holds the memory, it measures a few of them. Nothing is kept and

@@ -20,7 +20,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
 
 
 class HyperparametersIn(BaseModel):
-    """How the adapter is trained. Everything may be left out."""
+    """Hyperparameters of the training. Everything may be left out."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
@@ -116,7 +116,7 @@ class HyperparametersIn(BaseModel):
 
 
 class PromoteIn(BaseModel):
-    """Which alias is to lead to the adapter once it is in service, and on which condition."""
+    """The alias that is to lead to the adapter once it is in service, and on which condition."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -127,7 +127,7 @@ class PromoteIn(BaseModel):
 
 
 class FinetuneIn(BaseModel):
-    """What to train. Ids are those of GET /api/v1/finetune/models/ and GET /api/v1/datasets/."""
+    """A wish for a training. Ids are those of GET /api/v1/finetune/models/ and GET /api/v1/datasets/."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -220,7 +220,7 @@ class HyperparametersOut(BaseModel):
 
 
 class PromoteOut(BaseModel):
-    """Which alias is to lead to the adapter."""
+    """The alias that is to lead to the adapter."""
 
     alias: str = Field(examples=["default"])
     condition: str = Field(alias="if", examples=["better"])
@@ -255,7 +255,7 @@ class FinetuneOut(BaseModel):
 
 
 class PointOut(BaseModel):
-    """What was measured at one step."""
+    """The figures of one step."""
 
     model_config = ConfigDict(from_attributes=True)
 

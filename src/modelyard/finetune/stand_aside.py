@@ -69,7 +69,7 @@ def left_for(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 async def are_gone(session: AsyncSession, finetune_id: UUID) -> bool:
-    """Whether everything that left for a training has given its memory back."""
+    """True if everything that left for a training has given its memory back."""
     row = await _row(session, finetune_id)
     ids = [UUID(one["deployment_id"]) for one in row.stopped]
     query = select(Deployment.id).where(Deployment.id.in_(ids), Deployment.state.in_(LIVE)).limit(1)

@@ -14,7 +14,7 @@ from modelyard.db import Base, Number, UtcDateTime, utcnow
 
 
 class Phase(StrEnum):
-    """What a training is at; its job's status says whether it still is. A restart may begin a phase again."""
+    """The phase of a training; its job's status says whether it still is. A restart may begin a phase again."""
 
     #: Other trainings come first.
     QUEUED = "QUEUED"
@@ -35,7 +35,7 @@ class Phase(StrEnum):
 
 
 class OnBusy(StrEnum):
-    """What to do while the accelerator is taken by deployments."""
+    """The choice for when the accelerator is taken by deployments."""
 
     #: Wait until there is room.
     WAIT = "wait"
@@ -95,7 +95,7 @@ class Finetune(Base):
 
 
 class FinetunePoint(Base):
-    """What a training measured at one step. A step that is done again after a restart replaces what it said."""
+    """The figures of a training at one step. A step that is done again after a restart replaces what it said."""
 
     __tablename__ = "finetune_points"
     __table_args__ = (Index("ix_finetune_points_finetune_id_step", "finetune_id", "step", unique=True),)

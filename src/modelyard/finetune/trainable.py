@@ -1,4 +1,4 @@
-"""Which models an adapter can be trained for, as far as `config.json` tells; the trainer has the last word.
+"""The models that an adapter can be trained for, as far as `config.json` tells; the trainer has the last word.
 
 Reads one small file of the store. What it does not know it lets through: the trainer then says what is wrong with it.
 """
