@@ -1,4 +1,4 @@
-"""Whether the client is still there: what is done for one that went away is given up.
+"""A watch on the client's connection: what is done for one that went away is given up.
 
 The server does not end a request whose client has gone, it only says so to whoever reads on. The watch does, from the
 end of the request's body on: first for what must be waited for before an engine is asked (one that wakes may take

@@ -1,4 +1,4 @@
-"""What the gateway reads of a request: its body up to a limit, and in it the fields that decide where it goes.
+"""The envelope of a request: its body up to a limit, and in it the fields that decide where it goes.
 
 It promises that what goes on to an engine is a JSON object in which no field names a file, a template, a tensor or
 an address to fetch. All else is the engine's to judge: values are neither checked nor changed here, and the bytes

@@ -34,7 +34,7 @@ class Served(Protocol):
 
 
 def wants_openai_list(headers: Mapping[str, str]) -> bool:
-    """Whether a caller is one of OpenAI's own clients (or a derivative), by the headers that all of them send.
+    """True if a caller is one of OpenAI's own clients (or a derivative), by the headers that all of them send.
 
     `headers` must be looked up by lower-case names.
     """

@@ -1,4 +1,4 @@
-"""What the gateway counts, per request and never per chunk: an answer of a thousand tokens costs as much as one of ten.
+"""The gateway's metrics, per request and never per chunk: an answer of a thousand tokens costs as much as one of ten.
 
 The registry is the application's; nothing is kept in module state, so that a test may have its own.
 """

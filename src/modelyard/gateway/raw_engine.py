@@ -1,4 +1,4 @@
-"""What the raw-prompt lane asks of an engine: tokens of a text, the text of tokens, texts that go on, next tokens.
+"""The raw-prompt lane's calls to an engine: tokens of a text, the text of tokens, texts that go on, next tokens.
 
 `Asking` holds all calls that one request makes, so that they end together when the client leaves. It knows vLLM's
 fields and answers and no more: what a text is and where it stands is for `raw` to say.
@@ -50,7 +50,7 @@ class Choice(msgspec.Struct):
 
     @property
     def is_finished(self) -> bool:
-        """Whether the model ended the text by itself."""
+        """True if the model ended the text by itself."""
         return self.finish_reason == "stop"
 
 

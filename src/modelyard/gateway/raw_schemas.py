@@ -1,4 +1,4 @@
-"""What a request for raw text may say, and what it means: fields, types, ranges, defaults.
+"""The body of a request for raw text: fields, types, ranges, defaults.
 
 The types are checked as by the interface that this one succeeds: whatever has a wrong type is "Invalid Data Format",
 unknown keys are ignored, and a flag that is no boolean counts as true. That a number must also be one which an engine
@@ -33,7 +33,7 @@ class Range:
     is_above: bool = False
 
     def holds(self, value: float) -> bool:
-        """Whether the value is one of them."""
+        """True if the value is one of them."""
         return (self.least < value if self.is_above else self.least <= value) and value <= self.most
 
     def __str__(self) -> str:
@@ -63,7 +63,7 @@ RANGES_OF_BEAMS = {
 
 @dataclass(frozen=True)
 class Config:
-    """How to generate. `sent` names what the request itself said; the rest are defaults, which bend where they must."""
+    """Generation settings. `sent` names those of the request; the rest are defaults, which bend where they must."""
 
     num_beams: int
     do_sample: bool

@@ -32,17 +32,17 @@ class Turn:
 
     @property
     def must_be_looked_at(self) -> bool:
-        """Whether the engine's own text of what is new cannot be had without a look."""
+        """True if the engine's own text of what is new cannot be had without a look."""
         return bool(self.text.ids) or (self.prompt or "").endswith(TORN)
 
     @property
     def asks(self) -> str | list[int]:
-        """What the engine is to continue."""
+        """The text that the engine is to continue."""
         return self.text.all_ids if self.text.prompt_ids else self.prompt or ""
 
     @property
     def so_far(self) -> str:
-        """What was generated in earlier turns."""
+        """The text that was generated in earlier turns."""
         return self.before[len(self.prompt_text) :]
 
     async def look(self, asking: Asking, *, is_full: bool) -> None:

@@ -1,4 +1,4 @@
-"""What a request for raw text comes to: its texts, the engine that has them go on, and how the engine is asked."""
+"""The work of a request for raw text: its texts, the engine that has them go on, and how the engine is asked."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class Target(Protocol):
 
 
 class Routing(Protocol):
-    """What the gateway asks of the deploy room."""
+    """The questions that the gateway asks of the deploy room."""
 
     async def resolve(self, name: str | None, task: str) -> Target:
         """Return the engine for a model's name, of the current deployment for None.
@@ -88,7 +88,7 @@ class Routing(Protocol):
 
     @property
     def is_away(self) -> bool:
-        """Whether the database does not answer, so that what is in service is only what was when it last did."""
+        """True if the database does not answer, so that what is in service is only what was when it last did."""
         ...
 
     def expect_database(self, name: str | None = None) -> None:
@@ -109,7 +109,7 @@ class Endpoint:
 
 
 class Gateway:
-    """What all passages share."""
+    """The state that all passages share."""
 
     def __init__(
         self, routing: Routing, engines: Engines, metrics: Metrics, max_body_bytes: int, limits: Limits = DEFAULT_LIMITS

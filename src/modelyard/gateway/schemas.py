@@ -1,4 +1,4 @@
-"""How the passed-through interface looks in the OpenAPI schema: the usual fields, an example, a typical answer.
+"""The passed-through interface in the OpenAPI schema: the usual fields, an example, a typical answer.
 
 These describe and never validate: what else a request may carry is the engine's to say, and it accepts every field of
 OpenAI's and vLLM's interface.
