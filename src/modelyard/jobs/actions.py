@@ -1,4 +1,4 @@
-"""What may be done with jobs, as functions on a session that never commit."""
+"""Actions on jobs, as functions on a session that never commit."""
 
 from __future__ import annotations
 

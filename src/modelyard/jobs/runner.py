@@ -50,7 +50,7 @@ class JobInterrupted(Exception):
 
 
 class JobContext:
-    """What a job's function gets: what is wanted, a folder of its own, and ways to tell how it goes."""
+    """The context of a job's function: what is wanted, a folder of its own, and ways to tell how it goes."""
 
     def __init__(self, job: Job, folder: Path, sessions: Sessions, news: News) -> None:
         self.id: UUID = job.id
@@ -117,7 +117,7 @@ class JobContext:
 
     @property
     def has_run_long(self) -> bool:
-        """Whether it ran for long enough to say that it survives, and nobody has said so yet."""
+        """True if it ran for long enough to say that it survives, and nobody has said so yet."""
         return self.is_at_risk and asyncio.get_running_loop().time() - self._started_at > survival.SURVIVED_S
 
     def tell(self) -> None:

@@ -1,4 +1,4 @@
-"""What a job looks like from outside: the source API's four fields first, ours after them."""
+"""Wire shapes of jobs: the source API's four fields first, ours after them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Time = Annotated[
 
 
 class ProgressOut(BaseModel):
-    """How far a job is."""
+    """The progress of a job."""
 
     done: int = Field(examples=[1_048_576])
     total: int = Field(examples=[4_194_304])
