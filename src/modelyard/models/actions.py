@@ -1,4 +1,4 @@
-"""What may be done with models, as functions on a session that never commit."""
+"""Actions on models, as functions on a session that never commit."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ async def is_there(session: AsyncSession, model_id: str, revision: str) -> Model
 
 
 def is_fixed(model: Model, revision: str) -> bool:
-    """Whether a revision is the very commit that is in the store: a branch or a tag may have moved."""
+    """True if a revision is the very commit that is in the store: a branch or a tag may have moved."""
     return revision == model.commit
 
 

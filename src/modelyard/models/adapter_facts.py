@@ -97,7 +97,7 @@ class AdapterFacts(msgspec.Struct, frozen=True):
     refusal: Refusal | None = None
 
     def are_of(self, folder: Path) -> bool:
-        """Whether the weights in a folder can be those that were read. Opens no file."""
+        """True if the weights in a folder can be those that were read. Opens no file."""
         return self.size_bytes == _size_of(folder / WEIGHTS)
 
 
@@ -305,7 +305,7 @@ _SET = {
 
 
 def _has_no_number(block: bytes, dtype: str) -> bool:
-    """Whether a NaN or an infinity is in the block. Some hundred megabytes a second, without a library."""
+    """True if a NaN or an infinity is in the block. Some hundred megabytes a second, without a library."""
     if dtype == "F16":
         return 1 in block[1::2].translate(_SET["half"])
     width, second = {"F32": (4, "top1"), "BF16": (2, "top1"), "F64": (8, "next4")}[dtype]

@@ -35,7 +35,7 @@ class TemplateSource(StrEnum):
 
 
 def has_chat_template(folder: Path) -> bool:
-    """Whether the model in a folder brings a chat template. Blocks."""
+    """True if the model in a folder brings a chat template. Blocks."""
     if any((folder / name).exists() for name in _PLACES):
         return True
     settings = reader(folder)("tokenizer_config.json")

@@ -1,4 +1,4 @@
-"""What the server asks of a download child, as a file between the two. Imports nothing that either would mind."""
+"""The spec of a download child, as a file between the two. Imports nothing that either would mind."""
 
 from __future__ import annotations
 

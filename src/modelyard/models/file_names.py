@@ -43,7 +43,7 @@ _READ_BY_PATTERN = (
 
 
 def is_safe_path(path: str) -> bool:
-    """Whether a name from a repository may become a path below a folder of ours.
+    """True if a name from a repository may become a path below a folder of ours.
 
     Printable letters of any script, spaces and brackets are well; what could leave the folder, hide in it or deceive
     who reads the name is not: '..', a leading dot or '-', a backslash, control characters, more than three folders.
@@ -55,7 +55,7 @@ def is_safe_path(path: str) -> bool:
 
 
 def is_configuration(path: str) -> bool:
-    """Whether a loader reads this file, which is no weights."""
+    """True if a loader reads this file, which is no weights."""
     if MODULE_FOLDER.fullmatch(path):
         return path.endswith(".json")
     folder, _, name = path.rpartition("/")

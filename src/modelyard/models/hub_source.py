@@ -240,20 +240,20 @@ def _raise_for_status(response: Any) -> None:
 
 
 def _is_trusted(handle: Any) -> bool:
-    """Whether a file's place in xet storage is a hash, and is looked up at the hub itself, which gets the token."""
+    """True if a file's place in xet storage is a hash, and is looked up at the hub itself, which gets the token."""
     return (
         handle is not None and is_valid_xet_hash(handle.file_hash) and is_at(handle.refresh_route, constants.ENDPOINT)
     )
 
 
 def is_at(url: str, endpoint: str) -> bool:
-    """Whether a URL leads to the scheme, host and port of the endpoint."""
+    """True if a URL leads to the scheme, host and port of the endpoint."""
     one, other = _origin(url), _origin(endpoint)
     return one is not None and one == other
 
 
 def is_xet_storage(url: str, endpoint: str) -> bool:
-    """Whether a hub may name this as the servers of its storage.
+    """True if a hub may name this as the servers of its storage.
 
     The client also takes `local://FOLDER`, and makes and reads that folder: only a hub on this machine may name one.
     """

@@ -28,17 +28,17 @@ _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/+-]{0,199}")
 
 
 def is_local(model_id: str) -> bool:
-    """Whether the model comes from the import directory rather than from the hub."""
+    """True if the model comes from the import directory rather than from the hub."""
     return model_id.startswith(LOCAL)
 
 
 def is_trained(model_id: str) -> bool:
-    """Whether it names an adapter that was trained here, and so can't be downloaded."""
+    """True if it names an adapter that was trained here, and so can't be downloaded."""
     return model_id.startswith(TRAINED)
 
 
 def is_model_id(text: str) -> bool:
-    """Whether the text names a model that could exist."""
+    """True if the text names a model that could exist."""
     kind = LOCAL if is_local(text) else TRAINED if is_trained(text) else ""
     pattern = {LOCAL: _LOCAL_NAME, TRAINED: _TRAINED_NAME, "": _HUB_ID}[kind]
     name = text.removeprefix(kind)

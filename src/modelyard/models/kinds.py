@@ -245,7 +245,7 @@ def _by_sentence_transformers(modules: Any, read: Read) -> Kind | None:
 
 
 def _is_heeded(module: Mapping[str, Any], read: Read) -> bool:
-    """Whether vLLM pools as this module says: in exactly one of the ways that it knows."""
+    """True if vLLM pools as this module says: in exactly one of the ways that it knows."""
     folder = module.get("path")
     pooling = read(f"{folder}/config.json") if isinstance(folder, str) and folder else None
     if not isinstance(pooling, Mapping):

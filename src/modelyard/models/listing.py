@@ -79,12 +79,12 @@ def parse(content: bytes) -> Listing:
 
 
 def is_commit(value: object) -> bool:
-    """Whether a value names a git commit: 40 hexadecimal digits."""
+    """True if a value names a git commit: 40 hexadecimal digits."""
     return isinstance(value, str) and _COMMIT.fullmatch(value) is not None
 
 
 def is_size(value: object) -> bool:
-    """Whether a value can be a file's size: a whole number from 0, and no truth value."""
+    """True if a value can be a file's size: a whole number from 0, and no truth value."""
     return type(value) is int and 0 <= value <= MAX_FILE_BYTES
 
 
@@ -135,7 +135,7 @@ def _entry(sibling: object) -> tuple[str, Entry]:
 
 
 def _is_git_path(name: str) -> bool:
-    """Whether a git tree can hold the name. Whether it may be a file's name here is for `file_names` to say."""
+    """True if a git tree can hold the name. Whether it may be a file's name here is for `file_names` to say."""
     try:
         raw = name.encode()
     except UnicodeEncodeError:  # half a surrogate

@@ -34,7 +34,7 @@ class Backups(Protocol):
 
 
 def is_lost(models_dir: Path, model: Model) -> bool:
-    """Whether a model's folder is gone, or emptied. Blocks on the disk."""
+    """True if a model's folder is gone, or emptied. Blocks on the disk."""
     folder = store.folder_of(models_dir, model.path)
     return not any((folder / name).is_file() for name in CONFIGS)
 

@@ -29,18 +29,18 @@ _NAMES = {
 
 
 def is_consolidated(path: str) -> bool:
-    """Whether a file holds weights in Mistral's format, as vLLM tells them."""
+    """True if a file holds weights in Mistral's format, as vLLM tells them."""
     return fnmatchcase(path.rpartition("/")[2], "consolidated*.safetensors")
 
 
 def has_mistral_tokenizer(paths: Collection[str]) -> bool:
-    """Whether vLLM would take Mistral's tokenizer for the repository with these files."""
+    """True if vLLM would take Mistral's tokenizer for the repository with these files."""
     has_tokenizer = any(fnmatchcase(path, pattern) for path in paths for pattern in TOKENIZER_FILES)
     return has_tokenizer and any(is_consolidated(path) for path in paths)
 
 
 def is_mistral_format(folder: Path) -> bool:
-    """Whether the weights of the model in a folder are in Mistral's format, which vLLM then sees by itself. Blocks."""
+    """True if the weights of the model in a folder are in Mistral's format, which vLLM then sees by itself. Blocks."""
     return (folder / PARAMS).exists() and any(folder.glob("consolidated*.safetensors"))
 
 

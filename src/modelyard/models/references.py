@@ -62,7 +62,7 @@ def check(name: str, value: Any) -> None:
 
 
 def is_class_name(value: Any) -> bool:
-    """Whether this is a plain name of a class: no module's path, no file."""
+    """True if this is a plain name of a class: no module's path, no file."""
     return isinstance(value, str) and _IDENTIFIER.fullmatch(value) is not None
 
 
@@ -115,7 +115,7 @@ def _is_importable(value: Any) -> bool:
 
 
 def _is_activation(value: Any) -> bool:
-    """Whether a function's name is one of vLLM's own, or of torch's activations: vLLM imports what has dots."""
+    """True if a function's name is one of vLLM's own, or of torch's activations: vLLM imports what has dots."""
     return isinstance(value, str) and ("." not in value or _ACTIVATION.fullmatch(value) is not None)
 
 

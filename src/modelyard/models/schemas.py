@@ -1,4 +1,4 @@
-"""What a model looks like on the wire."""
+"""Wire shapes of models."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ADAPTER_EXAMPLE: dict[str, JsonValue] = {
 
 
 class TrainingOut(BaseModel):
-    """How an adapter that was trained here came to be."""
+    """The training of an adapter that was trained here."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
@@ -57,13 +57,13 @@ class TrainingOut(BaseModel):
     hyperparameters: dict[str, JsonValue]
     """The settings, with their defaults."""
     seed: int
-    """What all chance in the training came from."""
+    """The number that all chance in the training came from."""
     figures: dict[str, JsonValue] | None
-    """What it took, and its losses."""
+    """Its cost, and its losses."""
     evaluation: dict[str, JsonValue] | None
     """Base and adapter on the rows that were held back; null where none were."""
     checks: dict[str, JsonValue] | None
-    """What was checked before it was first named to clients; null before."""
+    """The checks that it passed before it was first named to clients; null before."""
     versions: dict[str, str] | None
     """Of the libraries that it was trained with."""
 
@@ -78,13 +78,13 @@ class ModelOut(BaseModel):
     model_id: str
     """Its name: the id on the Hugging Face hub, or local:NAME."""
     adapter: bool
-    """Whether it is a LoRA adapter, which is served together with its base."""
+    """True if it is a LoRA adapter, which is served together with its base."""
     base_model_id: str | None
     """The model that an adapter belongs to; null where its files name none, and nobody has."""
     task: Task
     """generate, or embed."""
     chat_template: TemplateSource | None = None
-    """What renders chats: own, the model's template; mistral, Mistral's tokenizer; guessed, a default, since the model
+    """Renderer of chats: own, the model's template; mistral, Mistral's tokenizer; guessed, a default, since the model
     has none. null for what renders none, and where it was added before this was looked at."""
     revision: str
     """The branch, tag or commit that was asked for."""
@@ -95,9 +95,9 @@ class ModelOut(BaseModel):
     added_at: datetime
     """When it became available, in UTC."""
     lost: bool = False
-    """Whether its files are gone from the data folder: add it again. An adapter trained here comes back by itself."""
+    """True if its files are gone from the data folder: add it again. An adapter trained here comes back by itself."""
     training: TrainingOut | None = None
-    """How an adapter that was trained here came to be; null for all else."""
+    """The training of an adapter that was trained here; null for all else."""
 
     @classmethod
     def of(cls, model: object, lost: Collection[str] = ()) -> ModelOut:

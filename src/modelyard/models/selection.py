@@ -1,4 +1,4 @@
-"""Which files of a repository are needed: weights as safetensors once, configuration, tokenizer, chat template.
+"""The files of a repository that are needed: weights as safetensors once, configuration, tokenizer, chat template.
 
 Pure: it looks at names (and at the index, which says what belongs to a model in shards) and answers with names, or
 refuses with a reason (`JobFailure`). Pickled weights, Python files, training state, and the same weights in a second
@@ -50,7 +50,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Selection:
-    """What to fetch: `configuration` first, to be looked at before any of `weights` is."""
+    """The files to fetch: `configuration` first, to be looked at before any of `weights` is."""
 
     configuration: tuple[str, ...]
     weights: tuple[str, ...]
@@ -155,7 +155,7 @@ def _check_modules(modules: object, paths: Collection[str]) -> None:
 
 
 def _holds_a_model(usable: list[str]) -> bool:
-    """Whether there are weights of a model beside an adapter's configuration.
+    """True if there are weights of a model beside an adapter's configuration.
 
     Some adapters come with their base's config.json: what tells is whose weights are there. Beside an adapter's, others
     are a model's only if they are named so: a training may have left a value head.
@@ -196,7 +196,7 @@ def _model_weights(usable: list[str], paths: Collection[str]) -> list[str]:
 
 
 def _is_misspelt(path: str) -> bool:
-    """Whether a file at the top would be weights, were its ending not in capitals or followed by a space."""
+    """True if a file at the top would be weights, were its ending not in capitals or followed by a space."""
     name = path.strip().casefold()
     return "/" not in path and name.endswith(".safetensors") and not path.endswith(".safetensors")
 

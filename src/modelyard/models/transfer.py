@@ -63,7 +63,7 @@ class Source(Protocol):
 
 
 class Progress:
-    """What the server reads: a JSON line `{"phase", "done", "total", "checked"}` for each change, at most 5 a second.
+    """Progress for the server: a JSON line `{"phase", "done", "total", "checked"}` for each change, at most 5 a second.
 
     `checked` are bytes that were read again to hash them: a long check is no stall.
     """
