@@ -46,7 +46,7 @@ WRITE_BACK_BYTES = 16 * BLOCK_BYTES
 
 @dataclass(frozen=True)
 class UploadGrant:
-    """What a verified upload URL of a `FolderStorage` allows."""
+    """The upload that a verified URL of a `FolderStorage` allows."""
 
     key: str
     content_type: str

@@ -1,4 +1,4 @@
-"""What every storage promises, and the rules for keys, ranges and upload URLs that all of them share."""
+"""The promises of every storage, and the rules for keys, ranges and upload URLs that all of them share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CONTENT_TYPE = re.compile(r"^[\w.+-]+/[\w.+-]+(; ?[\w.+-]+=[\w.+-]+)*", re.ASCI
 
 @dataclass(frozen=True)
 class StoredObject:
-    """What a put has stored; `sha256` is in hexadecimal."""
+    """The result of a put; `sha256` is in hexadecimal."""
 
     key: str
     size_bytes: int
@@ -40,7 +40,7 @@ class ListedObject:
 
 @dataclass(frozen=True)
 class SignedUpload:
-    """What a client needs to upload without a key of its own: `method` on `url` with exactly these `headers`.
+    """The means of a client to upload without a key of its own: `method` on `url` with exactly these `headers`.
 
     A `url` that begins with a slash is a path on this server.
     """
@@ -114,7 +114,7 @@ class Storage(Protocol):
 
 
 def is_key(text: str) -> bool:
-    """Whether the text can be the key of an object."""
+    """True if the text can be the key of an object."""
     return len(text) <= MAX_KEY_LENGTH and _KEY.fullmatch(text) is not None
 
 
