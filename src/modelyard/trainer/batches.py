@@ -1,4 +1,4 @@
-"""Which rows a step learns from, and how they become tensors: little padding, and the same for the same seed.
+"""The rows that a step learns from, and their tensors: little padding, and the same for the same seed.
 
 A step is so many rows, in as many forward passes (`Micro`) as memory asks for and padding recommends: those of one
 are a part of the step's, alike in length. The order depends on (seed, epoch) alone, so that a training that goes on
@@ -80,7 +80,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Course:
-    """How long a training is: rows of a step, steps of an epoch, steps in all."""
+    """The length of a training: rows of a step, steps of an epoch, steps in all."""
 
     rows_per_step: int
     steps_per_epoch: int
@@ -153,7 +153,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class Micro:
-    """What one forward pass takes: `input_ids` of lines by positions; of the flattened logits at the positions `kept`
+    """The input of one forward pass: `input_ids` of lines by positions; of the flattened logits at the positions `kept`
     those at `chosen` are held against `targets`. `positions` are those within each row, None where a line is one row.
     """
 

@@ -29,7 +29,7 @@ class NoCompletionError(Exception):
 
 @dataclass(frozen=True)
 class Opening:
-    """How a prompt ends, where answers are rendered in another way.
+    """The end of a prompt, where answers are rendered in another way.
 
     `base` characters of the prompt are in rendered answers too; `text` follows in the prompt, `instead` in an answer,
     before its content. `is_fixed`: `text` is the same whatever was asked.

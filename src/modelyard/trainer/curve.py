@@ -27,7 +27,7 @@ NAMED_ROWS = 20
 
 
 class Curve:
-    """What was measured so far. `state` is what a checkpoint keeps of it."""
+    """The figures measured so far. `state` is what a checkpoint keeps of it."""
 
     def __init__(
         self, report: Reports, course: Course, rows: Rows, state: Mapping[str, Any], tensorboard_dir: str | None

@@ -1,4 +1,4 @@
-"""What a training will take, from what a few of its steps took: the same figures before it begins and early in it.
+"""A forecast of a training, from what a few of its steps took: the same figures before it begins and early in it.
 
 Speed is in tokens of the rows, without padding, so that it can be compared with what the training says of itself.
 """
@@ -98,7 +98,7 @@ class Forecast:
 
 
 def holds(history: Mapping[str, Any] | None, *, device: str, dtype: str, rows_per_step: int, longest: int) -> bool:
-    """Whether what a training before took tells what one with such rows would take here."""
+    """True if what a training before took tells what one with such rows would take here."""
     if history is None:
         return False
     same = (history["device"], history["dtype"], history["rows_per_step"]) == (device, dtype, rows_per_step)

@@ -49,7 +49,7 @@ NAMED_LAYERS = 3
 
 
 class Stop(Protocol):
-    """Whether the training was asked to end, after the step that runs."""
+    """True if the training was asked to end, after the step that runs."""
 
     @property
     def asked(self) -> bool: ...
@@ -57,7 +57,7 @@ class Stop(Protocol):
 
 @dataclass
 class Outcome:
-    """How a training went: stopped after a step, or done, with these figures."""
+    """The result of a training: stopped after a step, or done, with these figures."""
 
     stopped: bool
     step: int
@@ -66,7 +66,7 @@ class Outcome:
 
 @dataclass
 class Progress:
-    """What a checkpoint keeps of a training beside its curve."""
+    """The part of a training that a checkpoint keeps beside its curve."""
 
     step: int = 0
     finished: bool = False

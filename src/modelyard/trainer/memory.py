@@ -1,4 +1,4 @@
-"""How much memory there is for a training, how much it takes, and what would fit.
+"""The memory of a training: how much there is, how much it takes, and what would fit.
 
 Without a GPU the trainer limits itself to its share by RLIMIT_DATA, so that what is too much is refused inside it,
 where a smaller batch can be tried, instead of ending in the system's killing of whichever process is the largest.
@@ -29,7 +29,7 @@ TRAINED_BYTES = 16
 
 @dataclass(frozen=True)
 class Budget:
-    """What the training may take in all, and what of that was taken when it was asked."""
+    """The memory that the training may take in all, and what of that was taken when it was asked."""
 
     total_bytes: int
     used_bytes: int

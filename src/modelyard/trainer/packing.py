@@ -1,4 +1,4 @@
-"""Whether rows may follow one another in one line, each as if it were alone: tried on the model before it is trained.
+"""The trial of packing rows into one line, each as if it were alone: done on the model before it is trained.
 
 transformers keeps packed rows apart by their positions, which begin anew with each row, where neither a mask nor a
 cache is given. Attention then never looks across a row's beginning; but what a model carries along otherwise (a

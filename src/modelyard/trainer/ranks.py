@@ -35,7 +35,7 @@ def number() -> int:
 
 
 def is_first() -> bool:
-    """Whether this is the one that reports and writes."""
+    """True if this is the one that reports and writes."""
     return number() == 0
 
 
@@ -101,7 +101,7 @@ def seed_step(seed: int, step: int) -> None:
 
 
 def has_lost_another(error: BaseException) -> bool:
-    """Whether an error only says that another process is gone, which is that one's to explain."""
+    """True if an error only says that another process is gone, which is that one's to explain."""
     if count() == 1:
         return False
     import torch

@@ -354,7 +354,7 @@ def learnt_turns(messages: Sequence[Mapping[str, Any]]) -> list[int]:
 
 
 def _has_calls(calls: Sequence[Mapping[str, Any]], text: str, depends_on: Any) -> bool:
-    """Whether all of the calls are in the text, or at least make a difference to it."""
+    """True if all of the calls are in the text, or at least make a difference to it."""
     for number, call in enumerate(calls):
         function = call["function"]
         name, arguments = function["name"], function["arguments"]

@@ -1,4 +1,4 @@
-"""What the trainer says while it works: one JSON line per report, appended to the file that the server reads.
+"""The trainer's reports while it works: one JSON line per report, appended to the file that the server reads.
 
 `spec` lists the kinds. A line is written by one call, so that a reader sees whole lines but perhaps the last, and a
 killed trainer takes none along that it has said. Reporting never ends a training: what cannot be written (a full

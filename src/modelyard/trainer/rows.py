@@ -1,4 +1,4 @@
-"""Which rows of a dataset are learnt from, which are held back, and what there is to say about them.
+"""The rows of a dataset that are learnt from, those that are held back, and a report on them.
 
 Rows are read as a stream, exactly those that the dataset's report counts. One that is too long is cut at its end; one
 that the chat template does not take, or of which nothing learnt is left, is left out and listed with its line and the
@@ -89,7 +89,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a dataset came to. `facts` are JSON; `template` is the chat template that everything was rendered with."""
+    """A dataset's prepared rows. `facts` are JSON; `template` is the chat template that all was rendered with."""
 
     train: list[Example]
     held_out: list[HeldOut]

@@ -52,7 +52,7 @@ def _kind(character: str) -> str:
 
 
 class _Words:
-    """What rouge-score asks to split a text."""
+    """The splitter of texts that rouge-score asks for."""
 
     def tokenize(self, text: str) -> list[str]:
         return words(text)[:MOST_WORDS]
@@ -73,7 +73,7 @@ def rouge_l(reference: str, answer: str) -> float:
 
 
 def is_exact(reference: str, answer: str) -> bool:
-    """Whether an answer is the one that was wanted, but for space around it."""
+    """True if an answer is the one that was wanted, but for space around it."""
     return reference.strip() == answer.strip()
 
 

@@ -1,4 +1,4 @@
-"""How many lines a forward pass has: as many as were asked for, or as many as memory takes, which is tried.
+"""The number of lines in a forward pass: as many as were asked for, or as many as memory takes, which is tried.
 
 What was found is kept beside the checkpoints at once, so that an attempt which goes on finds no other: another size
 sums in another order, and the weights would not be the same. Where memory does not suffice later on, passes become

@@ -1,4 +1,4 @@
-"""What the server and a trainer tell each other, as files: the spec, lines of progress, one result.
+"""The files between the server and a trainer: the spec, lines of progress, one result.
 
 The spec is written by the server before the child starts. The child appends JSON lines to `progress`, each with `kind`:
 
@@ -31,7 +31,7 @@ from typing import Any
 
 
 class Mode(StrEnum):
-    """What a child is to do."""
+    """The work of a child."""
 
     #: Train an adapter, going on from the newest checkpoint, and score it.
     TRAIN = "train"

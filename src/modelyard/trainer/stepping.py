@@ -36,7 +36,7 @@ class Left(Exception):
 
 
 class Sizes(Protocol):
-    """How large forward passes are (`sizing`)."""
+    """The size of forward passes (`sizing`)."""
 
     def at(self, step: int) -> int: ...
 
@@ -202,7 +202,7 @@ class Stepper(Trainer):  # type: ignore[misc]
 
     @property
     def is_to_end(self) -> bool:
-        """Whether the training is to end after the step that was done last; all processes say the same."""
+        """True if the training is to end after the step that was done last; all processes say the same."""
         return self._all_asked if ranks.count() > 1 else self.owner.is_to_end()
 
     def _agree(self, left: bool, is_short: bool) -> tuple[bool, bool]:
