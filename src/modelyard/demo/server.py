@@ -98,7 +98,7 @@ class ServerChild:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the server still runs."""
+        """True if the server still runs."""
         return self._process.poll() is None
 
     def wait(self) -> int:

@@ -1,4 +1,4 @@
-"""What the demo prints: steps, commands, and a sign of life every few seconds, on a terminal and without one."""
+"""The demo's output: steps, commands, and a sign of life every few seconds, on a terminal and without one."""
 
 from __future__ import annotations
 
