@@ -1,1 +1,1 @@
-"""How the server is: alive, ready and why not, and its figures together with its engines'."""
+"""The server's health: alive, ready and why not, and its figures together with its engines'."""

@@ -29,7 +29,7 @@ class HealthOut(BaseModel):
 
 
 class ReadyOut(BaseModel):
-    """Whether the server can do its work, and what keeps it from it."""
+    """True if the server can do its work, and what keeps it from it."""
 
     ready: bool
     reasons: list[str] = Field(description="Empty when ready.", examples=[[]])
