@@ -207,5 +207,5 @@ def _beginner(statement: str) -> Any:
 
 
 def sqlite_version_ok() -> bool:
-    """Whether this Python's SQLite knows RETURNING and JSON (3.35)."""
+    """True if this Python's SQLite knows RETURNING and JSON (3.35)."""
     return sqlite3.sqlite_version_info >= (3, 35)

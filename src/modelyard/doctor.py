@@ -58,7 +58,7 @@ print(json.dumps([missing, {name: importlib.metadata.version(name) for name in n
 
 
 class Verdict(StrEnum):
-    """How a check ended."""
+    """The outcome of a check."""
 
     #: It works.
     OK = "OK"
@@ -130,7 +130,7 @@ def check_python(_settings: Settings | None = None) -> Iterator[Finding]:
 
 
 def check_settings(settings: Settings) -> Iterator[Finding]:
-    """What the settings say, without their secrets."""
+    """Check the settings, and show them without their secrets."""
     names = sorted(name for name in os.environ if name.startswith("MODELYARD_"))
     sources = [f"{len(names)} from the environment"] if names else []
     sources += [str(Path(".env").absolute())] if Path(".env").is_file() else []
@@ -252,7 +252,7 @@ def check_engine(settings: Settings) -> Iterator[Finding]:
 
 
 def check_training(settings: Settings) -> Iterator[Finding]:
-    """What trainings need, looked up by the Python that would run them."""
+    """Check the packages that trainings need, looked up by the Python that would run them."""
     python = str(settings.trainer_python or sys.executable)
     todo = "Fine-tuning needs it: make demo installs it, or python3 requirements/install.py train."
     try:

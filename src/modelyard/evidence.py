@@ -1,4 +1,4 @@
-"""What of a log may be shown as the evidence of a failure: few lines, without secrets and without this machine's paths.
+"""Evidence of a failure from a log: few lines, without secrets and without this machine's paths.
 
 For lines that go into the database and to clients. The log itself stays as it was written.
 """

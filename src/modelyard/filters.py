@@ -36,7 +36,7 @@ LIMITED_THREADS = 4
 
 @dataclass(frozen=True)
 class Limits:
-    """What a filter may take: address space, processor time over all its threads, and time without a sign of life."""
+    """Limits of a filter: address space, processor time over all its threads, and time without a sign of life."""
 
     memory_bytes: int
     cpu_s: int

@@ -1,4 +1,4 @@
-"""What must stand before the server serves: data folder, the locks that make it the only one, storage, database.
+"""The ground of a server before it serves: data folder, the locks that make it the only one, storage, database.
 
 Everything here is synchronous and happens before the event loop runs, so that a refusal is one clear line and an exit
 status instead of a traceback from a half-started application.

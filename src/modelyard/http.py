@@ -1,4 +1,4 @@
-"""What all routes share: paths with either ending, a limit on bodies, documented errors, one mapping to answers.
+"""Parts that all routes share: paths with either ending, a limit on bodies, documented errors, one mapping to answers.
 
 Only `routes` modules and the application import this.
 """
@@ -151,7 +151,7 @@ def router(prefix: str = "", tag: str = "") -> APIRouter:
 
 
 class ErrorBody(BaseModel):
-    """What went wrong: where, and what to do about it."""
+    """The error: what went wrong, where, and what to do about it."""
 
     message: str = Field(examples=["There is no model 'openchat/openchat-3.5-0106' in the store."])
     type: str = Field(examples=["invalid_request_error"])
@@ -169,7 +169,7 @@ class ErrorOut(BaseModel):
 
 
 class AnthropicErrorBody(BaseModel):
-    """What went wrong, as Anthropic's clients read it."""
+    """The error, as Anthropic's clients read it."""
 
     type: str = Field(description="By the status, as Anthropic documents it.", examples=["not_found_error"])
     message: str = Field(examples=["There is no model 'nope' in service; there are: default."])

@@ -33,7 +33,7 @@ LATE_CHILDREN_S = 2.0
 
 
 def lock_is_held(path: str) -> bool:
-    """Whether some process holds a lock on the file. Asking takes no lock, so it disturbs nobody."""
+    """True if some process holds a lock on the file. Asking takes no lock, so it disturbs nobody."""
     try:
         file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -121,7 +121,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def is_resource_tracker(pid: int | str) -> bool:
-    """Whether a process is Python's resource tracker, which removes the shared memory that dead processes left."""
+    """True if a process is Python's resource tracker, which removes the shared memory that dead processes left."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             return b"multiprocessing.resource_tracker" in file.read()

@@ -55,7 +55,7 @@ class Outage:
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether an error is the database's own trouble, so that the same transaction may succeed later."""
+    """True if an error is the database's own trouble, so that the same transaction may succeed later."""
     if isinstance(error, PoolTimeout):
         return True
     if isinstance(error, DBAPIError) and error.connection_invalidated:

@@ -63,7 +63,7 @@ def child_environment(extra: Mapping[str, str] | None = None, *, hub: bool = Fal
 
 @dataclass(frozen=True)
 class Command:
-    """What a child is: an argv (never a shell line), its whole environment, and where it runs.
+    """The command of a child: an argv (never a shell line), its whole environment, and where it runs.
 
     `scratch` is a private folder of files (a socket), which the keeper removes when the run is over.
     """
@@ -76,7 +76,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a child ended: an exit code or a signal; neither if its keeper was killed and nobody saw it end.
+    """The end of a child: an exit code or a signal; neither if its keeper was killed and nobody saw it end.
 
     `stopped`: it was asked to. `abandoned`: it was asked to by its keeper, because no server came back in time.
     """
@@ -116,7 +116,7 @@ class Child:
 
     @property
     def is_alive(self) -> bool:
-        """Whether something of the child may still run."""
+        """True if something of the child may still run."""
         return self.outcome is None
 
     def watch(self) -> asyncio.Task[Outcome]:
@@ -284,7 +284,7 @@ class Children:
         return child
 
     async def is_running(self, folder: Path) -> bool:
-        """Whether a child that was started in this folder is alive. Takes no part in it."""
+        """True if a child that was started in this folder is alive. Takes no part in it."""
         return await asyncio.to_thread(_is_running, folder)
 
     async def end_strays(self, keep: set[Path]) -> list[Path]:

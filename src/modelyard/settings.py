@@ -119,7 +119,7 @@ class Settings(BaseSettings):
     dataset_line_mib: int = Field(default=16, ge=1, le=256)
     """Longest line of a dataset, in MiB."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """How much the server writes to its log."""
+    """Level from which the server writes to its log."""
     grace_s: float = Field(default=120.0, ge=1.0, le=86400.0)
     """Seconds for which engines and downloads outlive a killed server, waiting for it to come back."""
 
