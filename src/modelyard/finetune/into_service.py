@@ -91,7 +91,8 @@ async def promote(
         name: The training's name, which becomes the reason of the move.
         adapter_id: The adapter.
         wanted: `{"alias", "if"}`; `if` is `better` or `always`.
-        evaluation: Base and adapter on the rows that were held back, with `better` and `why`; None if there is none.
+        evaluation: Base and adapter on the rows that were held back, with `better` (which it is only if that is sure)
+            and `why`; None if there is none.
 
     Returns:
         `{"moved", "alias", "from", "to", "why"}`; `from` is None where the alias was not there or followed.

@@ -17,12 +17,14 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any, TypeVar
 
+from modelyard.trainer.certainty import CONFIDENCE, RowLoss, lowered
 from modelyard.trainer.failures import is_out_of_memory
 from modelyard.trainer.reports import Reports
 from modelyard.trainer.rows import Example, HeldOut, decoded
-from modelyard.trainer.scores import is_exact, mean, rouge_l, verdict
+from modelyard.trainer.scores import Verdict, is_exact, mean, rouge_l, verdict
 from modelyard.trainer.stall_watch import StallWatch
 
 #: Rows that are scored, at most.
@@ -62,9 +64,10 @@ def evaluate(
 ) -> dict[str, Any] | None:
     """Return the scores of the base and of the adapter on it (a PeftModel); None where nothing was held back.
 
-    `{"rows", "held_out_rows", "base", "adapter", "better", "why", "answers", "seconds"}`; `base` and `adapter` are
-    `{"loss", "exact_match", "rouge_l", "rows"}`, `answers` the first rows' `{"line", "question", "wanted", "base",
-    "adapter"}`.
+    `{"rows", "held_out_rows", "base", "adapter", "better", "verdict", "lower", "why", "answers", "seconds"}`; `base`
+    and `adapter` are `{"loss", "exact_match", "rouge_l", "rows"}`, `verdict` a `scores.Verdict`, `lower` by how much
+    the loss per token is lower (`{"mean", "low", "high", "confidence"}`, None where nothing can be said), `answers` the
+    first rows' `{"line", "question", "wanted", "base", "adapter"}`.
 
     Raises:
         Stopped: `should_stop` said so.
@@ -84,18 +87,21 @@ def evaluate(
     try:
         with torch.inference_mode():
             with model.disable_adapter():
-                base_loss, base_answers = examiner.examine(rows)
-            loss, answers = examiner.examine(rows)
+                base_losses, base_answers = examiner.examine(rows)
+            losses, answers = examiner.examine(rows)
     finally:
         model.train(was_training)
-    base, adapter = _scored(rows, base_loss, base_answers), _scored(rows, loss, answers)
-    better, why = verdict(base, adapter)
+    base, adapter = _scored(rows, base_losses, base_answers), _scored(rows, losses, answers)
+    lower = lowered(base_losses, losses)
+    found, why = verdict(base, adapter, lower)
     return {
         "rows": len(rows),
         "held_out_rows": len(held_out),
         "base": base,
         "adapter": adapter,
-        "better": better,
+        "better": found is Verdict.BETTER,
+        "verdict": found,
+        "lower": {**asdict(lower), "confidence": CONFIDENCE} if lower is not None else None,
         "why": why,
         "answers": [
             {
@@ -139,10 +145,11 @@ def sample(held_out: Sequence[HeldOut], most: int = MOST_ROWS) -> list[HeldOut]:
     return [held_out[index] for index in sorted(chosen)]
 
 
-def _scored(rows: Sequence[HeldOut], loss: float | None, answers: Sequence[str]) -> dict[str, Any]:
+def _scored(rows: Sequence[HeldOut], losses: Sequence[RowLoss], answers: Sequence[str]) -> dict[str, Any]:
     pairs = [(row.answer, answer) for row, answer in zip(rows, answers, strict=True)]
+    learnt = sum(tokens for _, tokens in losses)
     return {
-        "loss": loss,
+        "loss": sum(loss for loss, _ in losses) / learnt if learnt else None,
         "exact_match": mean(float(is_exact(wanted, answer)) for wanted, answer in pairs),
         "rouge_l": mean(rouge_l(wanted, answer) for wanted, answer in pairs),
         "rows": len(rows),
@@ -181,9 +188,9 @@ class _Examiner:
         self._stops = stop_tokens(self._model, tokenizer)
         self._takes_positions = "logits_to_keep" in inspect.signature(self._model.forward).parameters
 
-    def examine(self, rows: Sequence[HeldOut]) -> tuple[float | None, list[str]]:
-        """Return the loss per learnt token and an answer to each row, in the rows' order."""
-        return self._loss([row.example for row in rows]), self._answers(rows)
+    def examine(self, rows: Sequence[HeldOut]) -> tuple[list[RowLoss], list[str]]:
+        """Return the loss of each row and an answer to it, in the rows' order."""
+        return self._losses([row.example for row in rows]), self._answers(rows)
 
     def seconds(self, rows: Sequence[HeldOut]) -> float:
         """Return about how long `examine` takes at most."""
@@ -196,16 +203,20 @@ class _Examiner:
         per_token = spent / min(TRIED_TOKENS, max(limits[id(row)] for row in typical))
         return sum(max(per_token * max(limits[id(row)] for row in batch), spent) for batch in found)
 
-    def _loss(self, examples: Sequence[Example]) -> float | None:
+    def _losses(self, examples: Sequence[Example]) -> list[RowLoss]:
         config = self._model.config.get_text_config()
         most_tokens = max(1, min(BATCH_TOKENS, BATCH_LOGIT_BYTES // (4 * int(config.vocab_size))))
-        total, count = 0.0, 0
-        for batch in batches(examples, lambda one: len(one.input_ids), self._batch_rows, most_tokens):
-            for loss, learnt in self._in_parts(batch, self._loss_of):
-                total, count = total + loss, count + learnt
-        return total / count if count else None
+        found: dict[int, RowLoss] = {}
+        order = range(len(examples))
 
-    def _loss_of(self, batch: Sequence[Example]) -> list[tuple[float, int]]:
+        def measure(batch: Sequence[int]) -> list[tuple[int, RowLoss]]:
+            return list(zip(batch, self._losses_of([examples[index] for index in batch]), strict=True))
+
+        for batch in batches(order, lambda index: len(examples[index].input_ids), self._batch_rows, most_tokens):
+            found.update(self._in_parts(batch, measure))
+        return [found[index] for index in order]
+
+    def _losses_of(self, batch: Sequence[Example]) -> list[RowLoss]:
         import torch
 
         self._leave_if_stopped()
@@ -221,16 +232,16 @@ class _Examiner:
         # Only where something is learnt: the logits of a long prompt in a large vocabulary are gigabytes.
         positions = (labels != IGNORED).any(0).nonzero().flatten()
         if not len(positions):
-            return [(0.0, 0)]
+            return [(0.0, 0)] * len(batch)
         asked = {"logits_to_keep": positions} if self._takes_positions else {}
         logits = self._model(input_ids=ids, attention_mask=mask, use_cache=False, **asked).logits
         if not self._takes_positions:
             logits = logits[:, positions]
         wanted = labels[:, positions]
-        loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-        return [(float(loss), int((wanted != IGNORED).sum()))]
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED, reduction="none"
+        ).view(wanted.shape)
+        return list(zip(losses.sum(1).tolist(), (wanted != IGNORED).sum(1).tolist(), strict=True))
 
     def _answers(self, rows: Sequence[HeldOut]) -> list[str]:
         found: dict[int, str] = {}

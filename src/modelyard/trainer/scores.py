@@ -6,10 +6,14 @@ that of a Russian or Chinese answer nothing would be left. For English text both
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Iterable, Mapping
+from enum import StrEnum
 from functools import cache, lru_cache
 from typing import Any
+
+from modelyard.trainer.certainty import Lowered
 
 #: Scripts that put no space between words: each of their characters counts as a word.
 UNSPACED = ("CJK ", "HIRAGANA ", "KATAKANA ", "THAI ", "LAO ", "KHMER ", "MYANMAR ", "TIBETAN ", "BOPOMOFO ")
@@ -83,28 +87,51 @@ def mean(values: Iterable[float]) -> float | None:
     return sum(found) / len(found) if found else None
 
 
-def verdict(base: Mapping[str, Any], adapter: Mapping[str, Any]) -> tuple[bool, str]:
+class Verdict(StrEnum):
+    """What the rows that were held back say of an adapter."""
+
+    BETTER = "better"
+    NOT_BETTER = "not_better"
+    #: Too few rows, or too little of a difference.
+    CANNOT_TELL = "cannot_tell"
+
+
+def verdict(base: Mapping[str, Any], adapter: Mapping[str, Any], lower: Lowered | None) -> tuple[Verdict, str]:
     """Return whether the adapter is better than its base, and why, in one sentence with the numbers.
 
-    Better is a lower loss per token with neither fewer exact answers nor a lower ROUGE-L. A score that is no number is
-    never better.
+    Better is a loss per token that is surely lower, with neither fewer exact answers nor a lower ROUGE-L. A score that
+    is no number is never better. `lower` is how much lower the loss is (`certainty.lowered`).
     """
     loss = f"loss per token {_shown(base['loss'])} → {_shown(adapter['loss'])}"
     exact = f"exact answers {_percent(base['exact_match'])} → {_percent(adapter['exact_match'])}"
     rouge = f"ROUGE-L {_shown(base['rouge_l'])} → {_shown(adapter['rouge_l'])}"
-    numbers = f"{loss}, {exact}, {rouge}, on {adapter['rows']} rows that were held back"
+    rows = adapter["rows"]
+    numbers = f"{loss}, {exact}, {rouge}, on {rows} {'row that was' if rows == 1 else 'rows that were'} held back"
+    is_a_number = all(_is_number(side["loss"]) for side in (base, adapter))
+    is_higher = not is_a_number or (lower is not None and lower.high <= 0)
     worse = [
         what
         for what, is_worse in (
-            ("its loss is not lower", not _is_lower(adapter["loss"], base["loss"])),
+            ("its loss is not lower", is_higher),
             ("it gives fewer exact answers", _is_lower(adapter["exact_match"], base["exact_match"])),
             ("its answers are less like those wanted", _is_lower(adapter["rouge_l"], base["rouge_l"])),
         )
         if is_worse
     ]
     if worse:
-        return False, f"Not better: {' and '.join(worse)} ({numbers})."
-    return True, f"Better: {numbers}."
+        return Verdict.NOT_BETTER, f"Not better: {' and '.join(worse)} ({numbers})."
+    if lower is None:
+        return Verdict.CANNOT_TELL, f"Can't tell: two rows at least are needed to be sure of anything ({numbers})."
+    if lower.low <= 0:
+        return Verdict.CANNOT_TELL, (
+            f"Can't tell: of so few rows, or so little of a difference, the true one may be anything from "
+            f"{_shown(-lower.low)} higher to {_shown(lower.high)} lower, in 95 of 100 cases ({numbers})."
+        )
+    return Verdict.BETTER, f"Better: {numbers}."
+
+
+def _is_number(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def _is_lower(one: float | None, other: float | None) -> bool:
