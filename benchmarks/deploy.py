@@ -17,7 +17,6 @@ import shlex
 import shutil
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -140,7 +139,7 @@ def main() -> None:
 
 
 def _spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+    return report.spread(values, ".1f")
 
 
 if __name__ == "__main__":

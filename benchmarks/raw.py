@@ -270,14 +270,13 @@ def batch_lines(seconds: dict[str, list[float]], alike: dict[str, float]) -> lis
     ]
     for place, times in seconds.items():
         speed = [PROMPTS * NEW_TOKENS / one for one in times]
-        row = [place, f"{statistics.median(speed):,.0f} ({min(speed):,.0f} to {max(speed):,.0f})"]
+        row = [place, report.spread(speed, ",.0f")]
         if place == MODELYARD:
             row += ["", ""]
         else:
             ratios = [theirs / mine for mine, theirs in zip(seconds[MODELYARD], times, strict=True)]
             goal = f", goal {GOAL}" if place == VLLM else ""
-            spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}){goal}"
-            row += [spread, f"{alike[place]:.0%}"]
+            row += [report.spread(ratios) + goal, f"{alike[place]:.0%}"]
         lines.append(f"| {' | '.join(row)} |")
     return lines
 

@@ -9,14 +9,13 @@ counted by what came back.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from tests.server import Server
 
-from benchmarks import tiny_yard
+from benchmarks import report, tiny_yard
 
 BEAMS, NEW_TOKENS = 4, 32
 #: Prompts at the same time.
@@ -79,8 +78,6 @@ def lines(found: dict[int, dict[str, list[float]]]) -> list[str]:
     ]
     for width, seconds in found.items():
         ratios = [ours / theirs for ours, theirs in zip(seconds[OURS], seconds[VLLMS], strict=True)]
-        cells = [f"{statistics.median(times):.2f} s ({min(times):.2f} to {max(times):.2f})"
-                 for times in (seconds[OURS], seconds[VLLMS])]  # fmt: skip
-        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        said.append(f"| {width} | {' | '.join(cells)} | {spread} |")
+        cells = [report.spread(times, unit=" s") for times in (seconds[OURS], seconds[VLLMS])]
+        said.append(f"| {width} | {' | '.join(cells)} | {report.spread(ratios)} |")
     return said

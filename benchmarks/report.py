@@ -99,3 +99,9 @@ def write(file: Path, subject: str, lines: Sequence[str]) -> None:
     if not replaced:
         text = text.rstrip() + "\n\n" + section
     file.write_text(text.rstrip() + "\n", "utf-8")
+
+
+def spread(values: Sequence[float], form: str = ".2f", unit: str = "") -> str:
+    """Return the median of values, with the lowest and the highest behind it."""
+    low, middle, high = (format(one, form) for one in (min(values), statistics.median(values), max(values)))
+    return f"{middle}{unit} ({low} to {high})"

@@ -267,9 +267,9 @@ def speed_lines(task: Task, found: Mapping[str, Sequence[Run]]) -> list[str]:
         beside = ""
         if name != OURS:
             ratios = [ours.tokens_per_s / run.tokens_per_s for ours, run in zip(found[OURS], runs, strict=True)]
-            beside = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}){goals.get(name, '')}"
+            beside = report.spread(ratios) + goals.get(name, "")
         lines.append(
-            f"| {name} | {statistics.median(speeds):,.0f} ({min(speeds):,.0f} to {max(speeds):,.0f}) | {beside} "
+            f"| {name} | {report.spread(speeds, ',.0f')} | {beside} "
             f"| {statistics.median(run.padding for run in runs):.0%} "
             f"| {statistics.median(run.memory_mb for run in runs):,.0f} MB "
             f"| {statistics.median(run.began_s for run in runs):.1f} s |"

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
+from uuid import UUID
 
 import psycopg
 import pytest
@@ -123,12 +124,16 @@ def engine_of(yard: DeployYard, model_id: str) -> int:
     return int(yard.record(model_id, "start")[-1]["pid"])
 
 
+async def in_service(yard: DeployYard, model_id: str) -> tuple[UUID, Deployment, int]:
+    """Deploy a model, and return its job, its row and the pid of its engine once that is ready."""
+    await yard.add_model(model_id)
+    job_id = await yard.deploy(model_id)
+    return job_id, await yard.becomes(job_id, "READY"), engine_of(yard, model_id)
+
+
 async def test_an_outage_of_the_database_leaves_a_healthy_engine_as_it_is(tmp_path: Path, outage: Outage) -> None:
     async with deploy_yard(tmp_path / "data", database_url=outage.url) as yard:
-        await yard.add_model("org/tiny")
-        job_id = await yard.deploy("org/tiny")
-        before = await yard.becomes(job_id, "READY")
-        engine = engine_of(yard, "org/tiny")
+        job_id, before, engine = await in_service(yard, "org/tiny")
 
         await asyncio.to_thread(outage.go)
         for _ in range(10):
@@ -154,10 +159,7 @@ async def test_an_outage_of_the_database_leaves_a_healthy_engine_as_it_is(tmp_pa
 
 async def test_an_engine_that_dies_during_an_outage_is_started_again_after_it(tmp_path: Path, outage: Outage) -> None:
     async with deploy_yard(tmp_path / "data", database_url=outage.url) as yard:
-        await yard.add_model("org/tiny")
-        job_id = await yard.deploy("org/tiny")
-        before = await yard.becomes(job_id, "READY")
-        engine = engine_of(yard, "org/tiny")
+        job_id, before, engine = await in_service(yard, "org/tiny")
 
         await asyncio.to_thread(outage.go)
         os.kill(engine, signal.SIGKILL)

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
+from modelyard.free_memory import available_bytes
+
 GIB = 1024**3
 
 log = logging.getLogger(__name__)
@@ -48,7 +50,7 @@ def this_machine(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup
     return Machine(
         has_gpu=has_gpu,
         cpus=tuple(sorted(os.sched_getaffinity(0))),
-        memory_available_bytes=_memory_available(proc, cgroup),
+        memory_available_bytes=available_bytes(proc, cgroup),
         gpus=visible(read_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")) if has_gpu else (),
     )
 
@@ -148,20 +150,3 @@ def visible(gpus: Sequence[SeenGpu], cuda_visible_devices: str | None) -> tuple[
                 break
             chosen += named
     return tuple(Gpu(gpu.index, gpu.name, gpu.total_bytes, gpu.free_bytes) for gpu in chosen)
-
-
-def _memory_available(proc: Path, cgroup: Path) -> int:
-    available = 0
-    for line in (proc / "meminfo").read_text("ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
-    # A container's limit is what counts inside it; page cache that could be dropped is not in use.
-    try:
-        limit = (cgroup / "memory.max").read_text("ascii").strip()
-        used = int((cgroup / "memory.current").read_text("ascii"))
-        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text("ascii").splitlines())
-    except (OSError, ValueError):
-        return available
-    if limit == "max":
-        return available
-    return min(available, max(0, int(limit) - used + int(stat.get("inactive_file", 0))))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modelyard.free_memory import available_bytes
 from modelyard.trainer import ranks
 
 #: What the system and the other processes keep when the training may take what is free.
@@ -121,22 +122,6 @@ def peak_bytes() -> int:
     import torch
 
     return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else ranks.count() * _status("VmHWM")
-
-
-def available_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return what could still be taken on this machine, or in this container."""
-    lines = dict(line.split(":", 1) for line in (proc / "meminfo").read_text("ascii").splitlines())
-    available = int(lines["MemAvailable"].split()[0]) * 1024
-    try:
-        limit = (cgroup / "memory.max").read_text("ascii").strip()
-        used = int((cgroup / "memory.current").read_text("ascii"))
-        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text("ascii").splitlines())
-    except (OSError, ValueError):
-        return available
-    if limit == "max":
-        return available
-    # Pages of files that could be dropped are not in use.
-    return min(available, max(0, int(limit) - used + int(stat.get("inactive_file", 0))))
 
 
 def step_bytes(config: Any, dtype_bytes: int, rows: int, length: int) -> int:
