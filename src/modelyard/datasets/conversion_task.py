@@ -6,7 +6,7 @@ from msgspec import Struct
 
 
 class Conversion(Struct):
-    """What a child is to do. `scratch` is a folder for what cannot be read as a stream."""
+    """The task of a child. `scratch` is a folder for what cannot be read as a stream."""
 
     max_bytes: int
     max_line_bytes: int

@@ -87,7 +87,7 @@ def _end_of(text: _Text, number: int, max_bytes: int) -> int | None:
 
 
 class _Text:
-    """What has been read of a text; all before `at` has been given out."""
+    """The part of a text that has been read; all before `at` has been given out."""
 
     def __init__(self, blocks: Iterator[bytes]) -> None:
         self._blocks = blocks

@@ -18,7 +18,7 @@ MOST_NAME = 64
 
 
 class FileKind(StrEnum):
-    """What a file is that is read."""
+    """The formats of files that are read."""
 
     #: One JSON object on each line.
     JSONL = "jsonl"

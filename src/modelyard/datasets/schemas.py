@@ -197,7 +197,7 @@ class ReportOut(BaseModel):
     crlf_lines: int
     """Lines that end as on Windows."""
     converted_from: str | None = None
-    """What the file was before it became JSONL: its rows are the lines of that."""
+    """The format of the file before it became JSONL: its rows are the lines of that."""
     mapping: dict[str, str] | None = None
     """The mapping of keys that the upload said."""
     stopped_at_line: int | None = None

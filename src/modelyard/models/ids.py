@@ -57,7 +57,7 @@ def repository_of(model_id: str) -> tuple[str, str]:
 
 
 def is_folder_name(text: str) -> bool:
-    """Whether a folder inside a repository can be named in a model's id."""
+    """True if a folder inside a repository can be named in a model's id."""
     return is_model_id(f"a/b/{text}")
 
 

@@ -20,7 +20,7 @@ _LOOKED_AT = (".json", ".jinja")
 
 
 def is_small(folder: Path) -> bool:
-    """Whether all that is looked at can be parsed at once, in a thread."""
+    """True if all that is looked at can be parsed at once, in a thread."""
     return sum(path.stat().st_size for path in _files(folder)) <= SMALL_BYTES
 
 
