@@ -6,6 +6,7 @@ when nothing was uploaded. Prints MB/s, the ratio to the copy of the same round,
 idle of the server together with the child that validates, and the longest wait of the other one. The goals are
 200 MB/s, 80 MB and 50 ms. Two files: rows of some 2 kB, as conversations are, and short ones of 600 bytes. A second
 table has what each stage costs alone, in processor time, which says more than the clock on a machine that is not idle.
+A third one has files of other kinds, which a child makes JSONL: `--kinds-mb` of rows as CSV, a JSON array, in gzip.
 
 Some two seconds after a file of 1 GB is gone, the kernel of a virtual machine may give its memory back to the host
 (free page reporting), and programs whose memory is near run at a tenth of their speed for that long. Where the kernel
@@ -16,6 +17,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import csv
+import gzip
 import hashlib
 import http.client
 import json
@@ -146,7 +149,8 @@ def validators_of(pid: int) -> list[int]:
         try:
             for child in map(int, (task / "children").read_text("ascii").split()):
                 # Until it runs its own program, a child is the server once more, with all its memory.
-                if b"modelyard.datasets.validator" in Path(f"/proc/{child}/cmdline").read_bytes():
+                command = Path(f"/proc/{child}/cmdline").read_bytes()
+                if b"modelyard.datasets.validator" in command or b"modelyard.datasets.converter" in command:
                     found.append(child)
         except OSError:
             continue
@@ -356,6 +360,65 @@ def measure(size_mb: int, rounds: int) -> dict[str, Found]:
     return found
 
 
+def make_kinds(folder: Path, size_bytes: int) -> dict[str, Path]:
+    """Write the same questions and answers as JSONL, as a table, as an array, and in gzip."""
+    chance = random.Random(3)
+    known = ["".join(chance.choices("abcdefghijklmnopqrstuvwxyz", k=chance.randint(2, 10))) for _ in range(5000)]
+    rows, length = [], 0
+    while length < size_bytes:
+        rows.append(
+            {"prompt": " ".join(chance.choices(known, k=60)), "completion": " ".join(chance.choices(known, k=200))}
+        )
+        length += sum(map(len, rows[-1].values())) + len('{"prompt": "", "completion": ""}')
+    files = {kind: folder / f"train.{kind}" for kind in ("jsonl", "csv", "json", "jsonl.gz")}
+    files["jsonl"].write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    files["json"].write_text(json.dumps(rows, indent=2), "utf-8")
+    with files["csv"].open("w", encoding="utf-8", newline="") as sink:
+        writer = csv.writer(sink, quoting=csv.QUOTE_ALL)
+        writer.writerow(rows[0])
+        writer.writerows(row.values() for row in rows)
+    files["jsonl.gz"].write_bytes(gzip.compress(files["jsonl"].read_bytes(), 6))
+    return files
+
+
+def measure_kinds(size_mb: int, rounds: int) -> dict[str, list[Round]]:
+    """Upload the same rows in each kind of file; MB/s and seconds for each GB are of the JSONL that they become."""
+    with tempfile.TemporaryDirectory(prefix="modelyard-bench-") as folder:
+        files = make_kinds(Path(folder), size_mb * MB)
+        with served(Path(folder, "data")) as (port, pid):
+            uploaded(files["jsonl"], port, pid, 1.0)  # imports and caches
+            found: dict[str, list[Round]] = {}
+            for kind, file in files.items():
+                scale = files["jsonl"].stat().st_size / file.stat().st_size
+                for _ in range(rounds):
+                    one = uploaded(file, port, pid, 1.0)
+                    one.upload_mb_s *= scale
+                    one.server_s_per_gb /= scale
+                    one.child_s_per_gb /= scale
+                    found.setdefault(kind, []).append(one)
+    return found
+
+
+def table_of_kinds(found: dict[str, list[Round]], size_mb: int) -> list[str]:
+    """Return the figures of other kinds of files as Markdown."""
+    lines = [
+        "",
+        f"The same rows in files of other kinds, made JSONL while they arrive; {size_mb} MB, and MB/s, as JSONL:",
+        "",
+        "| | MB/s | processor time per GB: server | child | peak memory above idle | longest wait of another |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind, rounds in found.items():
+        lines.append(
+            f"| {kind} | {statistics.median(each.upload_mb_s for each in rounds):.0f} "
+            f"| {statistics.median(each.server_s_per_gb for each in rounds):.1f} s "
+            f"| {statistics.median(each.child_s_per_gb for each in rounds):.1f} s "
+            f"| {max(each.above_idle_mb for each in rounds):.0f} MB "
+            f"| {longest([wait for each in rounds for wait in each.waits])} |"
+        )
+    return lines
+
+
 def table(found: dict[str, Found], size_mb: int) -> list[str]:
     """Return the figures as Markdown."""
     lines = [
@@ -403,10 +466,12 @@ def main() -> None:
     """Measure, print and perhaps write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--mb", type=int, default=1000, help="size of the file in MB")
+    parser.add_argument("--kinds-mb", type=int, default=100, help="size of the files of other kinds as JSONL, in MB")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--write", action="store_true", help="put the figures into RESULTS.md")
     options = parser.parse_args()
     lines = table(measure(options.mb, options.rounds), options.mb)
+    lines += table_of_kinds(measure_kinds(options.kinds_mb, options.rounds), options.kinds_mb)
     print("\n".join(lines))
     if options.write:
         report.write(Path(__file__).with_name("RESULTS.md"), "Datasets", lines)

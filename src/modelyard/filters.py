@@ -27,7 +27,7 @@ from modelyard.storage.streams import to_the_end
 PIPE_BYTES = 1024 * 1024
 #: A filter that takes nothing, or says nothing, for so long is given up.
 STALL_S = 120.0
-_ANSWER_BYTES = 64 * 1024
+_ANSWER_BYTES = 256 * 1024
 
 
 #: Threads that a library of a limited filter may start: each takes address space.
@@ -84,6 +84,7 @@ class Filter:
         try:
             with contextlib.suppress(OSError):
                 fcntl.fcntl(mine, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+                fcntl.fcntl(self._from, fcntl.F_SETPIPE_SZ, _ANSWER_BYTES)
             self.pid = os.posix_spawn(
                 sys.executable,
                 # -I -S: neither the environment nor a site's own files steer it; where modules are is said here.

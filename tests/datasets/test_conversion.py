@@ -157,6 +157,12 @@ def test_rows_behind_a_bad_one_keep_their_numbers_in_what_is_stored() -> None:
     assert [number for number, line in enumerate(stored.split(b"\n"), 1) if not line] == [3, 10]
 
 
+def wide_window(data: bytes) -> bytes:
+    wide = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True, write_content_size=False)
+    packer = zstandard.ZstdCompressor(compression_params=wide).compressobj()
+    return packer.compress(data) + packer.flush()
+
+
 LONG = json.dumps([{"prompt": "q", "completion": "a" * 200_000}] * 3).encode()
 
 
@@ -168,6 +174,7 @@ LONG = json.dumps([{"prompt": "q", "completion": "a" * 200_000}] * 3).encode()
         (gzip.compress(jsonl(*ROWS)) + b"and more", "archive_damaged", "gzip archive is damaged"),
         (zstandard.compress(jsonl(*ROWS))[:-9], "archive_damaged", "The zstd archive ends early"),
         (zstandard.compress(jsonl(*ROWS)) + b"and more", "archive_damaged", "zstd archive is damaged"),
+        (wide_window(jsonl(*ROWS)), "archive_damaged", "needs more than 128 MiB to unpack (--long or --ultra)"),
         (gzip.compress(gzip.compress(b"{}")), "not_jsonl", "In the gzip archive: the file is a gzip file"),
         (gzip.compress(b"%PDF-1.7"), "not_jsonl", "In the gzip archive: the file is a PDF document"),
         (gzip.compress(b""), "dataset_empty", "The file is empty"),

@@ -5,16 +5,18 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import pickle
-import random
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,34 @@ def test_a_mapping_stands_before_the_file_or_behind_a_small_one(server: Server, 
     assert report["mapping"] == json.loads(MAPPING)
 
 
+def test_the_command_of_the_readme_maps_a_table_as_printed(server: Server, tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    (command,) = re.findall(r"curl -X POST \S+ \\\n[^\n]*mapping=[^\n]*", readme)
+    (tmp_path / "questions.csv").write_text("question,answer,source\nHow far?,Two miles.,ledger\n", "utf-8")
+    shell = f"{command.replace('http://127.0.0.1:8080', server.address)} --silent --noproxy '*'"
+    done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, timeout=PATIENCE_S, check=False)
+    assert done.returncode == 0, done.stderr
+    dataset = json.loads(done.stdout)
+    assert (dataset["converted_from"], dataset["format"], dataset["rows"]) == ("csv", "prompt_completion", 1)
+    assert stored(server, dataset) == [{"prompt": "How far?", "completion": "Two miles.", "source": "ledger"}]
+
+
+async def test_a_child_that_is_killed_is_said_and_nothing_is_kept(server: Server) -> None:
+    body = form(part(gzip.compress(questions(30_000), 0)))
+    head = f"POST {UPLOAD} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
+    head += f"Content-Type: {FORM_HEADERS['Content-Type']}\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S) as connection:
+        connection.sendall(head.encode() + body[:-1000])
+        (pid,) = await eventually(lambda: converters(server), "a child converts it")
+        os.kill(pid, signal.SIGKILL)
+        await eventually(lambda: not converters(server), "it is gone")
+        connection.sendall(body[-1000:])
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert b" 503 " in answer.partition(b"\r\n")[0]
+    assert b"validation_failed" in answer
+    assert "Traceback" not in server.log
+
+
 def test_a_mapping_behind_a_large_file_is_refused_with_what_to_do(server: Server) -> None:
     answer = put(server, part(questions(15_000)), mapping())
     assert (answer.status, answer.error_code) == (400, "mapping_after_file")
@@ -137,7 +167,7 @@ async def test_an_upload_of_an_archive_that_breaks_off_leaves_nothing_and_no_pro
         return sum(path.is_file() for path in (server.data_dir / "objects").rglob("*"))
 
     before = objects()
-    body = form(part(gzip.compress(random.Random(1).randbytes(2 * MIB))))
+    body = form(part(gzip.compress(questions(30_000), 0)))
     head = f"POST {UPLOAD} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {FORM_HEADERS['Content-Type']}\r\n"
     with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S) as connection:
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body[: len(body) * 3 // 4])
@@ -150,7 +180,12 @@ def converters(server: Server) -> list[int]:
     """Return the children of the server that convert."""
     tasks = Path(f"/proc/{server.pid}/task").iterdir()
     found = [int(pid) for task in tasks for pid in (task / "children").read_text("ascii").split()]
-    return [pid for pid in found if b"modelyard.datasets.converter" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    converting = []
+    for pid in found:
+        with suppress(OSError):  # gone meanwhile
+            if b"modelyard.datasets.converter" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                converting.append(pid)
+    return converting
 
 
 def archived(make: Callable[[Any], None]) -> bytes:

@@ -115,10 +115,10 @@ class _Frames:
             self.answer += piece
             return []
         found = []
-        data = memoryview(self._rest + piece)
+        data = memoryview(self._rest + piece if self._rest else piece)
         while data:
             if self._left:
-                block = bytes(data[: self._left])
+                block = data[: self._left].tobytes()
                 found.append(block)
                 self._left -= len(block)
                 data = data[len(block) :]

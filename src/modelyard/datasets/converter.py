@@ -43,8 +43,9 @@ def convert(task: bytes) -> None:
     conversion = msgspec.json.decode(task, type=Conversion)
 
     def put(block: bytes) -> None:
-        _write(LENGTH.pack(len(block)))
-        _write(block)
+        length = LENGTH.pack(len(block))
+        written = os.writev(1, (length, block)) - len(length)  # the first page of a pipe takes the length whole
+        _write(memoryview(block)[written:])
 
     found = converted(_standard_input(), conversion, put)
     os.close(0)
@@ -274,7 +275,7 @@ def _standard_input() -> Iterator[bytes]:
         yield block
 
 
-def _write(data: bytes) -> None:
+def _write(data: bytes | memoryview) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(1, view) :]

@@ -252,16 +252,16 @@ def _form_of(line: bytes) -> Form:
     for form, keys in _KEYS:
         if there.issuperset(keys):
             return form
-    for _, keys in _KEYS:  # half of a form says more than none
-        missing = [key for key in keys if key not in there]
-        if 0 < len(missing) < len(keys):
-            other = next(key for key in keys if key in there)
-            raise Faults([Fault(Kind.MISSING_FIELD, f"$.{missing[0]}", f"is missing beside '{other}'")])
     from modelyard.datasets.mapping import advice, quoted
 
     shown = quoted(fields)
     if (said := advice(msgspec.json.decode(line))) is not None:
         raise Faults([Fault(Kind.UNKNOWN_FORM, "$", f"has the keys {shown}, no form's: {said}")])
+    for _, keys in _KEYS:  # half of a form says more than none
+        missing = [key for key in keys if key not in there]
+        if 0 < len(missing) < len(keys):
+            other = next(key for key in keys if key in there)
+            raise Faults([Fault(Kind.MISSING_FIELD, f"$.{missing[0]}", f"is missing beside '{other}'")])
     raise Faults([Fault(Kind.UNKNOWN_FORM, "$", f"has the keys {shown}; {FORMS_HINT}")])
 
 

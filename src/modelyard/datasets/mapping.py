@@ -215,6 +215,8 @@ def advice(row: Mapping[str, Any]) -> str | None:
     if found is None:
         return None
     mapping, is_sure = found
+    if not is_sure and frozenset(row) & _MAKING:
+        return None  # half of a form says more
     begin = "send" if is_sure else "say which key is which: send, such as,"
     return f"{begin} the form field {FIELD}={mapping.shown()} before the file"
 

@@ -74,7 +74,9 @@ def _unzstd(blocks: Iterator[bytes]) -> Iterator[bytes]:
             try:
                 piece = stream.decompress(given)
             except zstandard.ZstdError as error:
-                raise _damaged(FileKind.ZSTD, f"is damaged, or needs more memory than is given ({error})") from None
+                if "memory" in str(error):
+                    raise _damaged(FileKind.ZSTD, "needs more than 128 MiB to unpack (--long or --ultra)") from None
+                raise _damaged(FileKind.ZSTD, f"is damaged ({error})") from None
             has_begun = True
             at += len(given) - len(stream.unused_data)
             if piece:
