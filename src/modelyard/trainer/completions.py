@@ -7,9 +7,11 @@ before the answer, and after any other opening (a thought that is closed already
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 THOUGHT = re.compile(r"(?<!\s)\s*<think>(.*?)</think>(\s*)", re.DOTALL)
 _OPEN_THOUGHT = re.compile(
@@ -17,6 +19,8 @@ _OPEN_THOUGHT = re.compile(
 )
 _SPEAKS_OF_THOUGHTS = re.compile(r"think|thought", re.IGNORECASE)
 
+#: Appended to a text to see whether a rendering depends on it.
+MARK = " qzvjx"
 _CLOSED = (
     "the chat template's prompt closes the thought before an answer, so that the answer's thought cannot be learnt: "
     "leave it out of the row"
@@ -87,7 +91,7 @@ def completion(
     if not tag:
         return rest
     if not thought:
-        return _closed("\n", closing, "\n\n", rest)
+        return f"\n{closing}\n\n{rest}"
     if closing in rest:
         raise NoCompletionError(_differs(prompt, answered))
     body = thought[1].removeprefix("\n") if found.text.endswith("\n") else thought[1]
@@ -104,6 +108,24 @@ def shared_end(one: str, other: str) -> str:
     """Return what two texts end with together."""
     length = shared(one[::-1], other[::-1])
     return one[len(one) - length :]
+
+
+def has_calls(calls: Sequence[Mapping[str, Any]], text: str, depends_on: Callable[[dict[str, Any]], bool]) -> bool:
+    """True if all of the calls are in the text, or at least make a difference to it."""
+    for number, call in enumerate(calls):
+        function = call["function"]
+        name, arguments = function["name"], function["arguments"]
+        if (
+            arguments
+            and name in text
+            and any(json.dumps(arguments, ensure_ascii=ascii_only) in text for ascii_only in (False, True))
+        ):
+            continue
+        for change in ({"name": name + MARK.strip()}, {"arguments": {**arguments, MARK.strip(): MARK}}):
+            changed = {**call, "function": {**function, **change}}
+            if not depends_on({"tool_calls": [*calls[:number], changed, *calls[number + 1 :]]}):
+                return False
+    return True
 
 
 def _closes_thoughts(opening: Opening, length: int) -> bool:

@@ -22,16 +22,23 @@ from datetime import datetime
 from typing import Any
 
 from modelyard.errors import JobFailure
-from modelyard.trainer.completions import THOUGHT, NoCompletionError, Opening, completion, shared, shared_end
+from modelyard.trainer.completions import (
+    MARK,
+    THOUGHT,
+    NoCompletionError,
+    Opening,
+    completion,
+    has_calls,
+    shared,
+    shared_end,
+)
 from modelyard.trainer.content_format import loops_over_content
 from modelyard.trainer.messages import split_thought
 from modelyard.trainer.model_files import PLAIN_TEMPLATE
 
 #: Characters of a text that are not found in another's by accident.
 TELLING = 24
-#: Appended to a text to see whether a rendering depends on it.
-_MARK = " qzvjx"
-#: The same for a message that follows.
+#: As `MARK`, for a message that follows.
 _NEXT = "jxqzv"
 #: Where the engine hands over what a client names `reasoning`.
 _REASONING = ("reasoning", "reasoning_content")
@@ -195,11 +202,12 @@ class Renderer:
         except NoCompletionError as error:
             raise Refused(str(error)) from None
         found = self._ended(said[: at + 1], tools, answered, found)
-        if calls and not _has_calls(calls, found, depends_on):
+        if calls and not has_calls(calls, found, depends_on):
             raise Refused(f"the chat template leaves out the tool calls of message {number}, which are to be learnt")
         for text in (answer, thought[1].strip() if thought else ""):
             # It may begin with the prompt's own opening.
-            if text not in prompt[len(prompt) + 1 - len(text) :] + found:
+            opening = None if text in found else self._opening(said, tools, at, prompt)
+            if text not in found and (opening is None or text not in answered[opening.base :]):
                 raise self._changed(number)
         return found
 
@@ -212,7 +220,7 @@ class Renderer:
 
     def _opening(self, said: Sequence[Message], tools: list[Any] | None, at: int, prompt: str) -> Opening | None:
         """Compare how a prompt ends with how an answer of one word is rendered; None where that cannot be seen."""
-        word = _MARK.strip()
+        word = MARK.strip()
         asked, before = said[at - 1], list(said[: at - 1])
         try:
             answered = self._render(
@@ -250,7 +258,7 @@ class Renderer:
     def _after_the_mark(self, said: Sequence[Message], tools: list[Any] | None) -> str | None:
         """Return what a rendering has after the last mark in it."""
         try:
-            _, mark, after = self._render(said, tools).rpartition(_MARK.strip())
+            _, mark, after = self._render(said, tools).rpartition(MARK.strip())
         except Refused:
             return None
         return after if mark else None
@@ -280,7 +288,7 @@ class Renderer:
             if not (is_telling and text in turn.prompt) and not depends_on({"content": self._marked(message)}):
                 raise Refused(f"the chat template leaves out message {number + 1}, whose role is {role}")
             calls = message.get("tool_calls")
-            if calls and not _has_calls(calls, turn.prompt, depends_on):
+            if calls and not has_calls(calls, turn.prompt, depends_on):
                 raise Refused(f"the chat template leaves out the tool calls of message {number + 1}")
         if tools and not self._differs(said[: turn.at], None, turn.prompt, asks=True):
             raise Refused("the chat template leaves out the tools")
@@ -327,8 +335,8 @@ class Renderer:
             return {**message, "content": self._marked(message)}
         function = calls[-1]["function"]
         changed = {
-            "name": function["name"] + _MARK.strip(),
-            "arguments": {**function["arguments"], _MARK.strip(): _MARK},
+            "name": function["name"] + MARK.strip(),
+            "arguments": {**function["arguments"], MARK.strip(): MARK},
         }
         marked = {**message, "tool_calls": [*calls[:-1], {**calls[-1], "function": {**function, **changed}}]}
         return {**marked, "content": self._marked(message)} if _text(message) else marked
@@ -336,8 +344,8 @@ class Renderer:
     @staticmethod
     def _marked(message: Message) -> Any:
         if isinstance(message["content"], list):
-            return [{"type": "text", "text": _text(message) + _MARK}]
-        return message["content"] + _MARK
+            return [{"type": "text", "text": _text(message) + MARK}]
+        return message["content"] + MARK
 
 
 def learnt_turns(messages: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -351,24 +359,6 @@ def learnt_turns(messages: Sequence[Mapping[str, Any]]) -> list[int]:
             if message.get("tool_calls") or (content and not content.isspace()):
                 turns.append(number)
     return turns
-
-
-def _has_calls(calls: Sequence[Mapping[str, Any]], text: str, depends_on: Any) -> bool:
-    """True if all of the calls are in the text, or at least make a difference to it."""
-    for number, call in enumerate(calls):
-        function = call["function"]
-        name, arguments = function["name"], function["arguments"]
-        if (
-            arguments
-            and name in text
-            and any(json.dumps(arguments, ensure_ascii=ascii_only) in text for ascii_only in (False, True))
-        ):
-            continue
-        for change in ({"name": name + _MARK.strip()}, {"arguments": {**arguments, _MARK.strip(): _MARK}}):
-            changed = {**call, "function": {**function, **change}}
-            if not depends_on({"tool_calls": [*calls[:number], changed, *calls[number + 1 :]]}):
-                return False
-    return True
 
 
 def _text(message: Mapping[str, Any]) -> str:
