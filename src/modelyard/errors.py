@@ -71,10 +71,14 @@ def storable(text: str) -> str:
 
 
 class ModelyardError(Exception):
-    """Base of all errors with an HTTP answer. `param` names the field or parameter at fault, if one is."""
+    """Base of all errors with an HTTP answer. `param` names the field or parameter at fault, if one is.
+
+    `evidence` are lines that show it, as a job's failure has them (`JobFailure`); the answer has them if there are any.
+    """
 
     status = 500
     code = "internal_error"
+    evidence: tuple[str, ...] = ()
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         message = storable(message)
@@ -94,8 +98,11 @@ class ModelyardError(Exception):
         return "server_error" if self.status >= 500 else "invalid_request_error"
 
     def envelope(self) -> dict[str, Any]:
-        """Return the body of the answer: `{"error": {"message", "type", "param", "code"}}`."""
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+        """Return the body of the answer: `{"error": {"message", "type", "param", "code"}}`, and `evidence` if any."""
+        error: dict[str, Any] = {
+            "message": self.message, "type": self.type, "param": self.param, "code": self.code
+        }  # fmt: skip
+        return {"error": error | ({"evidence": list(self.evidence)} if self.evidence else {})}
 
 
 class BadRequest(ModelyardError):

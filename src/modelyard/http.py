@@ -160,6 +160,11 @@ class ErrorBody(BaseModel):
         description="Stable: programs may match it. A number where it is the engine's own error: then the status.",
         examples=["model_not_found"],
     )
+    evidence: list[str] | None = Field(
+        default=None,
+        description="Lines that show it, where a process of its own failed: rows with their reasons, or a log's.",
+        examples=[["line 7: the chat template leaves out the tools"]],
+    )
 
 
 class ErrorOut(BaseModel):

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from modelyard.db import Sessions, database_url
+from modelyard.errors import JobFailure
+from modelyard.finetune.errands import refusal
 from modelyard.finetune.planning import history
 from modelyard.finetune.schemas import HyperparametersIn
 from modelyard.finetune.tables import Finetune
@@ -89,6 +91,14 @@ def test_what_the_training_would_be_refused_for_is_refused_here_too(
     answer = plan(server, dataset_id, **more)
     assert (answer.status, answer.error_code) == (status, code), answer.text
     assert not leftovers(server)
+
+
+def test_the_evidence_of_a_failure_is_in_the_answer_to_a_plan() -> None:
+    lines = ["line 1: the chat template leaves out the tools", "line 2: nothing to learn"]
+    for code in ("nothing_to_learn", "out_of_memory", "trainer_failed"):
+        error = refusal(JobFailure(code, "None of the rows can be learnt from.", "See the reasons.", lines)).envelope()
+        assert error["error"]["evidence"] == lines
+    assert "evidence" not in refusal(JobFailure("nothing_to_learn", "None.")).envelope()["error"]
 
 
 @pytest.fixture(scope="module")

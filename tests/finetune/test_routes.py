@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from modelyard.deploy.machine import this_machine
 from tests.datasets.forms import questions
 from tests.finetune.yard import (
     FINETUNE,
@@ -163,6 +164,15 @@ def test_what_cannot_be_is_refused_with_what_is_wrong(
     assert error["code"] == code
     assert param is None or error["param"] == param
     assert len(quick.get("/api/v1/jobs/?kind=FT").json()) == before
+
+
+@pytest.mark.skipif(this_machine().has_gpu, reason="here it can be done")
+def test_a_base_in_4_bits_is_refused_at_once_where_there_is_no_gpu(quick: Server, dataset_id: str) -> None:
+    error = refusal(ask(quick, dataset_id, hyperparameters={"quantization": "4bit"}), 422)
+    assert (error["code"], error["param"]) == ("quantization_needs_gpu", "hyperparameters.quantization")
+    body = {"name": "x", "model_id": MODEL, "dataset_id": dataset_id, "hyperparameters": {"quantization": "4bit"}}
+    planned = quick.request("POST", f"{FINETUNE}plan/", json_body=body)
+    assert refusal(planned, 422)["code"] == "quantization_needs_gpu"
 
 
 def test_a_rank_above_what_engines_have_room_for_names_the_setting(quick: Server, dataset_id: str) -> None:

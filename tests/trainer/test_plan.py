@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -211,6 +212,13 @@ def test_a_training_that_does_not_fit_is_planned_with_the_numbers_and_what_would
 def test_what_could_not_be_trained_at_all_has_no_plan_but_the_reason(model_dir: Path, tmp_path: Path) -> None:
     result = run(spec_for(model_dir, dataset(tmp_path / "data.jsonl", rows=0, bad=3)), tmp_path / "plan")
     assert result["failure"]["code"] == "nothing_to_learn"
+    short = tmp_path / "short"
+    shutil.copytree(model_dir, short)
+    config = json.loads((short / "config.json").read_text("utf-8"))
+    (short / "config.json").write_text(json.dumps(config | {"vocab_size": 200}))
+    result = run(spec_for(short, dataset(tmp_path / "few.jsonl", rows=3)), tmp_path / "beyond")
+    # Nor were the weights looked at, which do not fit that configuration.
+    assert result["failure"]["code"] == "tokens_beyond_embedding"
     settings = replace(SETTINGS, target_modules=["no_proj"])
     data = dataset(tmp_path / "more.jsonl", rows=20)
     result = run(spec_for(model_dir, data, hyperparameters=settings), tmp_path / "another")

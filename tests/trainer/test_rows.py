@@ -269,6 +269,32 @@ def test_copies_of_a_row_are_all_learnt_and_none_is_held_back(desk: Desk) -> Non
     assert lines(desk.prepare(*([chat("a", "b")] * 30)))[1] == []
 
 
+def test_asking_for_a_measurement_that_no_row_can_give_is_refused_with_the_reasons(desk: Desk) -> None:
+    copies = [*numbered(6), *numbered(6)]
+    for asked, named in (
+        ({"validation_split": 0.2}, "validation_split 0.2"),
+        ({"validation_split": 0.2, "early_stopping": 1}, "validation_split 0.2 and early_stopping 1"),
+    ):
+        failure = desk.failure(*copies, **asked)
+        assert failure.code == "nothing_to_measure_by"
+        assert "Of 12 rows none can be held back to measure by: 12 have a copy among the others." in failure.message
+        assert f"The request has {named}." in failure.message
+    long = [chat(f"q{number}", "word " * 100) for number in range(3)]
+    assert "2 have a copy among the others and 3 are truncated." in desk.failure(
+        *numbered(1), *numbered(1), *long, max_seq_len=40, validation_split=0.2
+    ).message  # fmt: skip
+    # Of so few rows none is held back by itself, and nothing would ever stop it.
+    assert desk.failure(*numbered(6), early_stopping=3).code == "nothing_to_measure_by"
+
+
+def test_where_no_row_can_be_held_back_and_nobody_asked_it_is_told(desk: Desk) -> None:
+    (note,) = desk.prepare(*numbered(15), *numbered(15)).facts["notes"]
+    assert note == "Of 30 rows none can be held back to measure by: 30 have a copy among the others."
+    assert note in desk.reports("note")[-1]["message"]
+    assert desk.reports("note")[-1]["level"] == "WARNING"
+    assert desk.prepare(*numbered(6)).facts["notes"] == desk.prepare(*numbered(30)).facts["notes"] == []
+
+
 def test_a_row_that_was_cut_is_not_held_back(desk: Desk) -> None:
     rows = [*numbered(2), *(chat(f"q{number}", "word " * 100) for number in range(30))]
     train, held_out = lines(desk.prepare(*rows, max_seq_len=40, validation_split=0.5))

@@ -129,9 +129,13 @@ class Errands:
 def refusal(failure: JobFailure) -> ModelyardError:
     """Return what to answer to the request of an errand that failed."""
     message = f"{failure.message} {failure.hint}".strip()
+    error: ModelyardError
     if failure.code in PASSING:
-        return Unavailable(message, retry_after_s=RETRY_AFTER_S, code=failure.code)
-    return (BadGateway if failure.code == "trainer_failed" else Unprocessable)(message, code=failure.code)
+        error = Unavailable(message, retry_after_s=RETRY_AFTER_S, code=failure.code)
+    else:
+        error = (BadGateway if failure.code == "trainer_failed" else Unprocessable)(message, code=failure.code)
+    error.evidence = failure.evidence
+    return error
 
 
 def _deleted(spec: Spec) -> str | None:

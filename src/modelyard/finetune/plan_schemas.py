@@ -45,7 +45,7 @@ class FinetunePlanOut(BaseModel):
     dataset_id: UUID
     prepared: dict[str, Any] = Field(
         description="The rows as the training would have them: how many, tokens, truncated, held back, left out (the "
-        "first with line and reason), and the steps that they make."
+        "first with line and reason), the steps that they make, and `notes` on what was asked for and cannot act."
     )
     estimate: dict[str, Any] | None = Field(
         description="Seconds of the steps, memory, tokens a second, and whether that was measured now or is what the "

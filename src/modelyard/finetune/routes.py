@@ -10,6 +10,7 @@ from uuid import UUID
 from fastapi import Path, Query
 
 from modelyard.datasets.routes import Storage
+from modelyard.deploy.machine import this_machine
 from modelyard.errors import NotTrainable, Unprocessable
 from modelyard.finetune import actions, checkpoints, curves, trainable
 from modelyard.finetune.schemas import FinetuneDetailOut, FinetuneIn, FinetuneOut
@@ -70,7 +71,7 @@ async def check(wanted: FinetuneIn, sessions: Sessions, settings: Settings) -> N
     """Refuse what the files and the settings show to be impossible.
 
     Raises:
-        Unprocessable: param `model_id` or `hyperparameters.rank`.
+        Unprocessable: param `model_id`, `hyperparameters.rank` or `hyperparameters.quantization`.
         ModelNotFound: there is no such model.
         ModelLost: its files are gone.
     """
@@ -80,6 +81,13 @@ async def check(wanted: FinetuneIn, sessions: Sessions, settings: Settings) -> N
             f"Engines have room for adapters of rank {most} at most (MODELYARD_ENGINE_MAX_LORA_RANK), and this one "
             f"would have {rank}: train with a lower rank, or raise the setting.",
             param="hyperparameters.rank",
+        )
+    if wanted.hyperparameters.quantization is not None and not (await asyncio.to_thread(this_machine)).has_gpu:
+        raise Unprocessable(
+            f"A base in 4 bits (quantization: {wanted.hyperparameters.quantization}) needs an NVIDIA GPU, and this "
+            "machine has none: train without quantization, or on a machine with a GPU.",
+            param="hyperparameters.quantization",
+            code="quantization_needs_gpu",
         )
     async with sessions.read() as session:
         model = await actions.trainable(session, wanted.model_id)

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from modelyard.trainer import memory, ranks
+from modelyard.trainer import memory, ranks, vocabulary
 from modelyard.trainer.failures import as_failure
 from modelyard.trainer.reports import Reports, finite
 from modelyard.trainer.results import failed, leave, write_result
@@ -117,6 +117,11 @@ def train(spec: Spec, report: Reports, stop: _Stop) -> dict[str, Any]:
     tokenizer = load_tokenizer(spec)
     watch = StallWatch(spec.model_id, partial(leave, spec))
     prepared = prepare(spec, tokenizer, max_length(config), report, watch)
+
+    vocabulary.check(
+        spec.model_id, config, tokenizer,
+        (one.input_ids for one in (*prepared.train, *(each.example for each in prepared.held_out))),
+    )  # fmt: skip
 
     from modelyard.trainer.batches import Rows
 

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn import functional
 
-from modelyard.trainer import memory, ranks
+from modelyard.trainer import measurements, memory, ranks
 from modelyard.trainer.batches import Course, Micro, Rows, Step, Steps, micros, padded_tokens
 from modelyard.trainer.checkpoints import Checkpoint, Checkpoints
 from modelyard.trainer.curve import Curve
@@ -123,6 +123,8 @@ class Training:
             self._report, self.course, self.rows, found.state if found else {}, self._spec.tensorboard_dir
         )
         if found is None:
+            if (why := measurements.why_never_early(self.settings, self.course)) is not None:
+                self._report.note(why, "WARNING")
             self._forecast = Forecast(self._report, tokens_of(self.rows, self.course), self.expected_peak_bytes)
         self._report.phase("training")
         stopped = False
@@ -222,13 +224,7 @@ class Training:
     # Validation.
 
     def _validation_is_due(self, done: int) -> bool:
-        every = self.settings.checkpoint_steps
-        if every is None:
-            # Each epoch; of a training with few epochs, each tenth.
-            every = min(self.course.steps_per_epoch, max(1, self.total_steps // PARTS))
-            if self.total_steps >= PARTS * self.course.steps_per_epoch:
-                every = self.course.steps_per_epoch
-        return done % every == 0 or done == self.total_steps
+        return done % measurements.every(self.settings, self.course) == 0 or done == self.total_steps
 
     def _validate(self, done: int) -> None:
         began = time.monotonic()

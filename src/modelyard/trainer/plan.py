@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from modelyard.errors import JobFailure
-from modelyard.trainer import forecast, memory
+from modelyard.trainer import forecast, measurements, memory, vocabulary
 from modelyard.trainer.forecast import Basis
 from modelyard.trainer.reports import Reports
 from modelyard.trainer.results import leave
@@ -42,6 +42,10 @@ def plan(spec: Spec, report: Reports) -> dict[str, Any]:
     tokenizer = load_tokenizer(spec)
     watch = StallWatch(spec.model_id, partial(leave, spec))
     prepared = prepare(spec, tokenizer, max_length(config), report, watch)
+    vocabulary.check(
+        spec.model_id, config, tokenizer,
+        (one.input_ids for one in (*prepared.train, *(each.example for each in prepared.held_out))),
+    )  # fmt: skip
     rows = Rows(prepared.train)
     course = Course.of(spec.hyperparameters, len(rows))
     facts = {
@@ -50,6 +54,8 @@ def plan(spec: Spec, report: Reports) -> dict[str, Any]:
         "steps_per_epoch": course.steps_per_epoch,
         "rows_per_step": course.rows_per_step,
     }
+    if (why := measurements.why_never_early(spec.hyperparameters, course)) is not None:
+        facts["notes"] = [*facts["notes"], why]
     report.prepared(facts)
     device, dtype = _here()
     found: dict[str, Any] = {

@@ -114,8 +114,8 @@ def prepare(spec: Spec, tokenizer: Any, max_model_len: int | None, report: Repor
     `watch` ends the process where the model's tokenizer or chat template stalls at a row.
 
     Raises:
-        JobFailure: `max_seq_len_too_long`, `nothing_to_learn`, `dataset_missing`, `no_stop_token`,
-            `bad_chat_template` or `unsupported_tokenizer`.
+        JobFailure: `max_seq_len_too_long`, `nothing_to_learn`, `nothing_to_measure_by`, `dataset_missing`,
+            `no_stop_token`, `bad_chat_template` or `unsupported_tokenizer`.
     """
     report.phase("tokenizing")
     limit = _length_limit(spec.hyperparameters.max_seq_len, max_model_len)
@@ -127,6 +127,7 @@ def prepare(spec: Spec, tokenizer: Any, max_model_len: int | None, report: Repor
     if not kept:
         raise _nothing(reading, limit)
     chosen, duplicates = _held_back(kept, spec.hyperparameters.validation_split, spec.hyperparameters.seed)
+    notes = _notes(kept, chosen, duplicates, spec, report)
     train = [example for row in kept if row.line not in chosen for example in row.examples]
     probed = _probed(kept, spec.hyperparameters.seed)
     held_out, probes = reading.read_again({row.line: row for row in kept if row.line in chosen}, probed)
@@ -147,6 +148,7 @@ def prepare(spec: Spec, tokenizer: Any, max_model_len: int | None, report: Repor
         "template_is_dated": renderer.is_dated,
         "stop_tokens": sorted(renderer.stop_ids),
         "sha256": _hash_of(train),
+        "notes": notes,
     }
     return Prepared(train, held_out, probes, facts, renderer.template)
 
@@ -366,6 +368,33 @@ def _held_back(kept: Sequence[_Kept], split: float | None, seed: int) -> tuple[s
     if wanted:
         random.Random(seed).shuffle(candidates)
     return set(candidates[:wanted]), duplicates
+
+
+def _notes(kept: Sequence[_Kept], chosen: set[int], duplicates: int, spec: Spec, report: Reports) -> list[str]:
+    """Say, as an event and in what is returned, that none of the rows can be held back to measure by, if that is so.
+
+    Raises:
+        JobFailure: `nothing_to_measure_by`: it was asked for.
+    """
+    settings = spec.hyperparameters
+    is_wanted = held_back_count(len(kept), settings.validation_split) > 0
+    if chosen or not (is_wanted or settings.early_stopping is not None):
+        return []
+    cut = sum(row.is_cut for row in kept)
+    reasons = [f"{duplicates} have a copy among the others"] * bool(duplicates) + [f"{cut} are truncated"] * bool(cut)
+    why = f"Of {len(kept)} rows none can be held back to measure by"
+    why += f": {' and '.join(reasons)}." if is_wanted and reasons else "."
+    asked = [f"early_stopping {settings.early_stopping}"] * (settings.early_stopping is not None)
+    if settings.validation_split:
+        asked.insert(0, f"validation_split {settings.validation_split:g}")
+    if asked:
+        raise JobFailure(
+            "nothing_to_measure_by",
+            f"{why} The request has {' and '.join(asked)}.",
+            f"Add rows that are there once and fit into max_seq_len, or leave {' and '.join(asked)} out.",
+        )
+    report.note(f"{why} Nothing will tell whether the adapter is better.", "WARNING")
+    return [why]
 
 
 def held_back_count(rows: int, split: float | None) -> int:
