@@ -15,7 +15,8 @@ import uvicorn
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from modelyard.connections import Connection, Connections, Limits
+from modelyard.connection_register import Connections, Limits
+from modelyard.connections import Connection
 from modelyard.deploy.routing import OpenRequest
 from modelyard.errors import ModelNotFound
 from modelyard.gateway.metrics import Metrics

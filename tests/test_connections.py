@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 import uvicorn
 
-from modelyard.connections import Connection, Connections, Limits
+from modelyard.connection_register import Connections, Limits
+from modelyard.connections import Connection
 from tests.server import Server, running, serving
 
 KEY = "a-key-of-the-tests"

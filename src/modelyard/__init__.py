@@ -17,7 +17,7 @@ datasets            conversations to learn from: validated while they arrive, ke
 jobs                pieces of work with status, events and log, and the runner that runs them
 auth, docs          the gate before every route; Swagger UI
 http                what routes share: either slash, documented errors, limits on bodies
-connections         limits on client connections before the key check: header bytes, time, number
+connections         limits on client connections before the key check: header bytes, time, number; their register
 foundation          data folder, locks and migrations: what must stand before the server serves
 filters             children that read what they are fed, answer once, and are gone
 storage             objects: a local folder or S3

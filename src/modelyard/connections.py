@@ -1,9 +1,8 @@
 """Limits on one client connection, before and beside the key check: bytes of headers, time, requests in a row.
 
 uvicorn's protocol class reads headers of any size for any time, and loses a body behind `Upgrade: h2c`. The class here
-counts and times what comes, and answers 431, 408 or 503 itself, in the one envelope of all errors. `Connections` knows
-all of them: how many are open, whose time is up (`sweep`, called by the server a few times a second: no request pays
-for a timer), and what was refused, of which the log has a line a minute at most.
+counts and times what comes, and answers 431, 408 or 503 itself, in the one envelope of all errors. All of them stand in
+the register (`connection_register`), which asks each whether its time is up.
 
 A refused client may still be sending: closed at once, its connection would be reset and the answer lost with it. So
 what it sends is read and thrown away for a moment.
@@ -12,10 +11,7 @@ what it sends is read and thrown away for a moment.
 from __future__ import annotations
 
 import enum
-import logging
 import math
-from collections import Counter
-from dataclasses import dataclass
 from http import HTTPStatus
 from time import monotonic
 from typing import Any
@@ -24,6 +20,7 @@ import httptools
 import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from modelyard.connection_register import Connections
 from modelyard.errors import (
     BadRequest,
     HeadersTooLarge,
@@ -33,17 +30,14 @@ from modelyard.errors import (
     Unavailable,
 )
 
-log = logging.getLogger(__name__)
-
 #: The most headers that a request may have.
 MOST_HEADERS = 256
 #: Requests that may wait behind the one that is answered; a connection with more of them ends after those.
 MOST_PIPELINED = 16
 #: A body must grow by this much (or end) within the time that is allowed without any of it: a byte a minute is none.
 LEAST_BODY_BYTES = 1024
-#: How long a client that was refused may go on sending, in seconds, and how many may do so at a time.
+#: How long a client that was refused may go on sending, in seconds.
 LINGER_S = 2.0
-MOST_LINGERING = 64
 #: How long the rest of a body may go on coming that nobody wants: its request is answered.
 DRAIN_S = 30.0
 #: How soon a client that sends no more is asked whether it is still there, and how often, once it seems so, in seconds.
@@ -51,19 +45,6 @@ KNOCK_AFTER_S = 1.0
 KNOCK_AGAIN_S = 5.0
 #: An answer of which its client takes nothing for so long is given up.
 UNREAD_S = 600.0
-#: Refusals are logged so often, in seconds.
-REPORT_EVERY_S = 60.0
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The bounds of every connection. Times in seconds."""
-
-    max_connections: int
-    header_bytes: int
-    header_timeout_s: float
-    body_timeout_s: float
-    idle_timeout_s: float
 
 
 class Phase(enum.Enum):
@@ -77,54 +58,6 @@ class Phase(enum.Enum):
     BODY = enum.auto()
     #: Nothing: it was refused, and what still comes is thrown away.
     DEAF = enum.auto()
-
-
-class Connections:
-    """All client connections of a server."""
-
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
-        self._open: set[Connection] = set()
-        self._lingering: set[Connection] = set()
-        self._refused: Counter[str] = Counter()
-        self._last_from = ""
-        self._reported_at = -math.inf
-
-    def admit(self, connection: Connection) -> bool:
-        """Count a new connection; return False if it is one too many."""
-        if len(self._open) >= self.limits.max_connections:
-            return False
-        self._open.add(connection)
-        return True
-
-    def linger(self, connection: Connection) -> bool:
-        """Let a refused connection read on for a moment; return False if too many do."""
-        self._open.discard(connection)
-        if len(self._lingering) >= MOST_LINGERING:
-            return False
-        self._lingering.add(connection)
-        return True
-
-    def forget(self, connection: Connection) -> None:
-        """Take a connection off the books: it is closed."""
-        self._open.discard(connection)
-        self._lingering.discard(connection)
-
-    def note(self, code: str, client: tuple[str, int] | None) -> None:
-        """Count a refusal for the log."""
-        self._refused[code] += 1
-        self._last_from = client[0] if client else ""
-
-    def sweep(self) -> None:
-        """End what has had its time, and report what was refused."""
-        now = monotonic()
-        for connection in [*self._open, *self._lingering]:
-            connection.check_time(now)
-        if self._refused and now - self._reported_at >= REPORT_EVERY_S:
-            self._reported_at = now
-            counts = ", ".join(f"{code} {count}" for code, count in sorted(self._refused.items()))
-            log.warning("refused connections or requests: %s (the last from %s)", counts, self._last_from)
-            self._refused.clear()
 
 
 class _Refused(Exception):

@@ -26,7 +26,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.types import Message, Receive, Scope, Send
 
 from modelyard.app import create_app
-from modelyard.connections import Connection, Connections, Limits
+from modelyard.connection_register import Connections, Limits
+from modelyard.connections import Connection
 from modelyard.errors import StartRefused
 from modelyard.foundation import Foundation, shown
 from modelyard.log_limits import limit_repeats
