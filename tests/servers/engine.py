@@ -286,6 +286,12 @@ async def answer(
     except Refused as error:
         status = error.status
         link.reply(status, json.dumps(error.body).encode())
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        # vLLM checks every field before it begins. Without an answer, whoever asked would wait for ever.
+        status = 400
+        link.reply(
+            status, json.dumps(Refused(400, f"The request has a field of a wrong type: {error!r}").body).encode()
+        )
     except asyncio.CancelledError:
         engine.record("cancelled", number=number, tokens=sent[0])
         raise
