@@ -93,6 +93,22 @@ def test_a_file_as_people_have_it_has_the_rows_that_are_in_it(name: str, size: i
     assert found.index == [(0, 0, 0)]
 
 
+BEGINS = (b"", b"[", b"[{", b"prompt,completion\n", b"question;answer\n", b'{"question": "', gzip.compress(ARRAY)[:60])
+
+
+@given(st.sampled_from(BEGINS), st.binary(max_size=200), st.sampled_from([None, MAPPING]), st.integers(1, 40))
+def test_any_bytes_are_rows_or_have_a_refusal_in_words(
+    begin: bytes, rest: bytes, mapping: dict[str, str] | None, size: int
+) -> None:
+    found, stored = convert(begin + rest, mapping, size=size)
+    if found.refusal is None:
+        assert found.report is not None
+        assert stored.count(b"\n") >= found.report["lines"] - 1
+        assert found.report["rows"] + found.report["bad_lines"] + found.report["blank_lines"] == found.report["lines"]
+    else:
+        assert found.refusal[1].endswith(".")
+
+
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),

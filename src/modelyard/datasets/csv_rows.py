@@ -28,7 +28,7 @@ class Table:
     """The rows of a table: `columns` are known at once, `rows` are read as they are asked for.
 
     Raises:
-        InvalidDataset: its header names no column, or one twice.
+        InvalidDataset: its header cannot be read, or names a column twice.
     """
 
     def __init__(self, separator: str, blocks: Iterator[bytes], max_bytes: int) -> None:
@@ -40,7 +40,10 @@ class Table:
         self._max_bytes = max_bytes
         csv.field_size_limit(max_bytes)
         self._reader = csv.reader(self._lines, delimiter=separator, strict=True)
-        self.columns = [name.strip() for name in next(self._reader, [])]
+        try:
+            self.columns = [name.strip() for name in next(self._reader, [])]
+        except csv.Error as error:
+            raise InvalidDataset(f"The table's header cannot be read: {error}.", code="bad_table") from None
         named = [name for name in self.columns if name]
         if len({*named}) < len(named):
             twice = next(name for name in named if named.count(name) > 1)

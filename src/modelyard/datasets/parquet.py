@@ -39,7 +39,7 @@ def rows_of_parquet(blocks: Iterator[bytes], scratch: str) -> Iterator[dict[str,
         try:
             for batch in parquet.ParquetFile(file).iter_batches(BATCH_ROWS, use_threads=False):
                 yield from batch.to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, ValueError, NotImplementedError, OSError) as error:
             raise InvalidDataset(
                 f"The Parquet file is damaged or not whole: {str(error)[:200]}.", code="archive_damaged"
             ) from None

@@ -54,8 +54,9 @@ _PICKLE = "convert it if you trust it, since to load a pickle runs what is in it
 )
 _YAML = "convert it: " + _python("yaml", "yaml.safe_load(open('FILE'))") + " (after: pip install pyyaml)"
 _XLSX = (
-    "save it as CSV in UTF-8, or convert it: python3 -c \"import csv, openpyxl; csv.writer(open('train.csv', 'w'))"
-    ".writerows(openpyxl.load_workbook('FILE', read_only=True).active.values)\" (after: pip install openpyxl)"
+    "save it as CSV in UTF-8, or convert it: python3 -c \"import csv, openpyxl; csv.writer(open('train.csv', 'w'))."
+    "writerows(openpyxl.load_workbook(open('FILE', 'rb'), read_only=True).active.values)\""
+    " (after: pip install openpyxl)"
 )
 _ONE_COLUMN = "convert it: " + _python("csv", "csv.DictReader(open('FILE', newline=''))")
 _TEXT = "to learn it line by line, convert it: " + _python(
