@@ -1,4 +1,4 @@
-"""How sure it is that a loss is lower: the confidence interval of a difference, from the rows that were held back.
+"""The certainty that a loss is lower: the confidence interval of a difference, from the rows that were held back.
 
 Base and adapter are measured on the same rows, so that what counts is each row's own difference: that some rows are
 harder than others makes it no less sure. The loss per token is a ratio of two sums over rows; its standard error is
@@ -31,7 +31,7 @@ class Lowered:
 
     @property
     def is_sure(self) -> bool:
-        """Whether the interval is on one side of zero."""
+        """True if the interval is on one side of zero."""
         return self.low > 0 or self.high < 0
 
 

@@ -88,7 +88,7 @@ def mean(values: Iterable[float]) -> float | None:
 
 
 class Verdict(StrEnum):
-    """What the rows that were held back say of an adapter."""
+    """The verdict of the rows that were held back on an adapter."""
 
     BETTER = "better"
     NOT_BETTER = "not_better"
