@@ -56,18 +56,19 @@ def test_everything_in_a_file_is_counted() -> None:
         {"messages": [{"role": "system", "content": "s"}, *chat("a", "b")["messages"]]},  # type: ignore[misc]
         {"prompt": "a", "completion": "b" * 1000},
         chat("a", "bc"),
-        {"messages": [{"role": "assistant", "content": "b"}, {"role": "user", "content": ""}]},
-    )
+        {"messages": [{"role": role, "content": text} for role, text in (
+            ("assistant", "b"), ("user", ""), ("assistant", "b"), ("user", "a"))]},
+    )  # fmt: skip
     report = report_of([data + b"\n \n"])
     assert (report["format"], report["formats"]) == ("mixed", {"messages": 4, "prompt_completion": 1})
     assert (report["rows"], report["lines"], report["blank_lines"], report["bad_lines"]) == (5, 7, 2, 0)
-    assert (report["turns"], report["roles"]) == (11, {"assistant": 5, "system": 1, "user": 5})
+    assert (report["turns"], report["roles"]) == (13, {"assistant": 6, "system": 1, "user": 6})
     assert report["duplicates"] == {"rows": 1, "lines": [4], "is_exact": True}
     assert report["characters"] == {
-        "total": 3 + 3 + 1001 + 3 + 1,
-        "shortest": 1,
+        "total": 3 + 3 + 1001 + 3 + 3,
+        "shortest": 3,
         "longest": 1001,
-        "histogram": [{"below": 2, "rows": 1}, {"below": 4, "rows": 3}, {"below": 1024, "rows": 1}],
+        "histogram": [{"below": 4, "rows": 4}, {"below": 1024, "rows": 1}],
     }
     assert report["warnings"] == [
         {"kind": "empty_content", "rows": 1, "lines": [5]},
@@ -117,6 +118,11 @@ LINES = st.sampled_from(
         b'{"messages":[{"role":"user","content":"a"},',
         b'{"role":"assistant","content":"b"}]}',
         b'{"messages":[]}',
+        b'{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}],"note":1,"n":null}',
+        b'{"messages":[{"role":"user","content":"a","x":1},{"role":"assistant","content":"b"}],"n":2}',
+        b'{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}],"label":false}',
+        b'{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}],"label":3}',
+        b'{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b","train":false}]}',
         b'{"messages":null,"prompt":"a","completion":"b"}',
         b'{"prompt":"a","completion":"b"}',
         b"",
@@ -201,8 +207,9 @@ def test_many_different_orders_of_roles_are_counted_right() -> None:
     chance = random.Random(4)
     rows, turns = [], 0
     for _ in range(6000):
-        count = chance.randint(1, 12)
-        spoken = [{"role": chance.choice(["user", "assistant"]), "content": "a"} for _ in range(count)]
+        count = chance.randint(2, 12)
+        spoken = [{"role": "user" if number == count - 1 else chance.choice(["user", "assistant"]), "content": "a"}
+                  for number in range(count)]  # fmt: skip
         spoken.append({"role": "assistant", "content": "b"})
         turns += count + 1
         rows.append({"messages": spoken})
@@ -311,3 +318,33 @@ def test_conversations_of_many_roles_in_many_orders_take_little_memory(monkeypat
     read.close()
     assert (report["rows"], report["turns"]) == (30, 600_000)
     assert kept < 2.5 * MIB
+
+
+def test_keys_that_mean_nothing_are_counted_with_their_places_and_first_lines() -> None:
+    plain = [chat(str(number), "b") | {"id": number} for number in range(50)]
+    plain[7]["messages"][0]["avatar"] = "x"  # type: ignore[index]
+    other: list[Any] = [
+        {"prompt": "a", "completion": "b", "id": "x", "tags": []},
+        {"prompt": "a", "completion": "b", "id": None},
+        {"text": "a", "meta": {"x": 1}},
+    ]
+    report = report_of([jsonl(*plain), jsonl(*other)])
+    assert report["bad_lines"] == 0
+    assert report["ignored_keys"] == [
+        {"key": "id", "rows": 51, "lines": list(range(1, 21))},
+        {"key": "messages[].avatar", "rows": 1, "lines": [8]},
+        {"key": "meta", "rows": 1, "lines": [53]},
+        {"key": "tags", "rows": 1, "lines": [51]},
+    ]
+
+
+def test_many_different_keys_are_told_together_and_cost_little() -> None:
+    rows = [chat("a", str(number)) | {f"key {number}": 1, f"{number}" * 5000: 2} for number in range(2000)]
+    data = jsonl(*rows)
+    began = time.process_time()
+    report = report_of([data])
+    assert time.process_time() - began < 5.0
+    keys = report["ignored_keys"]
+    assert 100 <= len(keys) <= 101
+    assert keys[0] == {"key": "*", "rows": 2000, "lines": list(range(1, 21))}
+    assert len(json.dumps(keys)) < 20_000

@@ -138,6 +138,20 @@ def test_batches_of_any_size_give_the_loss_and_the_answers_of_each_row_alone(
         assert said["base"] != said["adapter"]
 
 
+def test_a_text_that_was_held_back_has_a_loss_and_is_not_asked(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    from modelyard.trainer.evaluation import expected_seconds
+    from modelyard.trainer.rows import Example, HeldOut
+
+    ids = tokenizer("The mill at Hald stands empty.")["input_ids"]
+    text = HeldOut(9, [], None, (), "", Example(9, ids, [-100, *ids[1:]]))
+    found = evaluated(model, tokenizer, [text], tmp_path)
+    assert found["adapter"]["loss"] == pytest.approx(loss_alone(model, [text]), rel=1e-5)
+    assert (found["answers"], found["adapter"]["exact_match"], found["adapter"]["rows"]) == ([], None, 1)
+    assert expected_seconds(model, tokenizer, [text], Reports(tmp_path / "p"), WATCH) == 0.0
+    both = evaluated(model, tokenizer, [text, *held_out(tokenizer, ["river"], QUESTIONS[:1])], tmp_path)
+    assert ([one["line"] for one in both["answers"]], both["rows"]) == ([1], 2)
+
+
 def test_an_adapter_that_answers_as_was_wanted_is_better_and_the_other_way_round_it_is_not(
     model: Any, tokenizer: Any, tmp_path: Path
 ) -> None:

@@ -37,6 +37,8 @@ class Kind(StrEnum):
     WRONG_VALUE = "wrong_value"
     #: A role in a place where no chat template takes it.
     WRONG_ORDER = "wrong_order"
+    #: A row that prefers one answer to another.
+    PREFERENCE = "preference"
     #: No assistant's message with anything to learn.
     NOTHING_TO_LEARN = "nothing_to_learn"
 

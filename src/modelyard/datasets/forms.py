@@ -1,350 +1,300 @@
-"""The forms that a row of a dataset may have, and how each becomes the one canonical form.
+"""Reads the rows of a dataset at speed; what a row means is `row_forms`' table, and `row_reading` reads any row by it.
 
-    messages           {"messages": [{"role", "content", "tool_calls"?, "tool_call_id"?, "name"?, "weight"?}], "tools"?}
-    sharegpt           {"conversations": [{"from", "value"}], "system"?}
-    prompt_completion  {"prompt", "completion"}: one question, one answer
-    instruction        {"instruction", "input"?, "output"}: likewise; the input follows after a blank line
-
-Each row is read by its own form, the first of these that its keys have; other keys mean nothing here, and of a key
-that is there twice the last one counts. The canonical form is the first one. Whether a conversation can be learnt from
-is for `conversations` to say.
+Most files are plain: each row has the keys of its form and text in them. `RowReader` reads those with decoders that
+refuse every other key, and gives what they refuse to `row_reading`. Keys that turn out to mean nothing (an id, a
+source) are added to the decoders as they come, so that a file whose rows all have them is read as fast.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
-from enum import StrEnum
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
-from modelyard.datasets.faults import MOST_IN_LINE, Fault, Faults, Kind, diagnose, too_deep
+from modelyard.datasets.canonical import Message, Row
+from modelyard.datasets.raw_values import UNREADABLE
+from modelyard.datasets.row_forms import (
+    FORMS,
+    MARKS,
+    MEDIA,
+    MESSAGE_KEYS,
+    PREFERENCES,
+    REASONING,
+    SPEAKERS,
+    TURN_KEYS,
+    Form,
+    Role,
+)
+from modelyard.datasets.row_reading import object_of, read_fields
+from modelyard.datasets.tool_calls import tools_of
 
-ROLES = ("system", "user", "assistant", "tool")
-Role = Literal["system", "user", "assistant", "tool"]
+__all__ = ["UNREADABLE", "Form", "Message", "PlainRow", "Row", "RowReader", "read_row"]
 
-
-class Form(StrEnum):
-    """The format of a row."""
-
-    #: OpenAI's chat format, which is the canonical one.
-    MESSAGES = "messages"
-    #: Turns with "from" and "value".
-    SHAREGPT = "sharegpt"
-    #: One prompt and its completion.
-    PROMPT_COMPLETION = "prompt_completion"
-    #: Alpaca's instruction, input and output.
-    INSTRUCTION = "instruction"
-
-
-class Part(Struct, gc=False):
-    """A piece of a message's content."""
-
-    type: str
-    text: str | None = None
+#: Keys without a meaning that a reader's decoders know, of rows and of messages each.
+MOST_KNOWN_KEYS = 24
+MOST_KEY_CHARACTERS = 100
 
 
-class Function(Struct, gc=False):
-    """The function that a tool call calls; the canonical form has the arguments as an object."""
-
-    name: str
-    arguments: dict[str, Any] | str
-
-
-class ToolCall(Struct, gc=False, omit_defaults=True):
-    """One call of a tool."""
-
-    function: Function
-    id: str | None = None
-    type: str | UnsetType = "function"
-
-
-class Message(Struct, gc=False, omit_defaults=True):
-    """One message. In the canonical form the content is text, or null in a message that only calls tools."""
-
-    role: Role
-    content: str | list[Part] | UnsetType | None = UNSET
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
-    name: str | None = None
-    weight: int | float | None = None
-
-
-class Row(Struct, gc=False, omit_defaults=True):
-    """A conversation in the canonical form, and the form in which it came."""
-
-    messages: list[Message]
-    tools: list[dict[str, Any]] | None = None
-
-
-class SystemBeside(Row, gc=False, omit_defaults=True):
-    """One whose system message was not among the turns: places in the line are one less than in the messages."""
-
-
-class Plain(Struct, gc=False):
+class Plain(Struct, gc=False, forbid_unknown_fields=True):
     """A message with text and nothing else that means something."""
 
     role: Role
     content: str
     tool_calls: None = None
     weight: None = None
+    reasoning_content: None = None
     # Read, so that what `Message` refuses is refused here.
     tool_call_id: str | None = None
     name: str | None = None
 
 
-class PlainRow(Struct, gc=False):
+class PlainRow(Struct, gc=False, forbid_unknown_fields=True):
     """A conversation of such messages."""
 
     messages: list[Plain]
     tools: None = None
+    system: None = None
 
 
-class Turn(Struct, gc=False):
-    """One turn of ShareGPT's form."""
-
+class _Turn(Struct, gc=False, forbid_unknown_fields=True):
     speaker: str = msgspec.field(name="from")
     value: str
 
 
-class _ShareGpt(Struct, gc=False):
-    conversations: list[Turn]
+class _Messages(Struct, gc=False, forbid_unknown_fields=True):
+    messages: list[Message]
+    tools: Raw | UnsetType = UNSET
     system: str | None = None
-    messages: Raw | UnsetType = UNSET
 
 
-class _PromptCompletion(Struct, gc=False):
+class _ShareGpt(Struct, gc=False, forbid_unknown_fields=True):
+    conversations: list[_Turn]
+    system: str | None = None
+
+
+class _PromptCompletion(Struct, gc=False, forbid_unknown_fields=True):
     prompt: str
     completion: str
-    messages: Raw | UnsetType = UNSET
-    conversations: Raw | UnsetType = UNSET
+    system: str | None = None
 
 
-class _Instruction(Struct, gc=False):
+class _Instruction(Struct, gc=False, forbid_unknown_fields=True):
     instruction: str
     output: str
     input: str | None = None
-    messages: Raw | UnsetType = UNSET
-    conversations: Raw | UnsetType = UNSET
-    prompt: Raw | UnsetType = UNSET
-    completion: Raw | UnsetType = UNSET
+    system: str | None = None
+    history: list[tuple[str, str]] | None = None
 
 
-#: The fields that would make a row one of an earlier form.
-_EARLIER: dict[type, tuple[str, ...]] = {
-    _ShareGpt: ("messages",),
-    _PromptCompletion: ("messages", "conversations"),
-    _Instruction: ("messages", "conversations", "prompt", "completion"),
-}
-SPEAKERS: dict[str, Role] = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "chatgpt": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-}
+class _Text(Struct, gc=False, forbid_unknown_fields=True):
+    text: str
+
+
 _STRUCTS: dict[Form, type[Struct]] = {
-    Form.MESSAGES: Row,
+    Form.MESSAGES: _Messages,
     Form.SHAREGPT: _ShareGpt,
     Form.PROMPT_COMPLETION: _PromptCompletion,
     Form.INSTRUCTION: _Instruction,
+    Form.TEXT: _Text,
 }
-_DECODERS: dict[Form, msgspec.json.Decoder[Any]] = {form: msgspec.json.Decoder(kind) for form, kind in _STRUCTS.items()}
-#: The fields whose items are looked at one by one.
-_ITEMS: dict[str, type[Struct]] = {"messages": Message, "conversations": Turn}
-#: Name, whether it must be there, and what reads it.
-_FIELDS: dict[type[Struct], list[tuple[str, bool, msgspec.json.Decoder[Any]]]] = {
-    kind: [
-        (field.encode_name, field.required, msgspec.json.Decoder(field.type))
-        for field in msgspec.structs.fields(kind)
-        if field.type != Raw | UnsetType
-    ]
-    for kind in (*_STRUCTS.values(), *_ITEMS.values())
+#: The key of a form whose items have keys of their own, and what they are.
+_ITEMS: dict[Form, tuple[str, type[Struct]]] = {
+    Form.MESSAGES: ("messages", Message),
+    Form.SHAREGPT: ("conversations", _Turn),
 }
-_decode_messages = _DECODERS[Form.MESSAGES].decode
-_decode_plain = msgspec.json.Decoder(PlainRow).decode
-_fields: msgspec.json.Decoder[dict[str, Raw]] = msgspec.json.Decoder(dict[str, Raw])
-_items: msgspec.json.Decoder[list[Raw]] = msgspec.json.Decoder(list[Raw])
-#: The keys that make a form, in the order in which they are looked for.
-_KEYS = (
-    (Form.MESSAGES, ("messages",)),
-    (Form.SHAREGPT, ("conversations",)),
-    (Form.PROMPT_COMPLETION, ("prompt", "completion")),
-    (Form.INSTRUCTION, ("instruction", "output")),
+#: Keys with a meaning somewhere: never taken for one without, whatever they were in a row before. (Text is the last
+#: form: beside another it means nothing.)
+_MEANT = frozenset({*MARKS, *MEDIA, *MESSAGE_KEYS, *PREFERENCES, *REASONING, *TURN_KEYS}) | frozenset(
+    key for spec in FORMS[:-1] for key in spec.keys
 )
-#: What each form needs, one name of each, and all keys that it has.
-NEEDED_KEYS: dict[Form, tuple[tuple[str, ...], ...]] = {form: tuple((key,) for key in keys) for form, keys in _KEYS}
-KEYS_OF_FORMS: dict[Form, frozenset[str]] = {
-    form: frozenset(field.encode_name for field in msgspec.structs.fields(kind) if field.type != Raw | UnsetType)
-    for form, kind in _STRUCTS.items()
-}
-#: What decoders raise at a line that is not theirs.
-UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-FORMS_HINT = (
-    'a row is {"messages": [{"role": ..., "content": ...}, ...]}, '
-    '{"conversations": [{"from": ..., "value": ...}, ...]}, {"prompt": ..., "completion": ...} '
-    'or {"instruction": ..., "input": ..., "output": ...}'
-)
+Decode = Callable[[bytes], Any]
+_DECODERS: dict[Form, Decode] = {form: msgspec.json.Decoder(kind).decode for form, kind in _STRUCTS.items()}
+_decode_plain: Decode = msgspec.json.Decoder(PlainRow).decode
+
+
+class _Known:
+    """Decoders of one form that know some keys without a meaning: those of rows, and those of their items."""
+
+    def __init__(self, form: Form) -> None:
+        self.form = form
+        self.row: dict[str, str] = {}
+        self.item: dict[str, str] = {}
+        self.decode = _DECODERS[form]
+        self.decode_plain = _decode_plain
+
+    def learn(self, ignored: Iterable[tuple[str, str]]) -> None:
+        """Know these keys from now on, as many as there is room for."""
+        items = f"{_ITEMS[self.form][0]}[]" if self.form in _ITEMS else None
+        before = len(self.row) + len(self.item)
+        for place, key in ignored:
+            known = self.row if place == "" else self.item if place == items else None
+            if known is None or len(known) >= MOST_KNOWN_KEYS or len(key) > MOST_KEY_CHARACTERS or key in _MEANT:
+                continue
+            known.setdefault(key, f"other{len(known)}")
+        if len(self.row) + len(self.item) > before:
+            self._build()
+
+    def _build(self) -> None:
+        self.decode = self._decoder(_STRUCTS[self.form], _ITEMS.get(self.form))
+        if self.form is Form.MESSAGES:
+            self.decode_plain = self._decoder(PlainRow, ("messages", Plain))
+
+    def _decoder(self, kind: type[Struct], items: tuple[str, type[Struct]] | None) -> Decode:
+        fields: list[Any] = []
+        if items is not None and self.item:
+            item: Any = _with_others(items[1], self.item)
+            fields.append((items[0], list[item]))
+        return msgspec.json.Decoder(_with_others(kind, self.row, fields)).decode
+
+    def ignored_in(self, found: Any) -> tuple[tuple[str, str], ...]:
+        """Return the keys without a meaning that a row has, each once."""
+        ignored = [("", key) for key, attribute in self.row.items() if _is_there(getattr(found, attribute, UNSET))]
+        if self.item:
+            name = _ITEMS[self.form][0]
+            rows = getattr(found, name)
+            place = f"{name}[]"
+            for key, attribute in self.item.items():
+                if any(_is_there(getattr(item, attribute, UNSET)) for item in rows):
+                    ignored.append((place, key))
+        return tuple(ignored)
+
+    def ignored_in_rows(self, rows: Sequence[Any]) -> Iterator[tuple[tuple[str, str], list[int]]]:
+        """Yield each of the keys without a meaning, and which of the conversations have it."""
+        for key, attribute in self.row.items():
+            yield ("", key), [at for at, row in enumerate(rows) if _is_there(getattr(row, attribute))]
+        for key, attribute in self.item.items():
+            there = (any(_is_there(getattr(item, attribute)) for item in row.messages) for row in rows)
+            yield ("messages[]", key), [at for at, is_there in enumerate(there) if is_there]
+
+
+def _with_others(kind: type[Struct], others: dict[str, str], fields: Iterable[Any] = ()) -> type[Struct]:
+    extra = [(attribute, Raw | UnsetType, msgspec.field(default=UNSET, name=key)) for key, attribute in others.items()]
+    return msgspec.defstruct(
+        kind.__name__, [*fields, *extra], bases=(kind,), gc=False, forbid_unknown_fields=True, omit_defaults=True
+    )
+
+
+def _is_there(value: Any) -> bool:
+    return value is not UNSET and (len(value := bytes(value)) != 4 or value != b"null")
+
+
+class RowReader:
+    """Reads the lines of one file."""
+
+    def __init__(self, likely: Form = Form.MESSAGES) -> None:
+        """`likely` only says what to try first."""
+        self._likely = likely
+        self._known: dict[Form, _Known] = {}
+
+    def read(self, line: bytes) -> tuple[Form, Row]:
+        """Return the form and the conversation, or text, of a line.
+
+        Raises:
+            Faults: the line is none; whatever is wrong with it, never anything else.
+        """
+        likely = self._likely
+        row = self._at_once(line, likely)
+        if row is not None:
+            return likely, row
+        form, fields = object_of(line)
+        self._likely = form
+        if form is not likely and (row := self._at_once(line, form)) is not None:
+            return form, row
+        row = read_fields(line, form, fields)
+        if row.ignored:
+            if form not in self._known:
+                self._known[form] = _Known(form)
+            self._known[form].learn(row.ignored)
+        return form, row
+
+    def plain_rows(self, lines: Iterable[bytes]) -> Iterator[PlainRow]:
+        """Yield the rows of lines that are plain conversations in the canonical form; `read` would say the same.
+
+        Raises:
+            one of UNREADABLE: the next one is something else, or wrong.
+        """
+        known = self._known.get(Form.MESSAGES)
+        return map(_decode_plain if known is None else known.decode_plain, lines)
+
+    def ignored_in(self, rows: Sequence[PlainRow]) -> Iterator[tuple[tuple[str, str], list[int]]]:
+        """Yield the keys of plain rows that mean nothing, as `Row.ignored` has them, and which of the rows have it."""
+        if (known := self._known.get(Form.MESSAGES)) is not None:
+            yield from known.ignored_in_rows(rows)
+
+    @property
+    def knows_keys(self) -> bool:
+        """True once plain rows may have keys that mean nothing."""
+        return Form.MESSAGES in self._known
+
+    def _at_once(self, line: bytes, form: Form) -> Row | None:
+        known = self._known.get(form)
+        try:
+            found = (_DECODERS[form] if known is None else known.decode)(line)
+        except UNREADABLE:
+            return None
+        row = _CANONICAL[form](found)
+        if row is not None and known is not None:
+            row.ignored += known.ignored_in(found)
+        return row
 
 
 def read_row(line: bytes, likely: Form = Form.MESSAGES) -> tuple[Form, Row]:
-    """Return the form and the canonical conversation of a line; `likely` only says what to try first.
+    """Return the form and the conversation, or text, of one line; `likely` only says what to try first.
 
     Raises:
         Faults: the line is none; whatever is wrong with it, never anything else.
     """
-    try:
-        if likely is Form.MESSAGES:
-            return Form.MESSAGES, _decode_messages(line)
-        found = _DECODERS[likely].decode(line)
-        if _is_really(found):
-            return likely, _canonical(found)
-    except UNREADABLE:
-        pass
-    form = _form_of(line)
-    try:
-        found = _DECODERS[form].decode(line)
-    except msgspec.ValidationError as error:
-        raise Faults(_all_faults(line, form, error)) from None
-    except RecursionError:
-        raise Faults([too_deep()]) from None
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        raise Faults([diagnose(line)]) from None
-    return form, found if form is Form.MESSAGES else _canonical(found)
+    return RowReader(likely).read(line)
 
 
-def plain_rows(lines: Iterable[bytes]) -> Iterator[PlainRow]:
-    """Yield the rows of lines that are plain conversations in the canonical form; `read_row` would say the same.
-
-    Raises:
-        one of UNREADABLE: the next one is something else, or wrong.
-    """
-    return map(_decode_plain, lines)
-
-
-def _is_really(found: Any) -> bool:
-    """True if no form that goes before this one is there as well."""
-    for name in _EARLIER[type(found)]:
-        value = getattr(found, name)
-        if value is not UNSET and bytes(value) != b"null":
-            return False
-    return True
+def _of_messages(found: _Messages) -> Row | None:
+    row = Row(found.messages)
+    if isinstance(found.tools, Raw):
+        tools = tools_of(bytes(found.tools))
+        if tools is None:
+            return None
+        row.tools, row.is_padded, row.ignored = tools.tools or None, tools.is_padded, tools.ignored
+    if found.system:
+        row.messages, row.shift = [Message("system", found.system), *found.messages], 1
+    return row
 
 
-def _form_of(line: bytes) -> Form:
-    try:
-        fields = _fields.decode(line)
-    except msgspec.ValidationError:
-        raise Faults([Fault(Kind.UNKNOWN_FORM, "$", f"is not an object; {FORMS_HINT}")]) from None
-    except RecursionError:
-        raise Faults([too_deep()]) from None
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        raise Faults([diagnose(line)]) from None
-    there = {name for name, value in fields.items() if bytes(value) != b"null"}
-    for form, keys in _KEYS:
-        if there.issuperset(keys):
-            return form
-    from modelyard.datasets.mapping import advice, quoted
-
-    shown = quoted(fields)
-    if (said := advice(msgspec.json.decode(line))) is not None:
-        raise Faults([Fault(Kind.UNKNOWN_FORM, "$", f"has the keys {shown}, no form's: {said}")])
-    for _, keys in _KEYS:  # half of a form says more than none
-        missing = [key for key in keys if key not in there]
-        if 0 < len(missing) < len(keys):
-            other = next(key for key in keys if key in there)
-            raise Faults([Fault(Kind.MISSING_FIELD, f"$.{missing[0]}", f"is missing beside '{other}'")])
-    raise Faults([Fault(Kind.UNKNOWN_FORM, "$", f"has the keys {shown}; {FORMS_HINT}")])
-
-
-def _canonical(found: _ShareGpt | _PromptCompletion | _Instruction) -> Row:
-    if isinstance(found, _PromptCompletion):
-        return Row([Message("user", found.prompt), Message("assistant", found.completion)])
-    if isinstance(found, _Instruction):
-        question = f"{found.instruction}\n\n{found.input}" if found.input else found.instruction
-        return Row([Message("user", question), Message("assistant", found.output)])
+def _of_sharegpt(found: _ShareGpt) -> Row | None:
     messages = [Message("system", found.system)] if found.system else []
-    row = SystemBeside if messages else Row
-    faults = []
-    for number, turn in enumerate(found.conversations):
+    shift = len(messages)
+    for turn in found.conversations:
         role = SPEAKERS.get(turn.speaker) or SPEAKERS.get(turn.speaker.lower())
-        if role is None:
-            faults.append(_unknown_speaker(f"$.conversations[{number}].from", turn.speaker))
-            if len(faults) >= MOST_IN_LINE:
-                break
-        else:
-            messages.append(Message(role, turn.value))
-    if faults:
-        raise Faults(faults)
-    return row(messages)
+        if role is None or role == "call":
+            return None
+        messages.append(Message(role, turn.value))
+    return Row(messages, shift=shift)
 
 
-def _unknown_speaker(path: str, speaker: str) -> Fault:
-    if speaker == "function_call":
-        reason = "is 'function_call', which only the messages form can say: with tool_calls"
-    else:
-        reason = f"is {speaker[:40]!r}, but must be one of {', '.join(SPEAKERS)}"
-    return Fault(Kind.WRONG_VALUE, path, reason)
+def _of_prompt_completion(found: _PromptCompletion) -> Row:
+    if found.system:
+        spots = ("$.system", "$.prompt", "$.completion")
+        messages = [Message("system", found.system), Message("user", found.prompt)]
+        return Row([*messages, Message("assistant", found.completion)], spots=spots)
+    return Row([Message("user", found.prompt), Message("assistant", found.completion)])
 
 
-def _all_faults(line: bytes, form: Form, first: msgspec.ValidationError) -> Iterator[Fault]:
-    """Yield what is wrong with each field; msgspec stops at the first one."""
-    found = False
-    for fault in _faults_in(line, _STRUCTS[form], "$"):
-        found = True
-        yield fault
-    if not found:
-        yield _fault(first, "$")
+def _of_instruction(found: _Instruction) -> Row | None:
+    if found.system or found.history:
+        return None
+    question = f"{found.instruction}\n\n{found.input}" if found.input else found.instruction
+    return Row([Message("user", question), Message("assistant", found.output)])
 
 
-def _faults_in(text: bytes | Raw, kind: type[Struct], base: str) -> Iterator[Fault]:
-    try:
-        there = _fields.decode(text)
-    except msgspec.ValidationError as error:
-        yield _fault(error, base)
-        return
-    for name, required, decoder in _FIELDS[kind]:
-        path = f"{base}.{name}"
-        if name not in there:
-            if required or (name == "content" and bytes(there.get("tool_calls", b"null")) in (b"null", b"[]")):
-                yield Fault(Kind.MISSING_FIELD, path, "is missing")
-            continue
-        try:
-            if name in _ITEMS:
-                for number, item in enumerate(_items.decode(there[name])):
-                    yield from _faults_in(item, _ITEMS[name], f"{path}[{number}]")
-            else:
-                decoder.decode(there[name])
-        except msgspec.ValidationError as error:
-            yield _fault(error, path)
-        except UNREADABLE:
-            continue  # the first fault stands for it
+def _of_text(found: _Text) -> Row:
+    return Row([], text=found.text)
 
 
-_AT = re.compile(r"^(.*?)(?: - at `(?:key in )?\$(.*)`)?$", re.DOTALL)
-_TYPES = {"str": "text", "object": "an object", "array": "an array", "null": "null", "int": "a number"} | {
-    "float": "a number",
-    "bool": "true or false",
+_CANONICAL: dict[Form, Callable[[Any], Row | None]] = {
+    Form.MESSAGES: _of_messages,
+    Form.SHAREGPT: _of_sharegpt,
+    Form.PROMPT_COMPLETION: _of_prompt_completion,
+    Form.INSTRUCTION: _of_instruction,
+    Form.TEXT: _of_text,
 }
-
-
-def _fault(error: msgspec.ValidationError, base: str) -> Fault:
-    matched = _AT.match(str(error))
-    assert matched is not None
-    said, path = matched[1], base + (matched[2] or "")
-    if missing := re.match(r"Object missing required field `(.*)`", said):
-        return Fault(Kind.MISSING_FIELD, f"{path}.{missing[1]}", "is missing")
-    if wrong := re.match(r"Expected `(.*)`, got `(.*)`", said):
-        wanted = " or ".join(dict.fromkeys(_TYPES.get(name, name) for name in wrong[1].split(" | ")))
-        return Fault(Kind.WRONG_VALUE, path, f"is {_TYPES.get(wrong[2], wrong[2])}, but must be {wanted}")
-    if value := re.match(r"Invalid enum value (.*)", said, re.DOTALL):
-        return Fault(Kind.WRONG_VALUE, path, f"is {value[1][:60]}, but must be one of {', '.join(ROLES)}")
-    return Fault(Kind.WRONG_VALUE, path, f"{said[:1].lower()}{said[1:]}")

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from modelyard.datasets.canonical import Row
 from modelyard.datasets.conversations import examine
 from modelyard.datasets.faults import Faults
-from modelyard.datasets.forms import Form, Row, read_row
+from modelyard.datasets.forms import RowReader
 from modelyard.datasets.recognition import BYTE_ORDER_MARK
+from modelyard.datasets.row_forms import Form
 
 
 class Lines:
@@ -86,7 +88,7 @@ class Rows:
         self._lines = Lines(max_line_bytes)
         self._max = max_line_bytes
         self._number = lines_before
-        self._likely = Form.MESSAGES
+        self._reader = RowReader()
 
     def feed(self, block: bytes) -> Iterator[tuple[int, Form, Row]]:
         """Take a block of any length; consume what it yields before the next one."""
@@ -110,11 +112,11 @@ class Rows:
             if not line or line.isspace() or len(line) > self._max + 1 or not (is_text or is_utf8(line)):
                 continue
             try:
-                self._likely, row = read_row(line, self._likely)
-                examine(row, self._likely)
+                form, row = self._reader.read(line)
+                examine(row, form)
             except Faults:
                 continue
-            yield self._number, self._likely, row
+            yield self._number, form, row
 
 
 def rows_of(blocks: Iterable[bytes], max_line_bytes: int) -> Iterator[tuple[int, Form, Row]]:

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from modelyard.datasets.faults import Fault, Kind
-from modelyard.datasets.forms import KEYS_OF_FORMS, NEEDED_KEYS
+from modelyard.datasets.row_forms import KEYS_OF_FORMS, NEEDED_KEYS
 from modelyard.errors import Unprocessable
 
 FIELD = "mapping"

@@ -10,9 +10,9 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from modelyard.datasets.conversations import canonical_json
-from modelyard.datasets.forms import Form, Row
+from modelyard.datasets.canonical import Row, canonical_json
 from modelyard.datasets.lines import Rows
+from modelyard.datasets.row_forms import Form
 from modelyard.datasets.tables import Dataset
 from modelyard.storage import Storage
 

@@ -9,7 +9,7 @@ from uuid import UUID
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_serializer
 
 from modelyard.datasets.faults import Kind
-from modelyard.datasets.forms import Form
+from modelyard.datasets.row_forms import Form
 
 EXAMPLE: dict[str, JsonValue] = {
     "id": "01be6d68-f790-434b-aa6d-5bd492aef202",
@@ -49,7 +49,7 @@ class DatasetOut(BaseModel):
     sha256: str
     """The hash of the file."""
     format: Form | str
-    """The format of its rows: messages, sharegpt, prompt_completion, instruction, or mixed."""
+    """The format of its rows: messages, sharegpt, prompt_completion, instruction, text, or mixed."""
     rows: int = Field(ge=0)
     """Conversations that can be learnt from."""
     skipped_lines: int = Field(ge=0)
@@ -97,6 +97,19 @@ class Warned(BaseModel):
     kind: str = Field(examples=["not_alternating"])
     rows: int
     lines: list[int]
+
+
+class IgnoredKey(BaseModel):
+    """A key that means nothing in a row of its form, so that nothing is learnt of its value."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    key: str = Field(examples=["messages[].avatar"])
+    """Its name and where it stands; `*`: all others, beyond the first 100 different ones or with long names."""
+    rows: int
+    """The rows that have it, with another value than null."""
+    lines: list[int]
+    """The first lines of these."""
 
 
 class Bucket(BaseModel):
@@ -158,6 +171,7 @@ REPORT_EXAMPLE: dict[str, JsonValue] = {
     "duplicates": {"rows": 1, "lines": [17], "is_exact": True},
     "nothing_to_learn": 0,
     "warnings": [{"kind": "not_alternating", "rows": 1, "lines": [3]}],
+    "ignored_keys": [{"key": "messages[].avatar", "rows": 2, "lines": [3, 8]}],
     "problems": {"total": 0, "kinds": {}, "listed": [], "unlisted": 0},
     "byte_order_mark": False,
     "crlf_lines": 0,
@@ -189,8 +203,10 @@ class ReportOut(BaseModel):
     characters: Characters
     duplicates: Duplicates
     nothing_to_learn: int
-    """Lines without a message of the assistant that has anything in it."""
+    """Lines without an answer of the assistant, to anybody, that has anything in it."""
     warnings: list[Warned]
+    ignored_keys: list[IgnoredKey] = []
+    """Keys that mean nothing in their rows, the most frequent first: what they say is not learnt."""
     problems: Problems
     byte_order_mark: bool
     """True if the file begins with one."""
@@ -215,10 +231,13 @@ class RowOut(BaseModel):
     """Its line in the file, from 1."""
     format: Form
     """The format in which it is written there."""
-    messages: list[dict[str, Any]]
-    """The message: role, content, and where there are any tool_calls, tool_call_id, name, weight."""
+    messages: list[dict[str, Any]] = []
+    """The messages: role, content, and where there are any tool_calls, tool_call_id, name, weight, reasoning_content;
+    none in a row of the form text."""
     tools: list[dict[str, Any]] | None = None
     """The tools that the conversation knows."""
+    text: str | None = None
+    """In a row of the form text: what is learnt, as it is."""
 
 
 PAGE_EXAMPLE: dict[str, JsonValue] = {

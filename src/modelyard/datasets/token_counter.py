@@ -16,8 +16,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from modelyard.datasets.forms import Form, Row
+from modelyard.datasets.canonical import Row, texts_of
 from modelyard.datasets.lines import Rows
+from modelyard.datasets.row_forms import Form
 from modelyard.datasets.validation import LISTED_LINES
 
 #: Texts that are handed to the tokenizer at once.
@@ -54,7 +55,7 @@ class _Counter:
         """Count the tokens of some rows."""
         contents: list[tuple[int, list[str]]] = []
         for line, _, row in rows:
-            contents.append((line, [message.content for message in row.messages if isinstance(message.content, str)]))
+            contents.append((line, list(texts_of(row))))
             if len(contents) == BATCH:
                 self._count(contents)
                 contents = []

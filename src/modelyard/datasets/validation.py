@@ -15,9 +15,12 @@ from typing import Any
 
 from modelyard.datasets.conversations import examine, lengths_if_plain
 from modelyard.datasets.faults import Fault, Faults, Kind, diagnose
-from modelyard.datasets.forms import UNREADABLE, Form, plain_rows, read_row
+from modelyard.datasets.forms import PlainRow, RowReader
+from modelyard.datasets.ignored_keys import IgnoredKeys
 from modelyard.datasets.lines import Lines, is_utf8
+from modelyard.datasets.raw_values import UNREADABLE
 from modelyard.datasets.recognition import BYTE_ORDER_MARK, HEAD_BYTES, recognise
+from modelyard.datasets.row_forms import Form
 from modelyard.errors import InvalidDataset
 
 LISTED_PROBLEMS = 1000
@@ -97,7 +100,8 @@ class Validation:
         self._reader = Lines(max_line_bytes)
         self._head: list[bytes] = []
         self._is_begun = is_recognised
-        self._likely = Form.MESSAGES
+        self._rows_of = RowReader()
+        self._ignored = IgnoredKeys()
         self._doubt = self._doubted = 0
         self._lines = self._blank = self._rows = self._crlf = 0
         self._has_mark = False
@@ -225,8 +229,11 @@ class Validation:
         if self._doubted < self._doubt or len(run) > self._max_line_bytes:
             self._doubted += 1
             return False
+        rows: Iterable[PlainRow] = self._rows_of.plain_rows(lines)
         try:
-            found = lengths_if_plain(plain_rows(lines)) if b"\r" not in run else None
+            if self._rows_of.knows_keys:
+                rows = list(rows)
+            found = lengths_if_plain(rows) if b"\r" not in run else None
         except UNREADABLE:
             found = None
         if found is None:
@@ -235,6 +242,9 @@ class Validation:
         self._doubt = 0
         lengths, orders = found
         self._duplicates.see(lines, range(self._lines + 1, self._lines + 1 + len(lines)))
+        if self._rows_of.knows_keys:
+            for key, there in self._rows_of.ignored_in(list(rows)):
+                self._ignored.see_all(key, [self._lines + 1 + at for at in there])
         self._lines += len(lines)
         self._rows += len(lines)
         self._forms[Form.MESSAGES] += len(lines)
@@ -257,7 +267,6 @@ class Validation:
         number = self._lines
         self._lines += len(lines)
         forms, shapes = self._forms, self._shapes
-        likely = self._likely
         rows, numbers, lengths = [], [], []
         for line in lines:
             if self.is_over_budget:
@@ -276,14 +285,16 @@ class Validation:
             try:
                 if not is_text and not is_utf8(line):
                     raise Faults([diagnose(line)])
-                likely, row = read_row(line, likely)
-                shape, characters, warnings = examine(row, likely)
+                form, row = self._rows_of.read(line)
+                shape, characters, warnings = examine(row, form)
             except Faults as wrong:
                 self._refuse(number, wrong.faults, len(line))
                 continue
             rows.append(line)
             numbers.append(number)
-            forms[likely] += 1
+            forms[form] += 1
+            if row.ignored:
+                self._ignored.see(row.ignored, number)
             shapes[shape.roles] += 1
             self._shape_roles += len(shape.roles)
             lengths.append(characters)
@@ -291,7 +302,6 @@ class Validation:
                 self._warned[warning] += 1
                 if len(self._warnings.setdefault(warning, [])) < LISTED_LINES:
                     self._warnings[warning].append(number)
-        self._likely = likely
         self._rows += len(rows)
         self._duplicates.see(rows, numbers)
         if lengths:
@@ -358,6 +368,7 @@ class Validation:
                 {"kind": kind, "rows": self._warned[kind], "lines": lines}
                 for kind, lines in sorted(self._warnings.items())
             ],
+            "ignored_keys": self._ignored.report(),
             "problems": {
                 "total": total,
                 "kinds": {str(kind): self._kinds[kind] for kind in Kind if self._kinds[kind]},

@@ -81,7 +81,8 @@ def evaluate(
     report.phase("evaluating")
     if len(rows) < len(held_out):
         report.note(f"Of the {len(held_out)} rows that were held back, {len(rows)}, drawn at random, are scored.")
-    examiner = _Examiner(model, tokenizer, report, watch, should_stop, batch_rows, 2 * len(rows))
+    asked = [row for row in rows if row.prompt_ids]  # a text has a loss, but no question
+    examiner = _Examiner(model, tokenizer, report, watch, should_stop, batch_rows, 2 * len(asked))
     was_training = model.training
     model.eval()
     try:
@@ -91,7 +92,8 @@ def evaluate(
             losses, answers = examiner.examine(rows)
     finally:
         model.train(was_training)
-    base, adapter = _scored(rows, base_losses, base_answers), _scored(rows, losses, answers)
+    base = _scored(asked, base_losses, base_answers) | {"rows": len(rows)}
+    adapter = _scored(asked, losses, answers) | {"rows": len(rows)}
     lower = lowered(base_losses, losses)
     found, why = verdict(base, adapter, lower)
     return {
@@ -111,7 +113,7 @@ def evaluate(
                 "base": before[:SHOWN_CHARACTERS],
                 "adapter": after[:SHOWN_CHARACTERS],
             }
-            for row, before, after in list(zip(rows, base_answers, answers, strict=True))[:SHOWN_ROWS]
+            for row, before, after in list(zip(asked, base_answers, answers, strict=True))[:SHOWN_ROWS]
         ],
         "seconds": round(time.monotonic() - began, 3),
     }
@@ -125,7 +127,9 @@ def expected_seconds(
         return 0.0
     import torch
 
-    rows = sample(held_out)
+    rows = [row for row in sample(held_out) if row.prompt_ids]
+    if not rows:
+        return 0.0
     examiner = _Examiner(model, tokenizer, report, watch, lambda: False, BATCH_ROWS, 2 * len(rows))
     was_training = model.training
     model.eval()
@@ -189,8 +193,8 @@ class _Examiner:
         self._takes_positions = "logits_to_keep" in inspect.signature(self._model.forward).parameters
 
     def examine(self, rows: Sequence[HeldOut]) -> tuple[list[RowLoss], list[str]]:
-        """Return the loss of each row and an answer to it, in the rows' order."""
-        return self._losses([row.example for row in rows]), self._answers(rows)
+        """Return the loss of each row, and an answer to each that is a question, in the rows' order."""
+        return self._losses([row.example for row in rows]), self._answers([row for row in rows if row.prompt_ids])
 
     def seconds(self, rows: Sequence[HeldOut]) -> float:
         """Return about how long `examine` takes at most."""

@@ -1,7 +1,7 @@
 """The messages of a row in the two forms that training needs: for rendering, and as a client would send them.
 
-For rendering they are the canonical form as plain objects, with weights, and arguments of calls as objects. A client
-sends no weights, and arguments as text.
+For rendering they are the canonical form as plain objects, with weights, and arguments of calls as objects; a thought
+stands before its answer in <think> tags, as models write it. A client sends no weights, and arguments as text.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from modelyard.datasets.forms import Message, Row
+from modelyard.datasets.canonical import Message, Row
 from modelyard.trainer.completions import THOUGHT
 
 
@@ -21,7 +21,12 @@ def messages_of(row: Row) -> list[dict[str, Any]]:
 
 
 def _message(message: Message) -> dict[str, Any]:
-    said: dict[str, Any] = {"role": message.role, "content": message.content}
+    content: Any = message.content
+    if isinstance(content, list):
+        content = [{"type": "text", "text": part.text or ""} for part in content]
+    if message.reasoning_content:
+        content = _with_thought(message.reasoning_content, content)
+    said: dict[str, Any] = {"role": message.role, "content": content}
     if message.tool_calls:
         said["tool_calls"] = msgspec.to_builtins(message.tool_calls)
     if message.tool_call_id is not None:
@@ -33,11 +38,24 @@ def _message(message: Message) -> dict[str, Any]:
     return said
 
 
-def split_thought(text: str | None) -> tuple[str | None, str | None]:
-    """Return an answer's thought, which is in tags before it, and the answer; None for the thought if it has none."""
-    if text is None or (thought := THOUGHT.match(text)) is None:
-        return None, text
-    return thought[1].strip(), text[thought.end() :]
+def _with_thought(thought: str, content: Any) -> Any:
+    before = f"<think>\n{thought.strip()}\n</think>\n\n"
+    if isinstance(content, list):
+        return [{"type": "text", "text": before + content[0]["text"]}, *content[1:]]
+    return before + (content or "")
+
+
+def split_thought(content: Any) -> tuple[str | None, Any]:
+    """Return an answer's thought, which is in tags before it, and the answer; None for the thought if it has none.
+
+    The answer is a text, or parts that are text.
+    """
+    if isinstance(content, list):
+        thought, first = split_thought(content[0]["text"] if content else None)
+        return thought, content if thought is None else [{"type": "text", "text": first}, *content[1:]]
+    if content is None or (found := THOUGHT.match(content)) is None:
+        return None, content
+    return found[1].strip(), content[found.end() :]
 
 
 def as_sent(messages: Sequence[dict[str, Any]], *, takes_thoughts: bool = False) -> list[dict[str, Any]]:

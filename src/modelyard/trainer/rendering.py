@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from modelyard.datasets import conversations
 from modelyard.errors import JobFailure
 from modelyard.trainer.completions import (
     MARK,
@@ -35,6 +36,7 @@ from modelyard.trainer.completions import (
 from modelyard.trainer.content_format import loops_over_content
 from modelyard.trainer.messages import split_thought
 from modelyard.trainer.model_files import PLAIN_TEMPLATE
+from modelyard.trainer.text_parts import Joiner, PartsError, Said
 
 #: Characters of a text that are not found in another's by accident.
 TELLING = 24
@@ -124,9 +126,11 @@ class Renderer:
         self.is_dated = any("strftime_now" in template for template in self._named.values())
         self._takes_thoughts = {key: _REASONING[1] in text for key, text in self._named.items()}
         self._in_parts = {key: loops_over_content(text) for key, text in self._named.items()}
+        self._joiners = {key: Joiner(in_parts) for key, in_parts in self._in_parts.items()}
 
     def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> str:
         """Return the prompt that the engine makes of a request. Raises Refused where the template does."""
+        messages = self._joined(messages, tools)
         said = [self._as_engine(message, bool(tools)) for message in messages]
         return self._render(said, _as_engine_tools(tools), asks=True)
 
@@ -141,7 +145,8 @@ class Renderer:
         learnt = learnt_turns(messages)
         if not learnt:
             raise Refused("nothing to learn: no answer of the assistant to a message, of weight 1 and not empty")
-        said = [self._as_engine(message, bool(tools)) for message in messages[: learnt[-1] + 1]]
+        messages = self._joined(messages[: learnt[-1] + 1], tools)
+        said = [self._as_engine(message, bool(tools)) for message in messages]
         given = _as_engine_tools(tools)
         turns = [self._turn(said, given, at) for at in learnt]
         self._check_context(said, given, turns[-1])
@@ -150,6 +155,22 @@ class Renderer:
         if all(whole.startswith(turn.prompt + turn.completion) for turn in turns[:-1]):
             return [Piece(whole, spans, learnt[-1])]
         return [Piece(turn.prompt + turn.completion, (span,), turn.at) for turn, span in zip(turns, spans, strict=True)]
+
+    def _joined(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None
+    ) -> Sequence[Mapping[str, Any]]:
+        """Return messages whose contents are text: parts put together as the engine's template does it."""
+        if not any(isinstance(message.get("content"), list) for message in messages):
+            return messages
+        given = _as_engine_tools(tools)
+
+        def rendered(said: Said) -> str:
+            return self._render([self._as_engine(message, bool(tools)) for message in said], given)
+
+        try:
+            return self._joiners[bool(tools)].joined(messages, rendered)
+        except PartsError as error:
+            raise Refused(str(error)) from None
 
     def _render(self, said: Sequence[Message], tools: list[Any] | None, *, asks: bool = False) -> str:
         try:
@@ -308,7 +329,7 @@ class Renderer:
             thought = message.get(_REASONING[0], inside)
             said["content"] = text or ""
             said.update({} if thought is None else dict.fromkeys(_REASONING, thought))
-        if role != "tool" and self._in_parts[with_tools]:
+        if role != "tool" and self._in_parts[with_tools] and not isinstance(text, list):
             said["content"] = [] if text is None else [{"type": "text", "text": text}]
         if message.get("tool_calls"):
             said["tool_calls"] = [_as_engine_call(call) for call in message["tool_calls"]]
@@ -350,15 +371,14 @@ class Renderer:
 
 def learnt_turns(messages: Sequence[Mapping[str, Any]]) -> list[int]:
     """Return the messages that are learnt: answers that are not empty, of weight 1, after somebody spoke."""
-    spoken, turns = False, []
-    for number, message in enumerate(messages):
-        if message["role"] in ("user", "tool"):
-            spoken = True
-        elif message["role"] == "assistant" and spoken and message.get("weight") != 0:
-            content = message.get("content")
-            if message.get("tool_calls") or (content and not content.isspace()):
-                turns.append(number)
-    return turns
+    return conversations.learnt_turns(
+        (
+            message["role"],
+            message.get("weight") != 0
+            and bool(message.get("tool_calls") or not conversations.is_blank(message.get("content"))),
+        )
+        for message in messages
+    )
 
 
 def _text(message: Mapping[str, Any]) -> str:

@@ -2,8 +2,9 @@
 
 Rows are read as a stream, exactly those that the dataset's report counts. One that is too long is cut at its end; one
 that the chat template does not take, or of which nothing learnt is left, is left out and listed with its line and the
-reason. What is held back is drawn by the seed among the rows that are whole and have no copy among the others: a row
-that was learnt is no test. The same file and settings give the same examples, in the file's order, on every machine.
+reason. Of a text every token is learnt, in pieces of that length. What is held back is drawn by the seed among the rows
+that are whole and have no copy among the others: a row that was learnt is no test. The same file and settings give the
+same examples, in the file's order, on every machine.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from modelyard.datasets.forms import Row
+from modelyard.datasets.canonical import Row
 from modelyard.datasets.lines import rows_of
 from modelyard.errors import JobFailure
-from modelyard.trainer import cutting
+from modelyard.trainer import cutting, texts
 from modelyard.trainer.default_template import default_template
 from modelyard.trainer.labels import IGNORED, Labelled, Labeller
 from modelyard.trainer.messages import as_sent, messages_of
@@ -67,7 +68,7 @@ class HeldOut:
     """A row that is not learnt from: its last answer as a question that a model can be asked.
 
     `messages` and `tools` are the request, `prompt_ids` what the engine makes of it, and `answer` the text that should
-    come back, special tokens left out. `example` measures the loss.
+    come back, special tokens left out. `example` measures the loss; a text, in which nobody is asked, has only that.
     """
 
     line: int
@@ -103,7 +104,8 @@ class _Kept:
     line: int
     examples: list[Example]
     is_cut: bool
-    prompt_length: int
+    #: Tokens before its last answer; None of a text.
+    prompt_length: int | None
     #: The same for exact duplicates only.
     key: bytes
 
@@ -140,6 +142,7 @@ def prepare(spec: Spec, tokenizer: Any, max_model_len: int | None, report: Repor
         "left_out_rows": reading.left_out,
         "left_out": {"count": reading.left_out, "first": reading.listed},
         "truncated_rows": sum(row.is_cut for row in kept),
+        "text_rows": sum(row.prompt_length is None for row in kept),
         "tokens": sum(len(one.input_ids) for one in train),
         "learnt_tokens": learnt,
         "longest": max(len(one.input_ids) for one in train),
@@ -174,6 +177,12 @@ class _Rendered:
     pieces: list[Piece]
     is_cut: bool
     key: bytes
+    #: Of a row that is a text, which has no pieces.
+    text: str | None = None
+
+    @property
+    def characters(self) -> int:
+        return sum(len(piece.text) for piece in self.pieces) + len(self.text or "")
 
 
 class _Reading:
@@ -201,9 +210,12 @@ class _Reading:
     def read_again(self, held: dict[int, _Kept], probed: set[int]) -> tuple[list[HeldOut], list[Probe]]:
         """Return the rows of `held` as questions, and probes: the lines of `probed`, and the fixed ones."""
         held_out, probes = [], []
-        last = max({*held, *probed})
-        for line, row in self._rows():
-            if line in held or line in probed:
+        last = max({*held, *probed}, default=0)
+        for line, row in self._rows() if last else ():
+            if row.text is not None:
+                if line in held:
+                    held_out.append(HeldOut(line, [], None, (), "", held[line].examples[0]))
+            elif line in held or line in probed:
                 messages, tools = self._within(line, messages_of(row)), row.tools
                 with self._watch.rendering(_place(line)):
                     pieces = self._renderer.pieces(messages, tools)
@@ -275,6 +287,9 @@ class _Reading:
 
     def _rendered(self) -> Iterator[_Rendered]:
         for line, row in self._rows():
+            if row.text is not None:
+                yield _Rendered(line, [], False, _key_of(row.text), row.text)
+                continue
             whole = messages_of(row)
             messages = self._within(line, whole)
             left = whole[len(messages) :]
@@ -296,8 +311,12 @@ class _Reading:
 
     def _kept(self, batch: Sequence[_Rendered]) -> list[_Kept]:
         kept = []
-        found = self._labelled([(row.line, row.pieces) for row in batch])
-        for row, labelled in zip(batch, found, strict=True):
+        found = iter(self._labelled([(row.line, row.pieces) for row in batch if row.text is None]))
+        for row in batch:
+            if row.text is not None:
+                kept += self._text(row, row.text)
+                continue
+            labelled = next(found)
             if isinstance(labelled, Refused):
                 self._leave_out(row.line, str(labelled))
                 continue
@@ -309,6 +328,19 @@ class _Reading:
             is_cut = row.is_cut or any(len(one.input_ids) > self._limit for one in labelled)
             kept.append(_Kept(row.line, examples, is_cut, labelled[-1].answer_at, row.key))
         return kept
+
+    def _text(self, row: _Rendered, text: str) -> list[_Kept]:
+        """Return a text as one row, in as many examples as it takes."""
+        ids = texts.first_ids(self._renderer.tokenizer)
+        for part in texts.parts(text):
+            with self._watch.tokenizing([(_place(row.line), [part])], self._labeller.ids):
+                ids += self._labeller.ids(part)
+        ids.append(texts.end_id(self._renderer))
+        examples = [Example(row.line, piece, labels) for piece, labels in texts.pieces(ids, self._limit)]
+        if not examples:
+            self._leave_out(row.line, "the tokenizer makes nothing of its text")
+            return []
+        return [_Kept(row.line, examples, False, None, row.key)]
 
     def _too_long(self) -> str:
         return f"its first {self._limit} tokens have nothing to learn in them (max_seq_len)"
@@ -338,7 +370,7 @@ def _batch(rendered: Iterator[_Rendered]) -> list[_Rendered]:
     characters = 0
     for row in rendered:
         batch.append(row)
-        characters += sum(len(piece.text) for piece in row.pieces)
+        characters += row.characters
         if len(batch) == BATCH or characters >= BATCH_CHARACTERS:
             break
     return batch
@@ -405,7 +437,8 @@ def held_back_count(rows: int, split: float | None) -> int:
 
 
 def _probed(kept: Sequence[_Kept], seed: int) -> set[int]:
-    short = [row.line for row in kept if row.prompt_length <= PROBE_TOKENS] or [row.line for row in kept]
+    asked = [(row.line, row.prompt_length) for row in kept if row.prompt_length is not None]
+    short = [line for line, length in asked if length <= PROBE_TOKENS] or [line for line, _ in asked]
     return set(random.Random(seed).sample(short, min(PROBED_ROWS, len(short))))
 
 
@@ -417,6 +450,10 @@ def _key(pieces: Sequence[Piece], left: Sequence[dict[str, Any]]) -> bytes:
         digest.update(f"{len(text)} {piece.spans}".encode())
         digest.update(text)
     return digest.digest()
+
+
+def _key_of(text: str) -> bytes:
+    return hashlib.blake2b(b"a text: " + text.encode("utf-8", "replace"), digest_size=16).digest()
 
 
 def _hash_of(examples: Sequence[Example]) -> str:
