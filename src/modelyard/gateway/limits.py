@@ -55,7 +55,7 @@ class Limits:
                 size_bytes=settings.request_max_schema_kib * 1024,
                 depth=settings.request_max_schema_depth,
                 properties=settings.request_max_schema_properties,
-                repeats=settings.request_max_schema_repeats,
+                ms=settings.request_max_schema_ms,
                 choices=settings.request_max_choices,
                 pattern_length=settings.request_max_pattern_length,
             ),

@@ -2,30 +2,31 @@
 
 JSON schemas, patterns and grammars become a grammar over the model's whole vocabulary. Engines do that for all their
 requests together, and a few KiB can take minutes: what costs is not the text but the states that it stands for.
-Counted here is what costs with xgrammar, measured with a vocabulary of 49,000 tokens: a repetition such as `{0,500}`
-takes some 15 ms of a processor per repeat, up to about 250 of them, beyond which it is compiled another way; optional
-properties of one object cost by their square, 4 s for 1,000; all else costs by its size.
+Counted here is what costs with xgrammar, in milliseconds of one processor, measured with a vocabulary of 49,000 tokens;
+a larger one takes longer. Patterns and grammars: see `pattern_cost`. A text with a `maxLength` takes some 7 ms for each
+character up to 200; properties of an object that may have others too take as much each; optional properties take by
+their square, 3.5 s for 1,000; values of `enum` and `const` and names of properties by their length.
 
 Nothing here says whether a schema is valid: that is the engine's to say. All of it takes one pass.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
 from modelyard.errors import BadRequest
+from modelyard.gateway.pattern_cost import ANY_MS, COUNTED_REPEATS, grammar_ms, pattern_ms
 
-#: More repeats of one thing cost no more than so many.
-COUNTED_REPEATS = 256
 #: Properties of one object.
 OBJECT_PROPERTIES = 1000
-_QUANTIFIER = re.compile(r"\{(\d*)(,?)(\d*)\}")
-_GRAMMAR_REPEATS = re.compile(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}|~\s*(\d+)(?:\.\.(\d+))?")
+#: Milliseconds of optional properties, by their square, and of a property of an object that may have others.
+OPTIONAL_MS, OPEN_MS = 0.0035, 7.0
+#: Milliseconds of a character that is to be said as it is.
+TEXT_MS = 0.008
 #: Here names are followed by schemas, so that none of the names is a keyword.
 _NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 #: Here values are data.
@@ -36,10 +37,11 @@ _LISTS = frozenset({"enum", "choice", "guided_choice"})
 #: These may hold JSON as a text.
 _TEXTS = frozenset({"json", "structural_tag", "schema", "guided_json"})
 
-_KEYWORDS = _NAMED | _PATTERNS | _GRAMMARS | _LISTS | _TEXTS | {"minLength", "maxLength"}
+_KEYWORDS = _NAMED | _PATTERNS | _GRAMMARS | _LISTS | _TEXTS | {"minLength", "maxLength", "const"}
 #: Most tools have none of these and few properties: then there is nothing to count. (Escapes may hide a name.)
 _TOOLS = frozenset({"tools", "functions"})
-_COSTLY = (b"attern", b"Length", b"enum", b"regex", b"grammar", b"definition", b"choice", b"\\u")
+_COSTLY = (b"attern", b"Length", b"enum", b"regex", b"grammar", b"definition", b"choice", b"alPropert", b"unevaluated",
+           b"\\u")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class SchemaLimits:
     size_bytes: int
     depth: int
     properties: int
-    repeats: int
+    ms: int
     choices: int
     pattern_length: int
 
@@ -61,7 +63,7 @@ class Cost:
     limits: SchemaLimits
     size_bytes: int = 0
     properties: int = 0
-    repeats: int = 0
+    ms: float = 0.0
     choices: int = 0
     #: Equal lengths of texts are compiled once.
     lengths: set[tuple[int, int]] = field(default_factory=set)
@@ -100,14 +102,19 @@ class Cost:
 
     def _look(self, name: str, node: dict[str, Any], keywords: Iterable[str], depth: int) -> None:
         self._look_at_lengths(name, node)
+        if isinstance(node.get("const"), str):
+            self._count_ms(name, TEXT_MS * len(node["const"]))
         for key in keywords:
             inner = node[key]
             if key in _NAMED and isinstance(inner, dict):
                 self._count_properties(name, len(inner))
+                if key == "properties":
+                    self._count_ms(name, _properties_ms(node, inner))
                 if key == "patternProperties":
                     for pattern in inner:
                         self._count_pattern(name, pattern)
             elif key in _LISTS and isinstance(inner, list):
+                self._count_ms(name, TEXT_MS * len(msgspec.json.encode(inner)))
                 self.choices += len(inner)
                 if self.choices > self.limits.choices:
                     raise _refused(name, "choices", self.choices, self.limits.choices, "CHOICES")
@@ -115,7 +122,7 @@ class Cost:
                 if key in _PATTERNS:
                     self._count_pattern(name, inner)
                 elif key in _GRAMMARS:
-                    self._count_repeats(name, sum(_repeats_of_grammar(inner)))
+                    self._count_ms(name, grammar_ms(inner))
                 elif key in _TEXTS and inner.lstrip()[:1] in ("{", "["):
                     self._walk_text(name, inner, depth)
 
@@ -133,7 +140,7 @@ class Cost:
             pair = (int(min(found[0], 2**31)), int(min(found[-1], 2**31)))
             if pair not in self.lengths:
                 self.lengths.add(pair)
-                self._count_repeats(name, min(max(pair), COUNTED_REPEATS))
+                self._count_ms(name, ANY_MS * min(max(pair), COUNTED_REPEATS))
 
     def _count_properties(self, name: str, count: int) -> None:
         self.properties += count
@@ -148,18 +155,18 @@ class Cost:
     def _count_pattern(self, name: str, pattern: str) -> None:
         if len(pattern) > self.limits.pattern_length:
             raise _refused(name, "characters in a pattern", len(pattern), self.limits.pattern_length, "PATTERN_LENGTH")
-        self._count_repeats(name, repeats_of(pattern))
+        self._count_ms(name, pattern_ms(pattern))
 
-    def _count_repeats(self, name: str, count: int) -> None:
-        self.repeats += count
-        if self.repeats > self.limits.repeats:
+    def _count_ms(self, name: str, ms: float) -> None:
+        self.ms += ms
+        if self.ms > self.limits.ms:
             raise _refused(
                 name,
-                "repeats ({m,n} in patterns and grammars, minLength and maxLength; each counts "
-                f"{COUNTED_REPEATS} at most, times those around it)",
-                self.repeats,
-                self.limits.repeats,
-                "SCHEMA_REPEATS",
+                "ms of work in it by our estimate (repeats in patterns, those within others most of all, maxLength, "
+                "optional properties, additionalProperties)",
+                round(self.ms),
+                self.limits.ms,
+                "SCHEMA_MS",
             )
 
 
@@ -172,57 +179,11 @@ def _refused(name: str, what: str, found: object, limit: object, setting: str) -
     )
 
 
-def repeats_of(pattern: str) -> int:
-    """Return how many times parts of a regular expression are repeated by numbers, those within others multiplied."""
-    groups = [0]
-    #: What the last atom has inside, or None where nothing can be repeated.
-    last: int | None = None
-    at, end = 0, len(pattern)
-    while at < end:
-        char = pattern[at]
-        if char == "\\":
-            # A property's name stands in braces, as do some code points: no numbers of repeats.
-            braced = pattern[at + 1 : at + 2] in ("p", "P", "u", "x") and pattern[at + 2 : at + 3] == "{"
-            closed = pattern.find("}", at + 2) if braced else -1
-            at = closed + 1 if closed >= 0 else at + 2
-            last = 0
-        elif char == "[":
-            at = _end_of_class(pattern, at)
-            last = 0
-        elif char == "(":
-            groups.append(0)
-            at, last = at + 1, None
-        elif char == ")":
-            last = groups.pop() if len(groups) > 1 else 0
-            groups[-1] += last
-            at += 1
-        elif char == "{" and last is not None and (found := _QUANTIFIER.match(pattern, at)):
-            times = max(_number(found[1]), _number(found[3]))
-            grown = min(times, COUNTED_REPEATS) * max(1, last)
-            groups[-1] += max(0, grown - last)
-            last = max(grown, last)
-            at = found.end()
-        else:
-            last = None if char == "|" else last if char in "*+?" else 0
-            at += 1
-    return sum(groups)
-
-
-def _end_of_class(pattern: str, at: int) -> int:
-    at += 1
-    if pattern[at : at + 1] == "^":
-        at += 1
-    if pattern[at : at + 1] == "]":
-        at += 1
-    while at < len(pattern) and pattern[at] != "]":
-        at += 2 if pattern[at] == "\\" else 1
-    return at + 1
-
-
-def _repeats_of_grammar(text: str) -> Iterator[int]:
-    for found in _GRAMMAR_REPEATS.finditer(text):
-        yield min(max(_number(one) for one in found.groups()), COUNTED_REPEATS)
-
-
-def _number(digits: str | None) -> int:
-    return 0 if not digits else int(digits) if len(digits) < 10 else COUNTED_REPEATS
+def _properties_ms(node: dict[str, Any], properties: dict[str, Any]) -> float:
+    """Return what the properties of an object cost beside their size."""
+    required = node.get("required")
+    named = {one for one in required if isinstance(one, str)} if isinstance(required, list) else set()
+    optional = len(properties) - len(named & properties.keys())
+    is_open = any(node.get(key) not in (None, False) for key in ("additionalProperties", "unevaluatedProperties"))
+    names_ms = TEXT_MS * sum(map(len, properties))
+    return names_ms + OPTIONAL_MS * optional**2 + (OPEN_MS * len(properties) if is_open else 0.0)
