@@ -259,11 +259,18 @@ async def _answer_invalid(request: Request, error: Exception) -> Response:
     return error_response(describe_invalid(error.errors()), request.url.path)
 
 
+#: How pydantic names the forms that a value may have, as parts of its place.
+_FORMS = ("constrained-", "literal[", "list[constrained-")
 #: What pydantic says in words of its own.
 _REASONS = {
     "extra_forbidden": "There is no such field; /api/docs shows those that there are",
     "model_attributes_type": "Input should be a JSON object",
 }
+
+
+def _where(fault: Any) -> str:
+    """Return the place of a fault in its source, without the names that pydantic gives to the forms of a union."""
+    return ".".join(str(part) for part in fault["loc"][1:] if not str(part).startswith(_FORMS))
 
 
 def describe_invalid(faults: Any) -> ModelyardError:
@@ -275,9 +282,14 @@ def describe_invalid(faults: Any) -> ModelyardError:
     source, *path = first["loc"]
     if isinstance(first.get("input"), bytes) and not path:
         return Unprocessable("The body is not JSON by its type: send the header 'Content-Type: application/json'.")
-    where = ".".join(map(str, path)) or source
-    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    where = _where(first) or source
+    # A value that may be of several forms has a fault for each of them, and they are all of one place.
+    others = len({_where(fault) for fault in faults} - {_where(first)})
+    more = f" (and {others} more)" if others else ""
     reason = _REASONS.get(first["type"], first["msg"].removeprefix("Value error, "))
+    for fault in faults[1:]:
+        if path and _where(fault) == where and fault["type"] == "literal_error":
+            reason += f", or {fault['ctx']['expected']}"
     if first["type"] == "missing" and not path:
         reason = "there is none: send JSON, with the header 'Content-Type: application/json'"
     return Unprocessable(f"{source} {where}: {reason}{more}." if path else f"{source}: {reason}{more}.", param=where)

@@ -52,8 +52,9 @@ def test_a_name_becomes_what_an_id_may_hold(name: str, slug: str) -> None:
 @pytest.mark.parametrize(
     ("given", "found"),
     [
-        ({}, {"epochs": 3.0, "max_steps": None, "alpha": 32.0, "batch_size": None, "target_modules": None}),
-        ({"max_steps": 5}, {"epochs": None, "max_steps": 5}),
+        ({}, {"epochs": None, "max_steps": None, "alpha": 32.0, "batch_size": None, "target_modules": None}),
+        ({"epochs": "auto", "learning_rate": "auto", "max_steps": 5}, {"epochs": None, "learning_rate": None}),
+        ({"max_steps": 5, "learning_rate": 0.1}, {"epochs": None, "max_steps": 5, "learning_rate": 0.1}),
         ({"rank": 8}, {"rank": 8, "alpha": 16.0}),
         ({"rank": 8, "alpha": 4}, {"alpha": 4.0}),
         ({"batch_size": 3, "target_modules": ["q_proj"]}, {"batch_size": 3, "target_modules": ["q_proj"]}),

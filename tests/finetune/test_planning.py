@@ -25,7 +25,7 @@ from tests.server import Answer, Server
 PLAN = f"{FINETUNE}plan/"
 PLAN_S = 240.0
 #: Some steps more, so that there is something to compare.
-SETTINGS = QUICK | {"max_steps": 40, "validation_split": 0.1}
+SETTINGS = QUICK | {"max_steps": 40, "validation_split": 0.1, "learning_rate": "auto"}
 
 
 def plan(server: Server, learnt: str, **more: Any) -> Answer:
@@ -52,6 +52,10 @@ def test_a_plan_measures_and_after_a_training_the_next_one_remembers(server: Ser
     assert first["estimate"]["memory_bytes"] == first["memory_bytes"] > 100 * 2**20
     assert first["prepared"]["rows"] + first["prepared"]["held_out_rows"] == 24
     assert (first["prepared"]["steps"], first["batch_size"], first["fits"]) == (40, 4, True)
+    # What was left open is chosen, and only that.
+    assert set(first["chosen"]) == {"learning_rate"}
+    assert 0 < first["chosen"]["learning_rate"]["value"] < 0.1
+    assert "rank 4" in first["chosen"]["learning_rate"]["why"]
     assert first["minutes"] == pytest.approx(first["seconds"]["total"] / 60, abs=0.01)
     assert (first["accelerator"]["busy"], first["on_busy"]) == (False, "wait")
     # Nothing is kept: no training, no job, no adapter, no file.
@@ -61,6 +65,9 @@ def test_a_plan_measures_and_after_a_training_the_next_one_remembers(server: Ser
 
     done = finished(server, start(server, dataset_id, hyperparameters=SETTINGS))
     assert {"seconds", "memory_bytes", "tokens_per_s", "basis"} <= set(done["estimate"])
+    assert done["prepared"]["chosen"] == first["chosen"]
+    kept = server.get(f"/api/v1/models/{done['adapter_id']}").json()["training"]["hyperparameters"]
+    assert kept["learning_rate"] == first["chosen"]["learning_rate"]["value"]
     second = planned(server, dataset_id)
     assert second["estimate"] == {
         "seconds": pytest.approx(done["figures"]["training_seconds"], rel=0.05),

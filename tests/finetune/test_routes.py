@@ -111,8 +111,8 @@ def test_the_source_documents_body_alone_starts_a_training(quick: Server, datase
     assert answer.status == 200
     found = quick.get(FINETUNE).json()[0]
     settings = found["hyperparameters"]
-    assert (settings["epochs"], settings["max_steps"]) == (3.0, None)
-    assert (settings["learning_rate"], settings["lr_schedule"], settings["batch_size"]) == (2e-4, "cosine", "auto")
+    assert (settings["epochs"], settings["max_steps"]) == ("auto", None)
+    assert (settings["learning_rate"], settings["lr_schedule"], settings["batch_size"]) == ("auto", "cosine", "auto")
     assert (settings["rank"], settings["alpha"], settings["target_modules"]) == (16, 32.0, "all-linear")
     assert (found["deploy"], found["promote"], found["on_busy"]) == (False, None, "wait")
     quick.post(f"/api/v1/jobs/{answer.json()['id']}/interrupt/")
@@ -144,8 +144,8 @@ def test_the_source_documents_body_alone_starts_a_training(quick: Server, datase
         ({"hyperparameters": {"learning_rate": 1e400}}, 422, "invalid_value", "hyperparameters.learning_rate"),
         ({"hyperparameters": {"learning_rate": -1}}, 422, "invalid_value", "hyperparameters.learning_rate"),
         ({"hyperparameters": {"lr_schedule": "zigzag"}}, 422, "invalid_value", "hyperparameters.lr_schedule"),
-        ({"hyperparameters": {"batch_size": 0}}, 422, "invalid_value", None),
-        ({"hyperparameters": {"batch_size": "most"}}, 422, "invalid_value", None),
+        ({"hyperparameters": {"batch_size": 0}}, 422, "invalid_value", "hyperparameters.batch_size"),
+        ({"hyperparameters": {"batch_size": "most"}}, 422, "invalid_value", "hyperparameters.batch_size"),
         ({"hyperparameters": {"rank": 0}}, 422, "invalid_value", "hyperparameters.rank"),
         ({"hyperparameters": {"dropout": 1}}, 422, "invalid_value", "hyperparameters.dropout"),
         ({"hyperparameters": {"target_modules": []}}, 422, "invalid_value", None),

@@ -176,9 +176,10 @@ def test_a_batch_size_that_is_left_to_the_trainer_shrinks_until_it_fits_its_memo
 ) -> None:
     # All of one length, so that memory alone says how many of them a forward pass takes.
     long = [{"messages": [{"role": "user", "content": f"{index:02}: {'river ' * 200}"},
-                          {"role": "assistant", "content": "stone " * 200}]} for index in range(80)]  # fmt: skip
+                          {"role": "assistant", "content": "stone " * 200}]} for index in range(375)]  # fmt: skip
     changes: dict[str, Any] = {
         "lines": long, "batch_size": None, "gradient_accumulation": 1, "max_steps": 3, "dropout": 0.0,
+        "validation_split": 0.0,
     }  # fmt: skip
     large = make_run(tmp_path / "large", tiny_llama, **changes)
     assert trainers.run(large) == 0, large.result()

@@ -74,17 +74,6 @@ def test_a_step_is_cut_into_forward_passes_where_that_costs_less_than_its_paddin
     assert {len(part) for part in passes(of_lengths([20] * 1000), many, 100)} == {100}
 
 
-def test_a_batch_size_left_open_gives_few_rows_more_than_one_step() -> None:
-    needs_training()
-    from modelyard.trainer.batches import Course
-
-    auto = dataclasses.replace(DEFAULTS, batch_size=None, gradient_accumulation=1)
-    assert Course.of(auto, 50).rows_per_step == 10
-    assert Course.of(auto, 5000).rows_per_step == 16
-    assert Course.of(auto, 1).rows_per_step == 1
-    assert Course.of(dataclasses.replace(auto, gradient_accumulation=4), 5000).rows_per_step == 64
-
-
 def test_logits_are_made_where_something_is_learnt_and_targets_are_the_tokens_after() -> None:
     needs_training()
     from modelyard.trainer.batches import Rows, collate

@@ -134,7 +134,7 @@ def test_a_plan_leaves_nothing_behind_and_says_which_rows_are_truncated_or_left_
     model_dir: Path, tmp_path: Path
 ) -> None:
     data = dataset(tmp_path / "data.jsonl", rows=40, bad=2)
-    settings = replace(SETTINGS, batch_size=None, max_steps=1000, epochs=None, max_seq_len=256)
+    settings = replace(SETTINGS, batch_size=None, learning_rate=None, max_steps=1000, epochs=None, max_seq_len=256)
     plan = planned(run(spec_for(model_dir, data, hyperparameters=settings), tmp_path / "plan"))
     prepared = plan["prepared"]
     assert prepared["left_out_rows"] == 2
@@ -142,6 +142,8 @@ def test_a_plan_leaves_nothing_behind_and_says_which_rows_are_truncated_or_left_
     assert prepared["truncated_rows"] > 0
     assert prepared["longest"] == 256
     assert prepared["steps"] == 1000
+    assert prepared["rows_per_step"] == prepared["chosen"]["batch_size"]["value"] == 4
+    assert set(prepared["chosen"]) == {"batch_size", "learning_rate"}
     assert plan["batch_size"] >= 1
     assert not [path for path in (tmp_path / "plan/work").rglob("*.safetensors")]
     assert not (tmp_path / "plan" / "work" / "adapter").exists()

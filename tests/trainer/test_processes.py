@@ -225,7 +225,7 @@ def test_memory_that_does_not_suffice_in_one_process_makes_passes_smaller_in_all
     tmp_path: Path, tiny_llama: Path
 ) -> None:
     run = make_run(
-        tmp_path / "run", tiny_llama, lines=rows(80, longest=250), batch_size=None, gradient_accumulation=1,
+        tmp_path / "run", tiny_llama, lines=rows(400, longest=250), batch_size=None, gradient_accumulation=1,
         max_steps=20, validation_split=0.0,
     )  # fmt: skip
     with launched(run) as there:

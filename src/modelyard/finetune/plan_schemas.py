@@ -16,6 +16,12 @@ EXAMPLE: dict[str, Any] = {
         "rows": 1900, "held_out_rows": 100, "left_out_rows": 3, "truncated_rows": 12, "tokens": 812_000,
         "learnt_tokens": 304_000, "longest": 4096, "steps": 357, "rows_per_step": 16,
     },
+    "chosen": {
+        "batch_size": {
+            "value": 16,
+            "why": "1900 rows make 119 steps of 16 an epoch: more rows in a step would not make it steadier by much.",
+        },
+    },
     "estimate": {"seconds": 1353.0, "memory_bytes": 5_690_831_667, "tokens_per_s": 1800.0, "basis": "measured"},
     "seconds": {
         "loading": 14.2, "tokenizing": 3.1, "training": 1353.0, "validation": 31.0, "evaluation": 95.4, "total": 1496.7,
@@ -36,6 +42,13 @@ EXAMPLE: dict[str, Any] = {
 }  # fmt: skip
 
 
+class ChosenOut(BaseModel):
+    """A setting that the request left open."""
+
+    value: float = Field(description="What the training would have it be; of batch_size, the rows of a step.")
+    why: str
+
+
 class FinetunePlanOut(BaseModel):
     """The cost of a training, and whether there is room for it now."""
 
@@ -46,6 +59,10 @@ class FinetunePlanOut(BaseModel):
     prepared: dict[str, Any] = Field(
         description="The rows as the training would have them: how many, tokens, truncated, held back, left out (the "
         "first with line and reason), the steps that they make, and `notes` on what was asked for and cannot act."
+    )
+    chosen: dict[str, ChosenOut] = Field(
+        description="`batch_size`, `epochs` and `learning_rate` where they were left open (auto): what is chosen and "
+        "why. Send the values with the training to have the same again, whatever becomes of the rule."
     )
     estimate: dict[str, Any] | None = Field(
         description="Seconds of the steps, memory, tokens a second, and whether that was measured now or is what the "

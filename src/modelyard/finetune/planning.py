@@ -113,6 +113,7 @@ async def plan(
     seconds = found["seconds"]
     return {
         **found,
+        "chosen": found["prepared"].pop("chosen"),
         "model_id": model.model_id,
         "dataset_id": dataset.id,
         "minutes": round(seconds["total"] / 60, 2) if seconds is not None else None,

@@ -55,7 +55,11 @@ class Trained:
             "dataset_name": self.dataset.name,
             "dataset_sha256": self.dataset.sha256,
             "learnt_from": result.get("learnt_from"),
-            "hyperparameters": HyperparametersOut.of(row.hyperparameters).model_dump(mode="json"),
+            "hyperparameters": {
+                **HyperparametersOut.of(row.hyperparameters).model_dump(mode="json"),
+                # What was left open is said as it was chosen, so that the same can be asked for again.
+                **{name: one["value"] for name, one in (result.get("chosen") or {}).items()},
+            },
             "seed": row.hyperparameters["seed"],
             "figures": result.get("figures"),
             "evaluation": evaluation,

@@ -13,9 +13,10 @@ from modelyard.jobs.schemas import JobOut, Time
 from modelyard.jobs.tables import Job
 from modelyard.trainer.spec import Hyperparameters
 
-EPOCHS = 3.0
 ALL_LINEAR = "all-linear"
 AUTO = "auto"
+#: Settings that may be left to the trainer, which knows the rows (`trainer.choices`).
+CHOSEN = ("epochs", "learning_rate", "batch_size")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
 
 
@@ -24,18 +25,18 @@ class HyperparametersIn(BaseModel):
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
-    epochs: float | None = Field(
+    epochs: Annotated[float, Field(gt=0.0, le=1000.0, allow_inf_nan=False)] | Literal["auto"] | None = Field(
         default=None,
-        gt=0.0,
-        le=1000.0,
-        allow_inf_nan=False,
-        description="How often every row is learnt from; 3 where neither this nor `max_steps` is given.",
+        description="How often every row is learnt from. auto, or neither this nor `max_steps`: 3 times, rows of small "
+        "sets more often.",
     )
     max_steps: int | None = Field(
         default=None, ge=1, le=10_000_000, description="Steps of the whole training, in place of `epochs`."
     )
-    learning_rate: float = Field(
-        default=2e-4, gt=0.0, le=1.0, allow_inf_nan=False, description="The highest that it reaches."
+    learning_rate: Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)] | Literal["auto"] = Field(
+        default="auto",
+        description="The highest that it reaches. auto: by the rows of a step, the adapter's rank and alpha, and the "
+        "model's width.",
     )
     lr_schedule: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="How the learning rate goes down after the warm-up."
@@ -44,7 +45,9 @@ class HyperparametersIn(BaseModel):
         default=None, ge=0, le=1_000_000, description="Steps in which the learning rate goes up; 3 % if left out."
     )
     batch_size: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = Field(
-        default="auto", description="Rows that are learnt from at once. auto: what fits into memory."
+        default="auto",
+        description="Rows of one forward pass. auto: a step has as many rows as teach most, 4 of a small set to 16, in "
+        "as many passes as memory asks for.",
     )
     gradient_accumulation: int = Field(default=1, ge=1, le=4096, description="Batches that make one step.")
     rank: int = Field(
@@ -100,17 +103,15 @@ class HyperparametersIn(BaseModel):
 
     @model_validator(mode="after")
     def _one_length(self) -> HyperparametersIn:
-        if self.epochs is not None and self.max_steps is not None:
+        if self.epochs not in (None, AUTO) and self.max_steps is not None:
             raise ValueError("give epochs or max_steps, not both: each says how long the training is")
         return self
 
     def filled(self) -> Hyperparameters:
         """Return these settings with what they leave out."""
         values = self.model_dump()
-        if self.epochs is None and self.max_steps is None:
-            values["epochs"] = EPOCHS
         values["alpha"] = float(2 * self.rank if self.alpha is None else self.alpha)
-        values["batch_size"] = None if self.batch_size == AUTO else self.batch_size
+        values |= {name: None for name in CHOSEN if values[name] == AUTO}
         values["target_modules"] = None if self.target_modules == ALL_LINEAR else self.target_modules
         return Hyperparameters(**values)
 
@@ -145,7 +146,7 @@ class FinetuneIn(BaseModel):
                     "name": "My Adapter Training",
                     "model_id": "NousResearch/Llama-2-7b-chat-hf",
                     "dataset_id": "01be6d68-f790-434b-aa6d-5bd492aef202",
-                    "hyperparameters": {"epochs": 3, "learning_rate": 0.0002},
+                    "hyperparameters": {"rank": 16},
                     "deploy": True,
                     "promote": {"alias": "support-bot", "if": "better"},
                 }
@@ -192,12 +193,12 @@ class HyperparametersOut(BaseModel):
     """The settings of a training, with what the request left out."""
 
     model_config = ConfigDict(
-        protected_namespaces=(), json_schema_extra={"examples": [{**_DEFAULTS, "epochs": 3.0, "alpha": 32.0}]}
+        protected_namespaces=(), json_schema_extra={"examples": [{**_DEFAULTS, "epochs": "auto", "alpha": 32.0}]}
     )
 
-    epochs: float | None
+    epochs: float | Literal["auto"] | None
     max_steps: int | None
-    learning_rate: float
+    learning_rate: float | Literal["auto"]
     lr_schedule: str
     warmup_steps: int | None
     batch_size: int | Literal["auto"]
@@ -216,11 +217,14 @@ class HyperparametersOut(BaseModel):
 
     @classmethod
     def of(cls, stored: dict[str, Any]) -> HyperparametersOut:
-        """Show what a row keeps."""
+        """Show what a row keeps; what is left to the trainer is `auto`."""
+        is_open = {name for name in CHOSEN if stored[name] is None}
+        if stored["max_steps"] is not None:
+            is_open.discard("epochs")
         return cls.model_validate(
             {
                 **stored,
-                "batch_size": stored["batch_size"] or AUTO,
+                **dict.fromkeys(is_open, AUTO),
                 "target_modules": stored["target_modules"] or ALL_LINEAR,
             }
         )
@@ -282,8 +286,9 @@ class FinetuneDetailOut(FinetuneOut):
     """All that is known of a training."""
 
     prepared: dict[str, Any] | None = Field(
-        description="What the rows turned out to be: how many, tokens, truncated, left out, held back.",
-        examples=[{"rows": 48, "held_out_rows": 2, "truncated_rows": 0, "steps": 40}],
+        description="What the rows turned out to be: how many, tokens, truncated, left out, held back. `chosen` has "
+        "the settings that were left open, each with its value and why.",
+        examples=[{"rows": 48, "held_out_rows": 2, "truncated_rows": 0, "steps": 96}],
     )
     estimate: dict[str, Any] | None = Field(
         description="What was expected before it began; `figures` is what it took.",

@@ -8,10 +8,10 @@ a model's folder, and writes into folders that the server gave it.
   prompt) and `content_format` (contents as text, or in parts); `labels` (the same as tokens), `messages`,
   `rows` (which rows, and which are held back), `default_template` (for models without one),
   `tokenizer_trial` (whether the tokenizer can be used at all, in a child with limits of its own)
-- how: `model` (the base and its adapter), `layers` (which of its layers have one), `batches` (which rows when),
-  `packing` (whether several may share a line), `sizing` (how many in a forward pass), `loop` (the training) by
-  `stepping` (inside transformers' Trainer), `curve` (what it measured), `checkpoints` (whole or not there), `memory`
-  (what there is), `ranks` (several processes that share it, which `launcher` starts)
+- how: `choices` (settings that were left open), `model` (the base and its adapter), `layers` (which of its layers have
+  one), `batches` (which rows when), `packing` (whether several may share a line), `sizing` (how many in a forward
+  pass), `loop` (the training) by `stepping` (inside transformers' Trainer), `curve` (what it measured), `checkpoints`
+  (whole or not there), `memory` (what there is), `ranks` (several processes that share it, which `launcher` starts)
 - what it would take: `plan` (a dry run), by `trial` (a few steps, measured), and by `forecast` early in the training
 - what came of it: `evaluation` (base and adapter on held-out rows) by its `scores`, `merge` (an adapter in its base)
 - to the server: `reports` (progress, as lines), `failures` (why it did not work, and what to do)

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from modelyard.trainer import memory, ranks, vocabulary
+from modelyard.trainer import choices, memory, ranks, vocabulary
 from modelyard.trainer.failures import as_failure
 from modelyard.trainer.reports import Reports, finite
 from modelyard.trainer.results import failed, leave, write_result
@@ -126,6 +126,10 @@ def train(spec: Spec, report: Reports, stop: _Stop) -> dict[str, Any]:
     from modelyard.trainer.batches import Rows
 
     rows, held_out = Rows(prepared.train), Rows([each.example for each in prepared.held_out])
+    chosen = choices.choose(spec.hyperparameters, len(rows), config)
+    spec = replace(spec, hyperparameters=choices.filled(spec.hyperparameters, chosen))
+    for name, one in chosen.items():
+        report.note(f"{name} is {one.value:g}. {one.why}", setting=name, value=one.value)
     report.phase("loading")
     model = with_adapter(load_base(spec, report), spec)
 
@@ -143,6 +147,7 @@ def train(spec: Spec, report: Reports, stop: _Stop) -> dict[str, Any]:
             "steps": training.total_steps,
             "steps_per_epoch": training.course.steps_per_epoch,
             "rows_per_step": training.course.rows_per_step,
+            "chosen": choices.told(chosen),
         }
     )
     done = _trained(work_dir, print_)
@@ -185,6 +190,7 @@ def train(spec: Spec, report: Reports, stop: _Stop) -> dict[str, Any]:
         "evaluation": evaluation,
         "probes": len(prepared.probes),
         "versions": versions(),
+        "chosen": choices.told(chosen),
         "learnt_from": {
             "data_sha256": described(Path(spec.data))["sha256"],
             "rows_sha256": prepared.facts.get("sha256"),
@@ -194,11 +200,16 @@ def train(spec: Spec, report: Reports, stop: _Stop) -> dict[str, Any]:
 
 
 def fingerprint(spec: Spec, *rows: Any) -> str:
-    """Return what tells one training from another: settings, the base's files, and all rows with their labels."""
+    """Return what tells one training from another: settings, the base's files, and all rows with their labels.
+
+    `rows` are those that are learnt from, then those held back; what the settings left open has been chosen.
+    """
     digest = hashlib.sha256()
     from dataclasses import asdict
 
     digest.update(json.dumps(asdict(spec.hyperparameters), sort_keys=True).encode())
+    if spec.hyperparameters.batch_size is None:
+        digest.update(f"rows of a step: {choices.rows_per_step(spec.hyperparameters, len(rows[0]))}".encode())
     digest.update(spec.model_id.encode())
     folder = Path(spec.model_dir)
     digest.update((folder / "config.json").read_bytes())

@@ -18,15 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from modelyard.trainer import ranks
+from modelyard.trainer import choices, ranks
 from modelyard.trainer.rows import Example
 from modelyard.trainer.spec import Hyperparameters
 
 IGNORED = -100
-#: Rows of a step where the batch size is left to us: enough for a steady gradient.
-AUTO_ROWS = 16
-#: Steps of an epoch at least, where the batch size is left to us: few rows are not all learnt at once.
-AUTO_STEPS = 5
 #: Rows of so many steps are sorted by length together, ...
 GROUPED_STEPS = 50
 #: ... but an epoch has so many groups at least, or its batches would be the same each time.
@@ -88,13 +84,13 @@ class Course:
 
     @classmethod
     def of(cls, settings: Hyperparameters, rows: int) -> Course:
-        """Return the course of a training over so many rows."""
-        wanted = settings.batch_size or max(1, min(AUTO_ROWS, rows // AUTO_STEPS))
-        per_step = min(wanted * settings.gradient_accumulation, rows)
+        """Return the course of a training over so many rows; its epochs have been chosen (`choices.filled`)."""
+        per_step = choices.rows_per_step(settings, rows)
         per_epoch = math.ceil(rows / per_step)
         if settings.max_steps is not None:
             return cls(per_step, per_epoch, settings.max_steps)
-        return cls(per_step, per_epoch, max(1, math.ceil((settings.epochs or 1.0) * per_epoch)))
+        assert settings.epochs is not None
+        return cls(per_step, per_epoch, max(1, math.ceil(settings.epochs * per_epoch)))
 
     def epoch(self, step: int) -> float:
         """Return how many times the rows were seen after a step."""

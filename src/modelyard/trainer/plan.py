@@ -7,11 +7,12 @@ an estimate.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from modelyard.errors import JobFailure
-from modelyard.trainer import forecast, measurements, memory, vocabulary
+from modelyard.trainer import choices, forecast, measurements, memory, vocabulary
 from modelyard.trainer.forecast import Basis
 from modelyard.trainer.reports import Reports
 from modelyard.trainer.results import leave
@@ -47,12 +48,15 @@ def plan(spec: Spec, report: Reports) -> dict[str, Any]:
         (one.input_ids for one in (*prepared.train, *(each.example for each in prepared.held_out))),
     )  # fmt: skip
     rows = Rows(prepared.train)
+    chosen = choices.choose(spec.hyperparameters, len(rows), config)
+    spec = replace(spec, hyperparameters=choices.filled(spec.hyperparameters, chosen))
     course = Course.of(spec.hyperparameters, len(rows))
     facts = {
         **prepared.facts,
         "steps": course.total_steps,
         "steps_per_epoch": course.steps_per_epoch,
         "rows_per_step": course.rows_per_step,
+        "chosen": choices.told(chosen),
     }
     if (why := measurements.why_never_early(spec.hyperparameters, course)) is not None:
         facts["notes"] = [*facts["notes"], why]

@@ -12,7 +12,7 @@ The spec is written by the server before the child starts. The child appends JSO
 
 and writes `result` once, moved into place when it is whole. One of:
 
-    {"adapter_dir", "figures", "evaluation", "probes", "versions", "learnt_from"}   of mode train
+    {"adapter_dir", "figures", "evaluation", "probes", "versions", "chosen", "learnt_from"}   of mode train
     {"plan"}                                                                        of mode plan
     {"model_dir"}                                                                   of mode merge
     {"stopped": true, "step"}            asked to end by SIGTERM: a checkpoint of this step is in place, if there is one
@@ -45,15 +45,17 @@ class Mode(StrEnum):
 class Hyperparameters:
     """The settings of a training, as the request gave them with the defaults filled in. None: as its comment says."""
 
-    #: One of these two is None.
+    #: One of these two is None; both: epochs by how many rows there are (`choices`).
     epochs: float | None
     max_steps: int | None
-    learning_rate: float
+    #: None: by the rows of a step, the adapter and the model (`choices`).
+    learning_rate: float | None
     #: linear, cosine or constant, after the warm-up.
     lr_schedule: str
     #: None: 3 % of the steps.
     warmup_steps: int | None
-    #: Rows of one forward pass. None: found by trying.
+    #: Rows of one forward pass. None: those of a step by how many there are (`choices`), in as many passes as memory
+    #: asks for.
     batch_size: int | None
     gradient_accumulation: int
     rank: int

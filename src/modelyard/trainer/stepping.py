@@ -90,7 +90,7 @@ class Stepper(Trainer):  # type: ignore[misc]
             output_dir=folder,
             max_steps=len(steps),
             per_device_train_batch_size=1,
-            learning_rate=owner.settings.learning_rate,
+            learning_rate=rate_of(owner.settings),
             max_grad_norm=MAX_GRADIENT,
             use_cpu=not torch.cuda.is_available(),
             seed=owner.settings.seed,
@@ -127,7 +127,7 @@ class Stepper(Trainer):  # type: ignore[misc]
         It has moments of the weights that had a gradient by then, and of no others.
         """
         self.optimizer = torch.optim.AdamW(
-            [each for _, each in self._trained], lr=self.owner.settings.learning_rate, weight_decay=0.0, fused=True
+            [each for _, each in self._trained], lr=rate_of(self.owner.settings), weight_decay=0.0, fused=True
         )
         if self._restored:
             for name, each in self._trained:
@@ -144,7 +144,7 @@ class Stepper(Trainer):  # type: ignore[misc]
         warmup = int(WARMUP_SHARE * total) if settings.warmup_steps is None else settings.warmup_steps
         optimizer = optimizer if optimizer is not None else self.optimizer
         for group in optimizer.param_groups:
-            group["initial_lr"] = settings.learning_rate
+            group["initial_lr"] = rate_of(settings)
         self.lr_scheduler = LambdaLR(
             optimizer, lambda step: rate_share(settings.lr_schedule, step, total, warmup), last_epoch=self._start - 1
         )
@@ -255,6 +255,12 @@ class _AfterStep(TrainerCallback):  # type: ignore[misc]
 
 def _layer_of(weight: str) -> str:
     return weight.partition(".lora_")[0].removeprefix("base_model.model.")
+
+
+def rate_of(settings: Hyperparameters) -> float:
+    """Return the learning rate of settings in which it has been chosen (`choices.filled`)."""
+    assert settings.learning_rate is not None
+    return settings.learning_rate
 
 
 def rate_share(schedule: str, step: int, total: int, warmup: int) -> float:
