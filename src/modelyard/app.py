@@ -137,7 +137,7 @@ def create_app(foundation: Foundation) -> FastAPI:
         runner = JobRunner(
             sessions,
             {
-                models.DOWNLOAD: Downloads(sessions, children, settings).run,
+                models.DOWNLOAD: Downloads(sessions, children, settings, tokenizers).run,
                 deployments.KIND: supervisor.serve,
                 finetunes.KIND: Trainings(settings, sessions, storage, children, accelerator, tokenizers, told).run,
             },

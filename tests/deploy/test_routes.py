@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from modelyard.models.ids import folder_name
 from tests.deploy.live import EMBEDDER, POEMS, PROSE, WIDE, A, B, LiveYard
 from tests.server import Answer
 
@@ -38,6 +39,24 @@ def test_the_answer_to_a_deploy_warns_of_a_guessed_chat_template(live: LiveYard)
     assert live.server.get("/api/v1/deploy/").json()["chat_template"] == "guessed"
     assert deploy(live, model_id=EMBEDDER).json()["warnings"] == []
     assert live.server.get(f"/api/v1/models/{EMBEDDER}").json()["chat_template"] is None
+
+
+def test_an_adapter_with_a_template_of_its_own_is_said_wherever_it_is_deployed(live: LiveYard) -> None:
+    [folder] = live.server.data_dir.glob(f"models/{folder_name(POEMS)}/*")
+    template = folder / "chat_template.jinja"
+    template.write_text("{{ messages }}", "utf-8")
+    try:
+        answer = deploy(live, adapter_ids=[POEMS]).json()
+        [said] = [one for one in answer["warnings"] if POEMS in one]
+        assert f"{POEMS} carries a chat template of its own, other than its base's" in said
+        assert live.server.get(f"/api/v1/models/{POEMS}").json()["differs_from_base"] == ["chat_template"]
+        events = live.server.get(f"/api/v1/jobs/{answer['id']}/events?follow=false").text
+        assert "adapter_renders_otherwise" in events
+    finally:
+        template.unlink()
+    live.deploy(A, POEMS)
+    assert not [one for one in deploy(live, adapter_ids=[POEMS]).json()["warnings"] if POEMS in one]
+    assert live.server.get(f"/api/v1/models/{POEMS}").json()["differs_from_base"] == []
 
 
 def test_another_model_takes_the_place_of_the_current_one(live: LiveYard) -> None:

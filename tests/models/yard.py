@@ -27,6 +27,7 @@ from modelyard.jobs.tables import ACTIVE, JobStatus
 from modelyard.models import actions, store
 from modelyard.models.downloads import Downloads
 from modelyard.models.tables import Model
+from modelyard.models.tokenizer_child import TokenizerChildren
 from modelyard.processes import Children
 from modelyard.server_lock import ServerLock
 from modelyard.settings import Settings
@@ -113,7 +114,7 @@ async def open_yard(settings: Settings) -> AsyncIterator[Yard]:
     sessions = Sessions(make_url(f"sqlite+aiosqlite:///{settings.data_dir / 'modelyard.db'}"))
     async with sessions._writer.begin() as connection:
         await connection.run_sync(Base.metadata.create_all)
-    downloads = Downloads(sessions, Children(lock.path, settings.grace_s), settings)
+    downloads = Downloads(sessions, Children(lock.path, settings.grace_s), settings, TokenizerChildren())
     limits = {actions.DOWNLOAD: settings.max_downloads}
     runner = JobRunner(sessions, {actions.DOWNLOAD: downloads.run}, limits, settings.jobs_dir)
     running = tasks.spawn("runner", runner.run(), eternal=True)

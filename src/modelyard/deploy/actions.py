@@ -18,6 +18,7 @@ from modelyard.errors import ModelNotFound, NothingDeployed, Unprocessable
 from modelyard.jobs import actions as jobs
 from modelyard.jobs.tables import ACTIVE, Job, JobStatus
 from modelyard.models import actions as models
+from modelyard.models import adapter_rendering
 from modelyard.models.tables import Model
 
 KIND = succession.KIND
@@ -101,6 +102,15 @@ async def deploy(session: AsyncSession, wish: Wish) -> tuple[Job, list[UUID]]:
             await _want_adapters(session, same, job, adapter_ids)
     touched = await succession.take_the_place_of(session, same, job, others)
     return job, touched
+
+
+async def say_of_adapters(session: AsyncSession, deployment: Deployment, warnings: Mapping[str, str]) -> None:
+    """Append what is said of adapters to a deployment's job, but for those that it serves already."""
+    served = {one["adapter_id"] for one in deployment.loaded}
+    for adapter_id, said in warnings.items():
+        if adapter_id not in served:
+            data = {"code": adapter_rendering.EVENT, "adapter_id": adapter_id}
+            await jobs.append_event(session, deployment.job_id, said, level="warning", data=data)
 
 
 async def add_adapter(session: AsyncSession, deployment: Deployment, adapter_id: str) -> Job:

@@ -2,7 +2,7 @@
 before anything is written, so that the client gets a 422 instead of a job that fails later.
 
 It reads the store, the model's files and the command of the engine that would be changed in place. It writes nothing
-but an adapter's facts, where its row has none.
+but an adapter's facts, where its row has none, and what it carries otherwise than its base.
 What only an engine knows shows when it loads the model or the adapter.
 """
 
@@ -22,9 +22,11 @@ from modelyard.deploy.fitting import model_files, servable_files
 from modelyard.deploy.schemas import DeployIn, EngineOptions
 from modelyard.deploy.tables import Deployment
 from modelyard.errors import JobFailure, Unprocessable
+from modelyard.models import adapter_rendering
 from modelyard.models.lost import Backups, bring_back
 from modelyard.models.stored_adapters import StoredAdapter, with_facts
 from modelyard.models.tables import Model
+from modelyard.models.tokenizer_child import TokenizerChildren
 from modelyard.settings import Settings
 
 
@@ -43,6 +45,17 @@ def wish_of(wanted: DeployIn, settings: Settings) -> actions.Wish:
         keep_others=wanted.keep_others,
         idle_timeout_s=settings.engine_idle_timeout_s if idle_timeout_s is None else idle_timeout_s,
     )
+
+
+async def warnings_of(
+    sessions: Sessions, settings: Settings, wish: actions.Wish, tokenizers: TokenizerChildren
+) -> dict[str, str]:
+    """Return what is said of adapters that carry another chat template or tokenizer than their base; after `check`."""
+    if not wish.adapter_ids:
+        return {}
+    async with sessions.read() as session:
+        model, adapters = await actions.wanted_models(session, wish.model_id, wish.adapter_ids, wish.names_base)
+    return await adapter_rendering.compare(sessions, settings.models_dir, tokenizers, model, adapters)
 
 
 async def check(sessions: Sessions, settings: Settings, wish: actions.Wish, backups: Backups | None = None) -> None:

@@ -39,7 +39,13 @@ async def get_deployment(sessions: Sessions, task: Task = None) -> DeployOut:
 
 @api.post("/", summary="Deploy a model", responses=documented(400, 404, 409, 413, 422, 503))
 async def deploy_model(
-    wanted: DeployIn, sessions: Sessions, settings: Settings, runner: Runner, routing: CurrentRouting, backups: Kept
+    request: Request,
+    wanted: DeployIn,
+    sessions: Sessions,
+    settings: Settings,
+    runner: Runner,
+    routing: CurrentRouting,
+    backups: Kept,
 ) -> DeployJobOut:
     """Put a model with its adapters into service, in place of the current one of its kind.
 
@@ -49,9 +55,12 @@ async def deploy_model(
     """
     wish = admission.wish_of(wanted, settings)
     await admission.check(sessions, settings, wish, backups)
+    warnings = await admission.warnings_of(sessions, settings, wish, request.app.state.tokenizer_children)
     async with sessions.begin() as session:
         job, touched = await actions.deploy(session, wish)
-        answer = DeployJobOut.with_warnings(job, await actions.of_job(session, job.id))
+        deployment = await actions.of_job(session, job.id)
+        await actions.say_of_adapters(session, deployment, warnings)
+        answer = DeployJobOut.with_warnings(job, deployment, list(warnings.values()))
     routing.changed()
     routing.stir()
     runner.wake()

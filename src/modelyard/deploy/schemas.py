@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
@@ -219,14 +220,15 @@ class DeployJobOut(JobOut):
 
     warnings: list[str] = Field(
         default_factory=list,
-        description="What will be served otherwise than might be expected, such as a guessed chat template.",
+        description="What will be served otherwise than might be expected, such as a guessed chat template, or an "
+        "adapter that carries another tokenizer than its base.",
         examples=[[]],
     )
 
     @classmethod
-    def with_warnings(cls, job: Job, deployment: Deployment) -> DeployJobOut:
-        """Show a job's row with the warnings about its deployment's."""
-        warnings = []
+    def with_warnings(cls, job: Job, deployment: Deployment, of_adapters: Sequence[str] = ()) -> DeployJobOut:
+        """Show a job's row with the warnings about its deployment's, and about its adapters."""
+        warnings = list(of_adapters)
         if deployment.chat_template == TemplateSource.GUESSED:
             warnings.append(f"{GUESSED_WARNING.format(model_id=deployment.model_id)} {GUESSED_HINT}")
         return cls(**JobOut.of(job).model_dump(), warnings=warnings)

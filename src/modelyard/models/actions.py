@@ -212,6 +212,7 @@ async def add(session: AsyncSession, model_id: str, revision: str, result: Mappi
     model.size_bytes = int(result["size_bytes"])
     model.path = str(result["path"])
     model.adapter_facts = adapter_facts.from_json(result.get("adapter_facts"))
+    model.differs_from_base = None
     if is_trained(model_id):
         model.source = Source.TRAINING
     else:
@@ -240,6 +241,17 @@ async def keep_adapter_facts(session: AsyncSession, adapter: Model, facts: Adapt
     """Write what was read of an adapter's files to its row, unless that has gone on to others. Safe to repeat."""
     of_these_files = (Model.model_id == adapter.model_id, Model.path == adapter.path)
     await session.execute(update(Model).where(*of_these_files).values(adapter_facts=facts))
+
+
+async def adapters_of(session: AsyncSession, model_id: str) -> Sequence[Model]:
+    """Return the adapters in the store that belong to a model."""
+    return (await session.scalars(select(Model).where(Model.adapter, Model.base_model_id == model_id))).all()
+
+
+async def note_differences(session: AsyncSession, adapter: Model, found: Sequence[str]) -> None:
+    """Write to an adapter's row what it carries otherwise than its base, unless it has gone on to other files."""
+    of_these_files = (Model.model_id == adapter.model_id, Model.path == adapter.path)
+    await session.execute(update(Model).where(*of_these_files).values(differs_from_base=list(found)))
 
 
 async def note_checks(session: AsyncSession, model_id: str, checks: Mapping[str, Any]) -> None:

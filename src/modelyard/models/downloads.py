@@ -22,10 +22,11 @@ from modelyard import evidence
 from modelyard.db import Sessions
 from modelyard.errors import JobFailure
 from modelyard.jobs.runner import JobContext, JobInterrupted
-from modelyard.models import actions, store
+from modelyard.models import actions, adapter_rendering, store
 from modelyard.models.chat_template import GUESSED_HINT, GUESSED_WARNING, TemplateSource
 from modelyard.models.download_spec import GIB, Spec
 from modelyard.models.tables import Model
+from modelyard.models.tokenizer_child import TokenizerChildren
 from modelyard.processes import Child, Children, Command, child_environment
 from modelyard.settings import Settings
 
@@ -51,10 +52,13 @@ _PHASES = {
 class Downloads:
     """Runs downloads. `run` is the job function."""
 
-    def __init__(self, sessions: Sessions, children: Children, settings: Settings) -> None:
+    def __init__(
+        self, sessions: Sessions, children: Children, settings: Settings, tokenizers: TokenizerChildren
+    ) -> None:
         self._sessions = sessions
         self._children = children
         self._settings = settings
+        self._tokenizers = tokenizers
 
     async def run(self, job: JobContext) -> None:
         """Bring the model of the job's spec into the store; done at once if it is there.
@@ -96,9 +100,24 @@ class Downloads:
         if result.get("chat_template") == TemplateSource.GUESSED:
             message = f"{GUESSED_WARNING.format(model_id=model_id)} {GUESSED_HINT}"
             await job.event(message, level="warning", data={"code": "chat_template_guessed"})
+        await self._compare(job, model_id)
         left_out = result.get("left_out") or []
         if left_out:
             await job.event(_told(left_out), data={"left_out": left_out})
+
+    async def _compare(self, job: JobContext, model_id: str) -> None:
+        """Say what an adapter carries otherwise than its base, or an arriving base than its adapters do."""
+        async with self._sessions.read() as session:
+            model = await actions.get(session, model_id)
+            base = model if not model.adapter else await actions.find(session, model.base_model_id or "")
+            adapters = [model] if model.adapter else await actions.adapters_of(session, model_id)
+        if base is None or base.adapter or not adapters:
+            return
+        warnings = await adapter_rendering.compare(
+            self._sessions, self._settings.models_dir, self._tokenizers, base, adapters
+        )
+        for adapter_id, said in warnings.items():
+            await job.event(said, level="warning", data={"code": adapter_rendering.EVENT, "adapter_id": adapter_id})
 
     async def _name_base(self, job: JobContext, adapter: bool) -> None:
         _refuse_base_of_a_model(job, adapter)

@@ -23,12 +23,14 @@ EXAMPLE: dict[str, JsonValue] = {
     "added_at": "2026-11-20T21:15:00Z",
     "lost": False,
     "training": None,
+    "differs_from_base": None,
 }
 ADAPTER_EXAMPLE: dict[str, JsonValue] = {
     **EXAMPLE,
     "model_id": "acme/qwen3-support-lora",
     "adapter": True,
     "chat_template": None,
+    "differs_from_base": [],
     "base_model_id": "Qwen/Qwen3-0.6B",
     "commit": "5f0b02c75b57c5855da9ae460ce51323ea669d8a",
     "size_bytes": 18874368,
@@ -98,6 +100,10 @@ class ModelOut(BaseModel):
     """True if its files are gone from the data folder: add it again. An adapter trained here comes back by itself."""
     training: TrainingOut | None = None
     """The training of an adapter that was trained here; null for all else."""
+
+    differs_from_base: list[str] | None = None
+    """What an adapter carries otherwise than its base: chat_template, tokenizer. It is served with its base's all the
+    same. null for a model, and until adapter and base were compared: at its arrival, or when it is deployed."""
 
     @classmethod
     def of(cls, model: object, lost: Collection[str] = ()) -> ModelOut:

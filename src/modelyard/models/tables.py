@@ -50,6 +50,9 @@ class Model(Base):
     source: Mapped[str] = mapped_column(String(16))
     #: How an adapter that was trained here came to be (`schemas.TrainingOut`); NULL for all else.
     training: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    #: What an adapter carries otherwise than its base (`adapter_rendering`: chat_template, tokenizer); NULL of a model,
+    #: and where nobody compared them.
+    differs_from_base: Mapped[list[str] | None] = mapped_column(JSON(none_as_null=True))
     #: What an adapter's files say of it; NULL for a model, and for an adapter that was added before this was kept. It
     #: may take a MiB, so that a list of models must not bring it: `actions.adapter_facts_of` asks for it.
     adapter_facts: Mapped[AdapterFacts | None] = mapped_column(

@@ -35,6 +35,15 @@ def attempt(folder: Path) -> dict[str, str]:
     return {"template": template}
 
 
+def compare(folder: str, other: str) -> None:
+    """Print `{"same"}`: whether two folders' tokenizers have the same tokens, and make the same of a sample."""
+    one, another = (Tokenizer.from_file(str(Path(each) / "tokenizer.json")) for each in (folder, other))
+    same = one.get_vocab() == another.get_vocab() and all(
+        one.encode(text).ids == another.encode(text).ids for text in SAMPLE
+    )
+    print(json.dumps({"same": same}))  # noqa: T201  # that is its answer
+
+
 def main(folder: str) -> None:
     """Try the tokenizer of a folder and print what was found."""
     print(json.dumps(attempt(Path(folder))))  # noqa: T201  # that is its answer
