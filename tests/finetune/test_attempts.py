@@ -55,6 +55,29 @@ def test_a_trainer_that_was_killed_is_told_with_the_memory_that_it_had(tmp_path:
     )["message"]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("memory allocation of 33554432 bytes failed", "an allocation of 32.0 MiB failed"),
+        ("terminate called after throwing an instance of 'std::bad_alloc'", "an allocation failed"),
+    ],
+)
+def test_a_trainer_that_aborted_for_want_of_memory_is_told_so_with_advice_that_helps(
+    tmp_path: Path, line: str, says: str
+) -> None:
+    (tmp_path / "log").write_text(f"tokenizing\n{line}\nFatal Python error: Aborted\n")
+    died = attempts.death(ended(tmp_path, Outcome(None, 6)), tmp_path / "log", Kills.so_far(), GIB, 0)
+    assert died["code"] == "out_of_memory"
+    assert says in died["message"]
+    assert "given 1.0 GiB" in died["message"]
+    # A smaller batch_size would be given less.
+    assert "fewer or shorter" in died["hint"]
+    assert "smaller batch_size" not in died["hint"]
+    # The same words, and another end: nothing is known.
+    assert attempts.shortage_of(Outcome(None, 9), [line]) is None
+    assert attempts.shortage_of(Outcome(None, 6), ["Aborted"]) is None
+
+
 def test_a_trainer_that_left_by_itself_shows_its_last_lines(tmp_path: Path) -> None:
     (tmp_path / "log").write_text("one\n" * 50 + "ModuleNotFoundError: No module named 'torch'\n")
     died = attempts.death(ended(tmp_path, Outcome(1, None)), tmp_path / "log", NONE, None, 0)

@@ -90,6 +90,42 @@ def test_processes_that_share_a_processor_want_its_memory_each() -> None:
         assert three.useful_bytes == times * one.useful_bytes
 
 
+#: Like Qwen3-30B-A3B, cut to four layers: 128 experts of 768, of which each token goes through 8, in every layer.
+MIXTURE: dict[str, Any] = {
+    "hidden_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+    "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
+    "decoder_sparse_step": 1, "mlp_only_layers": [], "vocab_size": 151_936, "dtype": "bfloat16",
+}  # fmt: skip
+
+
+def test_of_a_mixture_of_experts_those_that_a_token_goes_through_are_counted() -> None:
+    def need(**config: Any) -> Any:
+        return estimate(MIXTURE | config, SIZE, SETTINGS, has_gpu=True, longest_tokens=100)
+
+    plain = need()
+    # Adapters are on the attention alone: q 2048+4096, k and v 2048+512, o 4096+2048.
+    assert plain.adapter_bytes == 16 * 16 * 4 * (6144 + 2 * 2560 + 6144)
+    own = 4 * 2048 + 2 * 4096 + 2 * 512 + 8 * (2 * 2048 + 3 * 768)
+    layer = 4 * (3 * 2048 + 4096) + 2 * own + 8 * 2048
+    assert plain.row_bytes == int(100 * (4 * layer + 151_936 * 10) * ROW_MARGIN)
+    assert need(num_experts_per_tok=16).row_bytes > plain.row_bytes
+    # Shared experts and layers without any have adapters.
+    assert need(shared_expert_intermediate_size=512).adapter_bytes > plain.adapter_bytes
+    assert need(n_shared_experts=2).adapter_bytes > plain.adapter_bytes
+    for dense in ({"mlp_only_layers": [0]}, {"first_k_dense_replace": 1}, {"decoder_sparse_step": 2}):
+        assert need(**dense).adapter_bytes > plain.adapter_bytes, dense
+    assert need(num_experts_per_tok=None).row_bytes == plain.row_bytes, "as many as most have"
+
+
+def test_the_rows_of_a_dataset_are_counted_as_tokens() -> None:
+    one = estimate(CONFIG, SIZE, SETTINGS, has_gpu=False)
+    large = estimate(CONFIG, SIZE, SETTINGS, has_gpu=False, characters=100_000_000)
+    assert large.dataset_bytes == large.needed_bytes - one.needed_bytes == 400_000_000
+    assert "0.4 GiB for the dataset" in large.in_words()
+    # On a GPU they are not in its memory.
+    assert estimate(CONFIG, SIZE, SETTINGS, has_gpu=True, characters=100_000_000).dataset_bytes == 0
+
+
 def test_a_configuration_that_does_not_tell_is_counted_from_above() -> None:
     need = estimate({"model_type": "new"}, SIZE, SETTINGS, has_gpu=True)
     assert need.row_bytes == need.weights_bytes == SIZE

@@ -15,8 +15,9 @@ import json
 import math
 import os
 import re
+import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ from modelyard.trainer.spec import Hyperparameters, Mode, Spec
 MIB = 1024**2
 #: How much of its log shows how a child died.
 LAST_LINES, LAST_BYTES = 8, 4096
+#: How a library says that it got no memory, before it aborts the process: Rust's (the tokenizer) and C++'s.
+_ABORTED = re.compile(r"memory allocation of (\d+) bytes failed|std::bad_alloc")
 #: How the launcher of several processes says that a signal ended one of them; itself it leaves with an exit code.
 _KILLED = re.compile(r"^ *exitcode *: -(\d+) ", re.MULTILINE)
 
@@ -162,12 +165,20 @@ def death(child: Child, log: Path, before: Kills, memory_bytes: int | None, take
             "peft: `modelyard doctor` checks it.",
             "evidence": shown,
         }
-    now = Kills.so_far()
-    for_memory = now.container > before.container or now.machine > before.machine
-    known = ", for want of memory, as the kernel's counter says" if for_memory else ""
     figures = [f"had been given {memory_bytes / GIB:.1f} GiB of memory"] if memory_bytes is not None else []
     figures += [f"had taken {taken_bytes / GIB:.1f} GiB when it last said so"] if taken_bytes else []
     given = f" It {' and '.join(figures)}." if figures else ""
+    if (shortage := shortage_of(outcome, words)) is not None:
+        return {
+            "code": "out_of_memory",
+            "message": f"Memory did not suffice: {shortage}, and the trainer ended ({outcome.describe()}).{given}",
+            "hint": "Rows take memory by their number and length: train on fewer or shorter ones. Or set batch_size, "
+            "higher than auto took it: more memory is set aside for such a training, where the machine has it free.",
+            "evidence": shown,
+        }
+    now = Kills.so_far()
+    for_memory = now.container > before.container or now.machine > before.machine
+    known = ", for want of memory, as the kernel's counter says" if for_memory else ""
     return {
         "code": "trainer_killed",
         "message": f"The trainer was ended from outside ({outcome.describe()}{known}).{given}",
@@ -175,6 +186,17 @@ def death(child: Child, log: Path, before: Kills, memory_bytes: int | None, take
         "/api/v1/finetune/{id}/resume/ goes on from the last checkpoint.",
         "evidence": shown,
     }
+
+
+def shortage_of(outcome: Outcome, words: Sequence[str]) -> str | None:
+    """Return in words the allocation for which a process aborted itself; None: it ended of something else.
+
+    `words` are the last lines of its log.
+    """
+    found = _ABORTED.search("\n".join(words)) if outcome.signal == signal.SIGABRT else None
+    if found is None:
+        return None
+    return f"an allocation of {int(found[1]) / MIB:.1f} MiB failed" if found[1] else "an allocation failed"
 
 
 def _last_words(log: Path) -> list[str]:

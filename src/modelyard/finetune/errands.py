@@ -162,6 +162,13 @@ def _result(child: Child, outcome: Outcome, path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         words = evidence.clipped(_last_words(child.folder / LOG))
         log.warning("the trainer ended without a result (%s): %s", outcome.describe(), " | ".join(words))
+        if (shortage := attempts.shortage_of(outcome, words)) is not None:
+            raise JobFailure(
+                "out_of_memory",
+                f"Memory did not suffice: {shortage}, and the trainer ended ({outcome.describe()}).",
+                "Free some and try again, or take fewer or shorter rows.",
+                words,
+            ) from None
         raise JobFailure(
             "out_of_memory" if outcome.signal == signal.SIGKILL else "trainer_failed",
             f"The trainer ended before its work was done ({outcome.describe()}).",

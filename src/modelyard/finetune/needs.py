@@ -8,7 +8,9 @@ An estimate from above, to decide who must make room; the trainer measures, and 
     activations  what the backward pass needs, for each token of a row and each layer: the inputs of the adapted
                  layers, in float32 because the adapter computes in that (twice with dropout), the attention's
                  queries, keys, values and output, what the feed-forward multiplies, and the norms' inputs; and for
-                 each token the output over the vocabulary, in its own format and twice in float32 (loss, gradient)
+                 each token the output over the vocabulary, in its own format and twice in float32 (loss, gradient);
+                 of a mixture of experts what each of a token's experts multiplies, beside those that all go through
+    dataset      all rows as tokens and labels
 
 `needed_bytes` holds one row of `batch_size` (one, where that is found by trying), `useful_bytes` as many as are worth
 while. Where the configuration does not tell the shape, activations are taken to be as large as the weights.
@@ -26,7 +28,7 @@ from modelyard.deploy import model_shape
 from modelyard.deploy.fit import gib
 from modelyard.deploy.machine import GIB
 from modelyard.deploy.model_shape import DTYPE_BYTES
-from modelyard.models.config_file import HEADS, HIDDEN, LAYERS, whole
+from modelyard.models.config_file import ACTIVE_EXPERTS, EXPERTS, HEADS, HIDDEN, LAYERS, SHARED_EXPERTS, whole
 from modelyard.trainer.spec import Hyperparameters
 
 # Measured: 0.47 GiB, with everything imported and a model of 0.7 million weights. With AMX it is 0.65 GiB: the limit of
@@ -39,6 +41,15 @@ ROW_MARGIN = 1.2
 #: Rows of one forward pass above which more of them hardly gain anything.
 USEFUL_ROWS = 16
 LONGEST_TOKENS = 4096
+#: Settings that say that some layers have no experts.
+DENSE_LAYERS = (
+    "decoder_sparse_step", "interleave_moe_layer_step", "mlp_layer_types", "mlp_only_layers",
+    "moe_layer_start_index",
+)  # fmt: skip
+#: Experts of a token where the configuration does not tell.
+ACTIVE = 8
+#: Rows are held as tokens and labels, and for a moment twice: 16 bytes for some four characters.
+ROW_BYTES_PER_CHARACTER = 4
 QUANTISED_BITS = 4.5
 
 
@@ -54,6 +65,8 @@ class Need:
     row_tokens: int
     needed_bytes: int
     useful_bytes: int
+    #: Of all rows as tokens.
+    dataset_bytes: int = 0
 
     def as_dict(self) -> dict[str, int]:
         """Return it as JSON has it."""
@@ -63,14 +76,14 @@ class Need:
         """Return the parts as people read them."""
         return (
             f"about {gib(self.needed_bytes)} ({gib(self.processes_bytes)} for the trainer, {gib(self.weights_bytes)} "
-            f"for the weights, {gib(self.adapter_bytes)} for the adapter, {gib(self.row_bytes)} for a row of "
-            f"{self.row_tokens} tokens)"
+            f"for the weights, {gib(self.adapter_bytes)} for the adapter, {gib(self.dataset_bytes)} for the dataset, "
+            f"{gib(self.row_bytes)} for a row of {self.row_tokens} tokens)"
         )
 
 
 def estimate(
     config: Mapping[str, Any], size_bytes: int, settings: Hyperparameters, *, has_gpu: bool,
-    longest_tokens: int | None = None, processes: int = 1,
+    longest_tokens: int | None = None, characters: int = 0, processes: int = 1,
 ) -> Need:  # fmt: skip
     """Return what a training will want.
 
@@ -80,6 +93,7 @@ def estimate(
         settings: The training's settings.
         has_gpu: Whether it runs on a GPU.
         longest_tokens: The longest row, as far as it is known; None: as long as rows may be.
+        characters: Those of all rows together, as far as they are known.
         processes: Processes that share the training; each has it all, on a GPU of its own if there are any.
     """
     number_bytes = 2 if has_gpu or has_amx() else 4
@@ -90,12 +104,15 @@ def estimate(
     per_token = _activations(config, number_bytes, settings)
     row = int(tokens * per_token * ROW_MARGIN) if per_token is not None else weights
     adapter = 16 * (_adapter_numbers(config, settings) or weights // number_bytes // 50)
-    fixed = process + weights + adapter
+    # On a GPU they are in the machine's memory, not in its own.
+    dataset = 0 if has_gpu else ROW_BYTES_PER_CHARACTER * characters
+    fixed = process + weights + adapter + dataset
     rows, times = settings.batch_size, 1 if has_gpu else processes
     return Need(
         processes_bytes=times * process,
         weights_bytes=times * weights,
         adapter_bytes=times * adapter,
+        dataset_bytes=times * dataset,
         row_bytes=times * row,
         row_tokens=tokens,
         needed_bytes=times * (fixed + row * (rows or 1)),
@@ -128,8 +145,14 @@ class _Shape:
     hidden: int
     queries: int
     keys: int
+    #: Widths of what adapters are put on in feed-forwards: those of layers without experts, and the shared experts of
+    #: layers with some. 0: there are none.
     inner: int
+    shared: int
     vocabulary: int
+    #: Experts that each token goes through, and the width of one; 0 where there are none.
+    experts: int = 0
+    expert_inner: int = 0
 
 
 def _shape(config: Mapping[str, Any]) -> _Shape | None:
@@ -142,7 +165,18 @@ def _shape(config: Mapping[str, Any]) -> _Shape | None:
     size = whole(text, "head_dim") or hidden // heads
     inner = whole(text, "intermediate_size", "n_inner", "ffn_dim") or 4 * hidden
     keys = (whole(text, "num_key_value_heads") or heads) * size
-    return _Shape(layers, hidden, heads * size, keys, inner, vocabulary)
+    if (whole(text, *EXPERTS) or 1) <= 1:
+        return _Shape(layers, hidden, heads * size, keys, inner, 0, vocabulary)
+    width = whole(text, "moe_intermediate_size") or inner
+    shared = whole(text, "shared_expert_intermediate_size") or (whole(text, *SHARED_EXPERTS) or 0) * width
+    dense = inner if any(_is_set(text.get(name)) for name in DENSE_LAYERS) or text.get("first_k_dense_replace") else 0
+    active = whole(text, *ACTIVE_EXPERTS) or ACTIVE
+    return _Shape(layers, hidden, heads * size, keys, dense, shared, vocabulary, active, width)
+
+
+def _is_set(value: Any) -> bool:
+    """Whether a setting says that some layers have no experts: a step above 1, a number of layers, or their names."""
+    return bool(value) and value != 1
 
 
 def _adapter_numbers(config: Mapping[str, Any], settings: Hyperparameters) -> int | None:
@@ -150,14 +184,13 @@ def _adapter_numbers(config: Mapping[str, Any], settings: Hyperparameters) -> in
     shape = _shape(config)
     if shape is None:
         return None
+    inner = max(shape.inner, shape.shared)
     by_layer = {
         "q_proj": shape.hidden + shape.queries,
         "k_proj": shape.hidden + shape.keys,
         "v_proj": shape.hidden + shape.keys,
         "o_proj": shape.queries + shape.hidden,
-        "gate_proj": shape.hidden + shape.inner,
-        "up_proj": shape.hidden + shape.inner,
-        "down_proj": shape.inner + shape.hidden,
+        **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), shape.hidden + inner if inner else 0),
     }
     names = settings.target_modules
     if names is None or not set(names) <= by_layer.keys():
@@ -170,8 +203,15 @@ def _activations(config: Mapping[str, Any], number_bytes: int, settings: Hyperpa
     shape = _shape(config)
     if shape is None:
         return None
-    inputs = 5 * shape.hidden + shape.queries + shape.inner
-    adapted = 4 * inputs * (2 if settings.dropout else 1)
-    own = number_bytes * (4 * shape.hidden + 2 * shape.queries + 2 * shape.keys + 3 * shape.inner)
-    norms = 4 * 2 * shape.hidden
-    return shape.layers * (adapted + own + norms) + shape.vocabulary * (number_bytes + 8)
+
+    def layer(inner: int, experts: int) -> int:
+        inputs = (3 + 2 * bool(inner)) * shape.hidden + shape.queries + inner
+        adapted = 4 * inputs * (2 if settings.dropout else 1)
+        # Each expert has a copy of the token, and gives one back; it has no adapter.
+        routed = experts * (2 * shape.hidden + 3 * shape.expert_inner)
+        own = number_bytes * (4 * shape.hidden + 2 * shape.queries + 2 * shape.keys + 3 * inner + routed)
+        return adapted + own + 4 * 2 * shape.hidden
+
+    # Where layers are of both kinds, each is taken for the larger.
+    each = max(layer(shape.inner, 0), layer(shape.shared, shape.experts) if shape.experts else 0)
+    return shape.layers * each + shape.vocabulary * (number_bytes + 8)

@@ -110,7 +110,9 @@ class TrainerRuns:
             died = await asyncio.to_thread(attempts.death, child, self._job.log, kills, share.memory_bytes, self._taken)
             deaths += 1
             fruitless = 0 if await self._newest_step() > before else fruitless + 1
-            if died["code"] == "trainer_died" or fruitless >= FRUITLESS_DEATHS or deaths >= DEATHS:
+            # What it had was not enough, and another would have as much: only a checkpoint could change that.
+            is_hopeless = died["code"] == "trainer_died" or (died["code"] == "out_of_memory" and fruitless > 0)
+            if is_hopeless or fruitless >= FRUITLESS_DEATHS or deaths >= DEATHS:
                 times = f" It did so {deaths} times." if deaths > 1 else ""
                 hint = died["hint"].replace("{id}", str(self._row.id))
                 raise JobFailure(died["code"], died["message"] + times, hint, died["evidence"])

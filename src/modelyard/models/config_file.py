@@ -35,6 +35,9 @@ HIDDEN = ("hidden_size", "n_embd", "d_model")
 INNER = ("intermediate_size", "n_inner", "ffn_dim", "moe_intermediate_size")
 LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+#: Experts that each token goes through, chosen among all, and those that all tokens go through.
+ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
+SHARED_EXPERTS = ("n_shared_experts", "num_shared_experts", "num_shared_expert")
 #: Where the language model is described in a model that also sees or hears.
 TEXT_PARTS = ("text_config", "llm_config", "language_config")
 
@@ -46,6 +49,9 @@ MOST: Mapping[str, int] = {
     **dict.fromkeys(INNER, 1 << 24),
     **dict.fromkeys(LENGTHS, 1 << 31),
     **dict.fromkeys(EXPERTS, 1 << 16),
+    **dict.fromkeys(ACTIVE_EXPERTS, 1 << 16),
+    **dict.fromkeys(SHARED_EXPERTS, 1 << 16),
+    "shared_expert_intermediate_size": 1 << 24,
     "num_key_value_heads": 1 << 16,
     "head_dim": 1 << 16,
     "kv_lora_rank": 1 << 20,
