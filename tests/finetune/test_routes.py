@@ -236,6 +236,21 @@ def test_a_model_that_cannot_be_trained_is_refused_and_not_listed(
         assert [one["model_id"] for one in server.get(f"{FINETUNE}models/").json()] == [MODEL]
 
 
+def test_what_cannot_be_served_with_an_adapter_is_told_before_it_is_trained_to_be(llama: Path, tmp_path: Path) -> None:
+    imports = tmp_path / "imports"
+    shutil.copytree(llama, imports)
+    with training_server(tmp_path / "data", imports) as server:
+        [stored] = (server.data_dir / "models").glob("local@tiny-llama/*/config.json")
+        known = json.loads(stored.read_text("utf-8"))
+        stored.write_text(json.dumps(known | {"architectures": ["FalconForCausalLM"], "model_type": "falcon"}))
+        dataset_id = add_dataset(server)
+        error = refusal(ask(server, dataset_id, deploy=True), 422)
+        assert (error["code"], error["param"]) == ("adapters_unsupported", "deploy")
+        assert "export?merged=true" in error["message"]
+        # Trained it can be, and merged.
+        assert ask(server, dataset_id, hyperparameters={"max_steps": 1}).status == 200
+
+
 def test_trainings_are_listed_newest_first_in_pages(quick: Server, dataset_id: str) -> None:
     made = [finished(quick, start(quick, dataset_id, f"Page {number}"))["id"] for number in range(3)]
     assert [one["id"] for one in quick.get(f"{FINETUNE}?limit=2").json()] == [made[2], made[1]]

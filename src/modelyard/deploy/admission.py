@@ -16,7 +16,7 @@ from pathlib import Path
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from modelyard.db import Sessions
-from modelyard.deploy import actions, attempts, succession
+from modelyard.deploy import actions, attempts, succession, without_adapters
 from modelyard.deploy.adapters import check_facts, smallest_max_rank
 from modelyard.deploy.fitting import model_files, servable_files
 from modelyard.deploy.schemas import DeployIn, EngineOptions
@@ -121,6 +121,13 @@ def _ranks(
         raise Unprocessable(
             f"The weights of '{model.model_id}' are in Mistral's own format, by whose names no adapter can be checked: "
             "deploy it without adapters, or add a repository of the model in the format of transformers.",
+            param="adapter_ids",
+            code="adapters_unsupported",
+        )
+    if adapters and (fault := without_adapters.fault(files.config)) is not None:
+        raise Unprocessable(
+            f"'{model.model_id}' {fault}. Deploy it without adapters (and with options.max_loras 0). "
+            f"{without_adapters.remedy(adapters[0].adapter_id)}",
             param="adapter_ids",
             code="adapters_unsupported",
         )

@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from modelyard.datasets import reading
 from modelyard.db import Sessions
+from modelyard.deploy import without_adapters
 from modelyard.deploy.fitting import model_files
 from modelyard.deploy.machine import GIB, this_machine
 from modelyard.errors import JobFailure, StorageUnavailable
@@ -67,10 +68,14 @@ async def plan(
     def needed(longest_tokens: int) -> Any:
         files = model_files(settings, model)
         has_gpu = this_machine().has_gpu
-        return need_of(files.config, files.size_bytes, hyperparameters, has_gpu=has_gpu, longest_tokens=longest_tokens)
+        return need_of(
+            files.config, files.size_bytes, hyperparameters, has_gpu=has_gpu, longest_tokens=longest_tokens,
+            characters=dataset.size_bytes,
+        )  # fmt: skip
 
     try:
         need = await asyncio.to_thread(needed, longest)
+        fault = without_adapters.fault((await asyncio.to_thread(model_files, settings, model)).config)
         await tokenizers.tried(model.model_id, below(settings.models_dir, model.path))
     except JobFailure as failure:
         raise refusal(failure) from failure
@@ -111,6 +116,9 @@ async def plan(
     if found["estimate"] is not None:
         need = replace(need, needed_bytes=int(found["estimate"]["memory_bytes"]))
     seconds = found["seconds"]
+    if fault is not None:
+        note = f"{model.model_id} {fault}. When it is trained, {without_adapters.remedy('ADAPTER_ID')}"
+        found["prepared"]["notes"] = [*found["prepared"].get("notes", ()), note]
     return {
         **found,
         "chosen": found["prepared"].pop("chosen"),

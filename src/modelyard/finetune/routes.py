@@ -10,6 +10,7 @@ from uuid import UUID
 from fastapi import Path, Query
 
 from modelyard.datasets.routes import Storage
+from modelyard.deploy import without_adapters
 from modelyard.deploy.machine import this_machine
 from modelyard.errors import NotTrainable, Unprocessable
 from modelyard.finetune import actions, checkpoints, curves, trainable
@@ -44,7 +45,8 @@ def _trainable(settings: Settings, known: list[Model]) -> list[Model]:
     for model in known:
         try:
             folder = store.folder_of(settings.models_dir, model.path)
-            trainable.check(model.model_id, folder, model.chat_template)
+            is_own = settings.trainer_python is not None
+            trainable.check(model.model_id, folder, model.chat_template, is_own_python=is_own)
         except NotTrainable:
             continue
         found.append(model)
@@ -71,7 +73,7 @@ async def check(wanted: FinetuneIn, sessions: Sessions, settings: Settings) -> N
     """Refuse what the files and the settings show to be impossible.
 
     Raises:
-        Unprocessable: param `model_id`, `hyperparameters.rank` or `hyperparameters.quantization`.
+        Unprocessable: param `model_id`, `deploy`, `hyperparameters.rank` or `hyperparameters.quantization`.
         ModelNotFound: there is no such model.
         ModelLost: its files are gone.
     """
@@ -93,7 +95,17 @@ async def check(wanted: FinetuneIn, sessions: Sessions, settings: Settings) -> N
         model = await actions.trainable(session, wanted.model_id)
     await bring_back(settings.models_dir, [model], None)  # a base is not kept in the storage
     folder = store.folder_of(settings.models_dir, model.path)
-    await asyncio.to_thread(trainable.check, model.model_id, folder, model.chat_template)
+    is_own = settings.trainer_python is not None
+    config = await asyncio.to_thread(
+        trainable.check, model.model_id, folder, model.chat_template, is_own_python=is_own
+    )  # fmt: skip
+    if wanted.deploy and (fault := without_adapters.fault(config)) is not None:
+        raise Unprocessable(
+            f"{model.model_id} {fault}: the adapter could not be put into service. Train without deploy; then "
+            f"{without_adapters.remedy('ADAPTER_ID')}",
+            param="deploy",
+            code="adapters_unsupported",
+        )
 
 
 @api.get("/", summary="List trainings, newest first", responses=documented(404, 422))

@@ -1,6 +1,6 @@
-"""The models that an adapter can be trained for, as far as `config.json` tells; the trainer has the last word.
+"""Models that an adapter can be trained for, as far as `config.json` tells; the trainer has the last word.
 
-Reads one small file of the store. What it does not know it lets through: the trainer then says what is wrong with it.
+Reads one small file of the store.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from modelyard.errors import JobFailure, NotTrainable
+from modelyard.finetune.causal_models import CLASSES
 from modelyard.models import config_file
 from modelyard.models.chat_template import TemplateSource, has_chat_template
 from modelyard.models.mistral_format import is_mistral_format
@@ -22,10 +23,13 @@ _OTHER_USES = (
 _WITHOUT_LINEAR_LAYERS = frozenset({"gpt2", "openai-gpt", "mamba", "mamba2", "rwkv"})
 
 
-def check(model_id: str, folder: Path, chat_template: str | None = None) -> None:
-    """Refuse a model whose files show that it cannot be trained. Blocks on the disk.
+def check(
+    model_id: str, folder: Path, chat_template: str | None = None, *, is_own_python: bool = False
+) -> config_file.Config:
+    """Refuse a model whose files show that it cannot be trained; return its configuration. Blocks on the disk.
 
-    `chat_template` is where its template comes from, as its row says.
+    `chat_template` is where its template comes from, as its row says. `is_own_python`: trainers run in another Python
+    (MODELYARD_TRAINER_PYTHON), whose transformers may know more types of models than the one that comes with this.
 
     Raises:
         NotTrainable: with the reason.
@@ -36,8 +40,10 @@ def check(model_id: str, folder: Path, chat_template: str | None = None) -> None
         raise NotTrainable(
             f"{model_id} cannot be trained: its {failure.message} {failure.hint}", param="model_id"
         ) from None
-    if (fault := _mistral_fault(folder, chat_template) or _fault(config)) is not None:
+    fault = _mistral_fault(folder, chat_template) or _fault(config) or _unknown(config, is_own_python)
+    if fault is not None:
         raise NotTrainable(f"{model_id} {fault}", param="model_id")
+    return config
 
 
 def _mistral_fault(folder: Path, chat_template: str | None) -> str | None:
@@ -52,6 +58,16 @@ def _mistral_fault(folder: Path, chat_template: str | None) -> str | None:
             "would learn from other prompts than it is then asked. Train a repository of the model that has one."
         )
     return None
+
+
+def _unknown(config: config_file.Config, is_own_python: bool) -> str | None:
+    """Return what is wrong with a model that is no causal language model of transformers (as `trainer.model` says)."""
+    kind, named = config_file.names_of(config)
+    classes = CLASSES.get(kind, ())
+    if set(named) & set(classes) or (classes and not named) or (not classes and is_own_python):
+        return None
+    shown = f"{', '.join(named[:3]) or 'model'} (model_type {kind[:60] or 'unknown'})"
+    return f"is a {shown}, which is not a causal language model that can be trained here. {_OTHER}"
 
 
 def _fault(config: config_file.Config) -> str | None:
