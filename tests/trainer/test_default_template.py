@@ -15,6 +15,7 @@ from modelyard.models.chat_template import has_chat_template
 from modelyard.trainer.default_template import (
     CHATML_TEMPLATE,
     default_template,
+    processors_template,
 )
 from modelyard.trainer.model_files import PLAIN_TEMPLATE, stop_ids_of
 
@@ -71,6 +72,15 @@ def test_files_that_cannot_be_read_make_it_plain(model: Path, bad: str) -> None:
     assert default_template(model) == PLAIN
     (model / bad).unlink()
     assert default_template(model) == PLAIN
+
+
+def test_a_template_in_the_processors_file_alone_is_the_models_own(model: Path) -> None:
+    assert processors_template(model) is None
+    for other in ("[", "[1]", "{}", '{"chat_template": ""}', '{"chat_template": ["x"]}'):
+        (model / "chat_template.json").write_text(other)
+        assert processors_template(model) is None
+    (model / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    assert processors_template(model) == "{{ messages }}"
 
 
 def test_a_models_own_template_is_seen_wherever_it_is(model: Path) -> None:

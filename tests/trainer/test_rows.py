@@ -404,6 +404,14 @@ def test_the_default_template_is_recorded(tmp_path: Path) -> None:
     assert desk.learnt(prepared) == [" b<|end|>"]
 
 
+def test_a_template_in_the_processors_file_is_learnt_by_as_the_engine_renders_by_it(tmp_path: Path) -> None:
+    template = "{% for message in messages %}{{ message.role + '>' + message.content + eos_token }}{% endfor %}"
+    asks = "{% if add_generation_prompt %}{{ 'assistant>' }}{% endif %}"
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template + asks}))
+    prepared = Desk(tmp_path, byte_tokenizer(None)).prepare(chat("a", "b"))
+    assert (prepared.facts["template_source"], prepared.template) == ("model", template + asks)
+
+
 def conversation(turns: int, words: int = 6, **more: Any) -> dict[str, Any]:
     said = [
         {"role": role, "content": f"{number} {role} " + "word " * words}

@@ -23,6 +23,13 @@ CHATML_TEMPLATE = (
 )
 
 
+def processors_template(folder: Path) -> str | None:
+    """Return the template of a model that has it in its processor's file alone, where transformers' tokenizer does not
+    look for it and the engine does; None where there is none. Blocks."""
+    found = read_settings(folder, "chat_template").get("chat_template")
+    return found if isinstance(found, str) and found.strip() else None
+
+
 def default_template(folder: Path) -> str:
     """Return the template for a model in a folder that has none. Blocks; of a large tokenizer for a second."""
     config = read_settings(folder, "tokenizer_config")

@@ -23,7 +23,7 @@ from modelyard.datasets.canonical import Row
 from modelyard.datasets.lines import rows_of
 from modelyard.errors import JobFailure
 from modelyard.trainer import cutting, texts
-from modelyard.trainer.default_template import default_template
+from modelyard.trainer.default_template import default_template, processors_template
 from modelyard.trainer.labels import IGNORED, Labelled, Labeller
 from modelyard.trainer.messages import as_sent, messages_of
 from modelyard.trainer.model_files import stop_ids_of
@@ -123,6 +123,7 @@ def prepare(spec: Spec, tokenizer: Any, max_model_len: int | None, report: Repor
     limit = _length_limit(spec.hyperparameters.max_seq_len, max_model_len)
     now = datetime.fromtimestamp(spec.now, UTC) if spec.now else None
     folder = Path(spec.model_dir)
+    tokenizer.chat_template = tokenizer.chat_template or processors_template(folder)
     renderer = Renderer(tokenizer, stop_ids_of(folder), now, lambda: default_template(folder))
     reading = _Reading(spec, renderer, Labeller(renderer, limit), limit, watch)
     kept = reading.read(report)
