@@ -44,7 +44,7 @@ IMAGES: dict[str, Any] = {
 }  # fmt: skip
 
 SERVED: dict[str, dict[str, Any]] = {
-    "afmoe": {**SPARSE, "num_dense_layers": 1, "score_func": "sigmoid"},
+    "afmoe": {**SPARSE, "num_dense_layers": 1, "score_func": "sigmoid", "route_norm": True},
     "apertus": {},
     "arcee": {},
     "axk1": {**SPARSE, **LATENT},
@@ -68,7 +68,10 @@ SERVED: dict[str, dict[str, Any]] = {
     "gemma3_text": WINDOW,
     "gemma4": {"text_config": GEMMA_4, "vision_config": TOWER, "audio_config": None},
     "gemma4_text": GEMMA_4,
-    "gemma4_unified": {"text_config": GEMMA_4, "vision_config": TOWER, "audio_config": None},
+    "gemma4_unified": {
+        "text_config": GEMMA_4, "vision_config": {**TOWER, "mm_embed_dim": 32, "output_proj_dims": 32},
+        "audio_config": None,
+    },
     "glm": {},
     "glm4": {},
     "glm4_moe": SPARSE,
@@ -88,28 +91,28 @@ SERVED: dict[str, dict[str, Any]] = {
     "granitemoeshared": {**SPARSE, "shared_intermediate_size": 32},
     "hunyuan_v1_dense": {},
     "hunyuan_v1_moe": {**SPARSE, "moe_topk": 2},
-    "hy_v3": {**SPARSE, "expert_hidden_dim": 32, "num_shared_experts": 1},
+    "hy_v3": {**SPARSE, "expert_hidden_dim": 32, "num_shared_experts": 1, "route_norm": True},
     "hy_v4": SPARSE,
     "hyperclovax": {},
-    "inkling_text": SPARSE,
+    "inkling_text": {**SPARSE, "padded_vocab_size": 2048, "use_embed_norm": False},
     "jais2": {},
     "jamba": {
         "num_experts": 4, "num_experts_per_tok": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4,
         "mamba_d_state": 16,
     },
     "laguna": SPARSE,
-    "lfm2": {"full_attn_idxs": [1, 3], "block_ff_dim": 128, "conv_dim": 64, "conv_L_cache": 3},
+    "lfm2": {"full_attn_idxs": [1, 3], "block_ff_dim": 128, "block_dim": 64, "conv_dim": 64},
     "lfm2_moe": {**SPARSE, "layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "llama": {},
     "llama4_text": {**SPARSE, "intermediate_size_mlp": 128, "attention_chunk_size": 64},
     "longcat_flash": {
         **LATENT, "n_routed_experts": 4, "moe_topk": 2, "ffn_hidden_size": 128, "expert_ffn_hidden_size": 32,
         "zero_expert_num": 1, "num_layers": 2, "num_hidden_layers": 4, "mla_scale_q_lora": True,
-        "mla_scale_kv_lora": True,
+        "mla_scale_kv_lora": True, "zero_expert_type": "identity",
     },
     "mellum": SPARSE,
     "minicpm3": LATENT,
-    "minimax_m2": {**SPARSE, "rotary_dim": 16},
+    "minimax_m2": {**SPARSE, "rotary_dim": 16, "scoring_func": "sigmoid"},
     "ministral3": {},
     "mistral": WINDOW,
     "mixtral": SPARSE,
@@ -133,6 +136,10 @@ SERVED: dict[str, dict[str, Any]] = {
     "qwen3_5_text": DELTA,
     "qwen3_moe": {**SPARSE, "mlp_only_layers": [0]},
     "qwen3_next": {**SHARED, **DELTA},
+    "qwen4_exp_text": {
+        **SHARED, **DELTA, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 32,
+        "indexer_compress_ratio": 4, "output_gate_type": "sigmoid",
+    },
     "seed_oss": {},
     "smollm3": {},
     "starcoder2": {},
@@ -156,6 +163,22 @@ OTHERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 FAMILIES = SERVED | OTHERS
+#: Those of both packages that are not tried, each with its reason.
+UNTRIED: dict[str, str] = {
+    "dbrx": "transformers 5.19 cannot make its model",
+    "deepseek_v4": "vLLM serves it without adapters, and its configuration is not settled",
+    "falcon_mamba": "no layers that an adapter could be served on",
+    "gemma3n": "its tower needs a package that is not installed; its text model is tried",
+    "gpt2": "no layers that an adapter could be served on",
+    "gpt-sw3": "as gpt2",
+    "kimi_linear": "its layers take 20 s without a GPU",
+    "llama4": "its text model is tried",
+    "mamba": "no layers that an adapter could be served on",
+    "mamba2": "no layers that an adapter could be served on",
+    "qwen3_5": "its text model is tried",
+    "qwen3_5_moe": "its text model is tried",
+    "qwen4_exp": "its text model is tried",
+}
 
 
 def config_of(family: str) -> Any:

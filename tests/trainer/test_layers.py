@@ -63,9 +63,7 @@ def test_dense_layers_of_mixtures_of_experts_are_adapted_and_no_experts(family: 
     assert of_layers(adapter) == dict.fromkeys(layers, (4, 4))
     assert {"gate_proj", "up_proj", "down_proj", "o_proj"} <= kinds(layers)
     assert not [name for name in layers if ".experts." in name]
-    config = adapter.peft_config["default"]
-    assert not config.target_parameters
-    assert not config.rank_pattern
+    assert not adapter.peft_config["default"].rank_pattern
 
 
 def test_one_of_the_dense_layers_of_a_mixture_of_experts_can_be_asked_for() -> None:
@@ -73,6 +71,51 @@ def test_one_of_the_dense_layers_of_a_mixture_of_experts_can_be_asked_for() -> N
     adapter, layers = with_adapter(model_of("qwen3_moe"), ["gate_proj"], rank=64)
     assert layers == ["model.layers.0.mlp.gate_proj"]
     assert of_layers(adapter) == {"model.layers.0.mlp.gate_proj": (64, 64)}
+
+
+def test_experts_can_be_asked_for_where_the_engine_serves_them() -> None:
+    needs_training()
+    import torch
+
+    model = model_of("gpt_oss")
+    experts, rank, inner = 4, 4, model.get_submodule("model.layers.0.mlp.experts").down_proj.shape
+    adapter, layers = with_adapter(model, ["q_proj", "experts"], rank)
+    routed = [name for name in layers if name.endswith(".experts")]
+    assert len(routed) == 4
+    found = of_layers(adapter)
+    assert found.keys() == {*layers, *(f"{name}.base_layer" for name in routed)}
+    assert {name: ranks for name, ranks in found.items() if ".experts" in name} == dict.fromkeys(
+        [name for name in found if ".experts" in name], (experts * rank, experts * rank)
+    )
+    assert {name: ranks for name, ranks in found.items() if ".experts" not in name} == dict.fromkeys(
+        [name for name in layers if name not in routed], (rank, rank)
+    )
+    # As vLLM reads them: the inner adapter is that of the first step, from the hidden size to twice the inner one.
+    weights = dict(adapter.named_parameters())
+    name = f"base_model.model.{routed[0]}"
+    hidden, halves = 64, 2 * (inner.numel() // experts // 64)
+    assert weights[f"{name}.base_layer.lora_A.default.weight"].shape == (experts * rank, hidden)
+    assert weights[f"{name}.base_layer.lora_B.default.weight"].shape == (halves, experts * rank)
+    assert weights[f"{name}.lora_B.default.weight"].shape == (hidden, experts * rank)
+    adapter(input_ids=torch.arange(3, 67)[None], use_cache=False).logits.sum().backward()
+    assert not [name for name, each in adapter.named_parameters() if each.requires_grad and each.grad is None]
+
+
+def test_experts_that_the_engine_does_not_serve_are_refused_and_so_is_dropout_on_them() -> None:
+    needs_training()
+    from peft import LoraConfig
+
+    from modelyard.trainer.layers import adapted, layers_to_adapt
+
+    with pytest.raises(JobFailure) as refused:
+        with_adapter(model_of("qwen3_moe"), ["experts"])
+    assert refused.value.code == "unknown_target_modules"
+    assert "routed experts are served without adapters" in refused.value.message
+    model = model_of("gpt_oss")
+    layers = layers_to_adapt(model, ["experts"], "a-model")
+    with pytest.raises(JobFailure) as refused:
+        adapted(model, LoraConfig(r=4, lora_dropout=0.1, task_type="CAUSAL_LM"), layers)
+    assert refused.value.code == "experts_without_dropout"
 
 
 @pytest.mark.parametrize("family", ["falcon_h1", "nemotron_h", "zamba2"])
@@ -134,7 +177,7 @@ def test_an_adapter_that_is_not_the_one_asked_for_is_refused() -> None:
     layers = layers_to_adapt(model, None, "a-model")
     made = get_peft_model(model, LoraConfig(r=4, target_modules=sorted(kinds(layers))))
     with pytest.raises(JobFailure) as refused:
-        check(made, layers, 4)
+        check(made, dict.fromkeys(layers, 4))
     assert refused.value.code == "adapter_not_as_asked"
     assert "model.layers.0.mlp.gate_proj" in refused.value.message
     assert "mlp.experts" in refused.value.message

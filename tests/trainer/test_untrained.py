@@ -27,7 +27,7 @@ class AfterSteps:
         return len(self._run.steps()) >= self._steps
 
 
-def train(run: Run, steps: int) -> tuple[Any, Any]:
+def train(run: Run, steps: int, target: str = "q_proj") -> tuple[Any, Any]:
     """Train a model whose tower has adapters that text never reaches; return the outcome and the weights."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -43,7 +43,7 @@ def train(run: Run, steps: int) -> tuple[Any, Any]:
     rows = Rows([Example(at + 1, ids, [-100, *ids[1:]]) for at, ids in enumerate(drawn)])
     model = model_of("gemma3")
     torch.manual_seed(0)
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=[target], task_type="CAUSAL_LM"))
     report = Reports(Path(run.spec.progress))
     checkpoints = Checkpoints(run.work, "mine", 0, report)
     training = Training(run.spec, adapted, rows, Rows([]), 0, report, checkpoints, AfterSteps(run, steps))
@@ -80,3 +80,15 @@ def test_layers_without_a_gradient_are_named_and_the_training_goes_on_where_it_w
     assert done.figures["untrained_layers"] == untrained
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     assert len([note for note in run.told("note") if "untrained_layers" in note["data"]]) == 1
+
+
+def test_a_checkpoint_of_an_adapter_on_other_layers_is_not_used(tmp_path: Path) -> None:
+    needs_training()
+    run = make_run(tmp_path / "run", tmp_path, 1, max_steps=3, checkpoint_steps=1, batch_size=2)
+    stopped, _ = train(run, 1)
+    assert stopped.step == 1
+    done, _ = train(run, 99, target="o_proj")
+    assert done.step == 3
+    assert run.steps() == [1, 1, 2, 3]
+    said = [note["message"] for note in run.told("note") if note["level"] == "WARNING"]
+    assert any(text.startswith("The checkpoint of step 1 is of an adapter on other layers") for text in said)

@@ -21,6 +21,8 @@ from modelyard.models.adapter_facts import MAX_RANKS, AdapterFacts, Layer
 
 #: Of a configuration: the language model is one part of several.
 PARTS = ("text_config", "vision_config", "audio_config", "thinker_config")
+#: Kinds of model whose files have layers under other names than transformers and vLLM: a part of a name, and the other.
+OTHER_NAMES = {"nemotron_h": ("model.layers.", "backbone.layers."), "hy_v4": (".gate_proj", ".linear_gate")}
 _OTHER_BASE = "It was made for another base: deploy it on that."
 
 
@@ -85,7 +87,7 @@ class _Check:
     def run(self, layers: Iterable[Layer]) -> None:
         known = base_layers(self.base_folder)
         for layer in layers:
-            module = layer.name
+            module = self._in_files(layer.name, known)
             if module.split(".", 1)[0] in ("layers", "h", "blocks"):
                 self._refuse(
                     f"was trained on a model without its head ({module[:120]!r}), and vLLM would pass its weights over",
@@ -130,6 +132,12 @@ class _Check:
             "It was made inside another model (one that also sees, or one wrapped by a compiler or for several GPUs): "
             "save it with the base's own names.",
         )
+
+    def _in_files(self, module: str, known: BaseLayers) -> str:
+        """Return a layer's name as its base's files have it, where that is another than the model's own."""
+        named, in_files = OTHER_NAMES.get(str(self.base.get("model_type")), ("", ""))
+        other = module.replace(named, in_files, 1) if named else module
+        return other if known.has(other) else module
 
     def _shapes_by_config(self, module: str, given: list[int]) -> list[list[int]]:
         """Return what a usual layer's shape must be, as far as the configuration tells, in the form of a weight's."""

@@ -2,9 +2,9 @@
 
 The codes that this side knows: `out_of_memory`, `disk_full`, `loss_not_finite`, `unsupported_architecture`,
 `unsupported_quantization`, `quantization_needs_gpu`, `unknown_target_modules`, `bad_tokenizer`, `bad_weights`,
-`bad_configuration`, `packing_unsupported`, `tokens_beyond_embedding` and, for what nobody foresaw, `trainer_failed`.
-Those of the rows are in `rows`, `rendering` and `stall_watch`. A trainer that the system killed says nothing: that is
-the server's to find.
+`bad_configuration`, `packing_unsupported`, `tokens_beyond_embedding`, `adapter_not_as_asked`, `experts_without_dropout`
+and, for what nobody foresaw, `trainer_failed`. Those of the rows are in `rows`, `rendering` and `stall_watch`. One that
+the system killed says nothing: that is the server's to find.
 """
 
 from __future__ import annotations

@@ -26,25 +26,34 @@ _ABSORBED = ("kv_b_proj",)
 #: name, in other pieces, or reads their weights past them. A test holds this against vLLM.
 UNSERVED: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("axk1", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"), _ABSORBED),
-    **dict.fromkeys(("hy_v4", "longcat_flash"), _ABSORBED),
+    "hy_v4": _ABSORBED,
     "glm4": ("gate_up_proj",),
     "gpt_bigcode": ("c_attn",),
     "granitemoe_swa": ("input_linear",),
     "granitemoeshared": ("input_linear",),
+    "hy_v3": ("shared_experts",),
     "laguna": ("shared_experts",),
+    "longcat_flash": (*_ABSORBED, "q_a_proj", "kv_a_proj_with_mqa"),
 }
+#: Kinds of model whose routed experts vLLM 0.32 serves adapters on in PEFT's form: one tensor for all of a layer. (Of
+#: others it takes one for each expert.)
+EXPERTS_SERVED = frozenset({"gpt_oss"})
+_PARTS = ("gate_up_proj", "down_proj")
 #: So many tokens are tried.
 TRIED_TOKENS = 8
 #: So many names are said of a kind.
 NAMES_SAID = 10
 _OTHER_MODEL = "Train a decoder model such as Llama, Qwen, Mistral, Gemma or Phi."
+#: PEFT's function, by its name in `peft.utils.transformers_weight_conversion`.
+_REWRITES = "convert_peft_config_for_transformers"
 _ROUTED = re.compile(r"\.experts\.\d+\.")
 
 
 def layers_to_adapt(model: Any, wanted: list[str] | None, model_id: str) -> list[str]:
-    """Return the full names of the linear layers to adapt: all that can be trained and served, or those `wanted`.
+    """Return the full names of the layers to adapt: all linear ones that can be trained and served, or those `wanted`.
 
     A wanted name is the end of a layer's full name: `q_proj`, `self_attn.q_proj` or `layers.0.self_attn.q_proj`.
+    `experts` stands for the routed experts, all of a layer, where the engine serves them.
 
     Raises:
         JobFailure: `unknown_target_modules`, naming what there is; `unsupported_architecture` where nothing fits.
@@ -58,15 +67,19 @@ def layers_to_adapt(model: Any, wanted: list[str] | None, model_id: str) -> list
         )
     if wanted is None:
         return there
+    routed = [name for name, module in model.named_modules() if _is_experts(name, module)]
+    is_served = str(model.config.get_text_config().model_type) in EXPERTS_SERVED
+    there += routed if is_served else []
     unknown = sorted(name for name in set(wanted) if not any(_is_named(layer, name) for layer in there))
     if unknown or not wanted:
         named = ", ".join(f"'{name[:60]}'" for name in unknown[:NAMES_SAID]) or "no layer at all"
         kinds = sorted({layer.rpartition(".")[2] for layer in there})
+        without = "" if is_served or not routed else " Its routed experts are served without adapters."
         raise JobFailure(
             "unknown_target_modules",
             f"target_modules names {named}; the linear layers of {model_id} that can be trained are: "
-            f"{', '.join(kinds)}.",
-            "Name some of these, or leave target_modules out: then all of them are trained.",
+            f"{', '.join(kinds)}.{without}",
+            "Name some of these, or leave target_modules out: then all linear ones are trained.",
         )
     return [layer for layer in there if any(_is_named(layer, name) for name in wanted)]
 
@@ -95,26 +108,38 @@ def adapted(model: Any, config: Any, layers: list[str]) -> Any:
     """Return a PeftModel with an adapter on exactly these layers, of exactly the configuration's rank.
 
     Raises:
-        JobFailure: `adapter_not_as_asked`: PEFT made another one.
+        JobFailure: `adapter_not_as_asked`: PEFT made another one; `experts_without_dropout`.
     """
     from peft import get_peft_model
 
-    config.target_modules = set(layers)
+    routed = [name for name in layers if _is_experts(name, model.get_submodule(name))]
+    linear = [name for name in layers if name not in set(routed)]
+    if routed and config.lora_dropout:
+        raise JobFailure(
+            "experts_without_dropout",
+            "Adapters on experts cannot be trained with dropout.",
+            "Leave dropout out, or 'experts' out of target_modules.",
+        )
+    ranks = dict.fromkeys(linear, config.r)
+    for name in routed:
+        # One matrix for all experts, one's rank after the other's; the outer of the two is that of down_proj.
+        ranks[name] = ranks[f"{name}.base_layer"] = config.r * len(model.get_submodule(name).down_proj)
+    config.target_modules = set(linear)
+    config.target_parameters = [f"{name}.{part}" for name in routed for part in _PARTS] or None
     with names_as_they_are():
         made = get_peft_model(model, config)
-    check(made, layers, config.r)
-    # PEFT shortens long lists of names by chance; the file says the same each time.
-    made.peft_config["default"].target_modules = set(shortest_names(model, layers))
+    check(made, ranks)
+    _write_down(made.peft_config["default"], model, linear)
     return made
 
 
-def check(model: Any, layers: Iterable[str], rank: int) -> None:
-    """Hold the adapter of a PeftModel against what was asked for.
+def check(model: Any, ranks: Mapping[str, int]) -> None:
+    """Hold the adapter of a PeftModel against the layers and their ranks that were asked for.
 
     Raises:
         JobFailure: `adapter_not_as_asked`.
     """
-    prefix, expected, found = "base_model.model.", set(layers), dict[str, set[int]]()
+    prefix, found = "base_model.model.", dict[str, set[int]]()
     for name, weight in model.named_parameters():
         if not weight.requires_grad:
             continue
@@ -122,13 +147,13 @@ def check(model: Any, layers: Iterable[str], rank: int) -> None:
         found.setdefault(layer.removeprefix(prefix), set()).add(
             weight.shape[0] if name.startswith("A.", len(layer) + len(part)) else weight.shape[1]
         )
-    missing, more = expected - found.keys(), found.keys() - expected
-    ranks = sorted({one for each in found.values() for one in each} - {rank})
-    if missing or more or ranks:
+    missing, more = ranks.keys() - found.keys(), found.keys() - ranks.keys()
+    other = sorted(name for name in ranks.keys() & found.keys() if found[name] != {ranks[name]})
+    if missing or more or other:
         said = [
             f"{len(missing)} layers have none ({_some(missing)})" if missing else "",
             f"{len(more)} others have one ({_some(more)})" if more else "",
-            f"ranks are {', '.join(map(str, ranks))} instead of {rank}" if ranks else "",
+            f"{len(other)} have another rank ({_some(other)})" if other else "",
         ]
         raise JobFailure(
             "adapter_not_as_asked",
@@ -150,6 +175,35 @@ def shortest_names(model: Any, layers: Iterable[str]) -> list[str]:
     return sorted({name if (kind := name.rpartition(".")[2]) in others else kind for name in chosen})
 
 
+def _write_down(config: Any, model: Any, layers: list[str]) -> None:
+    """Have a configuration name layers so that PEFT by itself makes this adapter again, in the same words each time."""
+    rewritten = {kind for kind in {name.rpartition(".")[2] for name in layers} if _is_rewritten(kind, model)}
+    plain = [name for name in layers if name.rpartition(".")[2] not in rewritten]
+    config.target_modules = set(shortest_names(model, plain))
+    if len(plain) < len(layers):
+        # By their weights, which it does not rewrite. It takes no dropout there, and needs none to read.
+        by_weight = [f"{name}.weight" for name in layers if name not in set(plain)]
+        config.target_parameters = [*(config.target_parameters or ()), *by_weight]
+        config.lora_dropout = 0.0
+
+
+def _is_rewritten(kind: str, model: Any) -> bool:
+    """Return whether PEFT takes a layer's name for that of an expert's weights in transformers 4."""
+    from peft import LoraConfig
+    from peft.utils import transformers_weight_conversion
+
+    convert = getattr(transformers_weight_conversion, _REWRITES, None)
+    if convert is None:
+        return False
+    config = LoraConfig(target_modules=[kind])
+    try:
+        convert(config, model=model, conversions=None)
+    except ValueError:
+        # It wants another name beside this one.
+        return True
+    return bool(config.target_parameters)
+
+
 @contextmanager
 def names_as_they_are() -> Iterator[None]:
     """Keep PEFT from rewriting names of layers, which are this model's own.
@@ -159,16 +213,15 @@ def names_as_they_are() -> Iterator[None]:
     """
     from peft.utils import transformers_weight_conversion
 
-    name = "convert_peft_config_for_transformers"
-    original = getattr(transformers_weight_conversion, name, None)
+    original = getattr(transformers_weight_conversion, _REWRITES, None)
     if original is None:
         yield
         return
-    setattr(transformers_weight_conversion, name, lambda *_, **__: None)
+    setattr(transformers_weight_conversion, _REWRITES, lambda *_, **__: None)
     try:
         yield
     finally:
-        setattr(transformers_weight_conversion, name, original)
+        setattr(transformers_weight_conversion, _REWRITES, original)
 
 
 def _reached(model: Any, candidates: dict[str, Any]) -> set[str]:
@@ -232,6 +285,11 @@ def _is_unserved(model: Any, name: str) -> bool:
     """Return whether vLLM serves the model with adapters, and yet none on this layer (or one that acts by half)."""
     kinds = UNSERVED.get(str(model.config.get_text_config().model_type), ())
     return any(f".{kind}." in f".{name}." for kind in kinds)
+
+
+def _is_experts(name: str, module: Any) -> bool:
+    """Return whether a module is the routed experts of a layer, in one tensor for each of the two steps."""
+    return name.endswith(".experts") and all(getattr(getattr(module, part, None), "ndim", 0) == 3 for part in _PARTS)
 
 
 def _is_named(layer: str, name: str) -> bool:

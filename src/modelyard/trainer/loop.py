@@ -114,7 +114,7 @@ class Training:
 
     def run(self) -> Outcome:
         """Train to the end, or to where it is asked to stop. Raises JobFailure."""
-        found = self._checkpoints.newest()
+        found = self._newest()
         if ranks.is_first():
             self._checkpoints.discard_unusable(found)
         moments = self._restore(found) if found is not None else None
@@ -293,6 +293,18 @@ class Training:
         progress.checkpoints += 1
         progress.checkpoint_seconds += self._checkpoints.seconds - before
         self._saved_step, self._saved_at = progress.step, time.monotonic()
+
+    def _newest(self) -> Checkpoint | None:
+        """Return the newest checkpoint, unless its adapter lacks layers that this one has."""
+        found = self._checkpoints.newest()
+        if found is None or adapter_weights(self.model).keys() <= found.tensors(WEIGHTS).keys():
+            return found
+        self._report.note(
+            f"The checkpoint of step {found.step} is of an adapter on other layers (an earlier version of the trainer "
+            "chose them) and is not used.",
+            "WARNING",
+        )
+        return None
 
     def _restore(self, found: Checkpoint) -> dict[str, Any]:
         """Bring back what a checkpoint keeps, and return the optimizer's moments."""

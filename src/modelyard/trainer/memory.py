@@ -128,7 +128,9 @@ def step_bytes(config: Any, dtype_bytes: int, rows: int, length: int) -> int:
     """Estimate what one forward and backward pass takes beside the weights, from the model's configuration."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     hidden = int(getattr(text, "hidden_size", 0) or 0)
-    inner = int(getattr(text, "intermediate_size", 0) or 4 * hidden)
+    inner = getattr(text, "intermediate_size", 0) or 4 * hidden
+    # Gemma 3n says one for each layer.
+    inner = int(max(inner)) if isinstance(inner, (list, tuple)) else int(inner)
     layers = int(getattr(text, "num_hidden_layers", 0) or 1)
     words = int(getattr(text, "vocab_size", 0) or 0)
     # Each layer keeps its inputs for the base's gradient and, cast to float32, for the adapter's.
