@@ -310,6 +310,13 @@ def test_columns_of_json_are_read_as_json() -> None:
     assert "write it with json.dumps" in problem["reason"]
 
 
+def test_marks_of_bad_answers_in_a_table_are_marks() -> None:
+    data = table(("prompt", "completion", "label"), ("q", "a", "True"), ("r", "b", "false"), ("s", "c", ""))
+    (problem,) = problems(data)
+    assert (problem["line"], problem["path"]) == (2, "$.label")
+    assert [row.get("label") for row in rows_of(data)] == [True, False, None]
+
+
 def test_parquet_is_read_where_pyarrow_is_there_and_else_told_how(tmp_path: Path, monkeypatch: Any) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet

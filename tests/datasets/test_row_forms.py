@@ -24,6 +24,7 @@ TWO = [ASK, ANSWER]
 #: The same as a call in the canonical form.
 CALL = {"function": {"name": "tide", "arguments": {"zone": "north"}}}
 CALL_TEXT = json.dumps({"name": "tide", "arguments": {"zone": "north"}})
+THOUGHT = {"type": "reasoning", "value": "t"}
 OLD_CALL = {"name": "tide", "arguments": '{"zone": "north"}'}
 
 
@@ -40,6 +41,11 @@ def read(row: dict[str, Any]) -> tuple[dict[str, Any], list[str], tuple[str, ...
     form, found = RowReader().read(json.dumps(row).encode())
     _, _, warnings = examine(found, form)
     return json.loads(canonical_json(found)), [f"{place}.{key}".lstrip(".") for place, key in found.ignored], warnings
+
+
+def test_a_part_that_is_a_call_but_no_json_is_refused() -> None:
+    with pytest.raises(Faults, match="is a call, but not JSON text"):
+        read({"messages": [ASK, {"role": "assistant", "content": [{"type": "tool_call", "value": "tide"}]}]})
 
 
 @pytest.mark.parametrize(
@@ -65,6 +71,14 @@ def read(row: dict[str, Any]) -> tuple[dict[str, Any], list[str], tuple[str, ...
         ({"messages": TWO, "images": [], "image": None, "videos": [[]]}, TWO),
         ({"messages": [ASK, {**ANSWER, "reasoning_content": "t"}]}, [ASK, {**ANSWER, "reasoning_content": "t"}]),
         ({"messages": [ASK, {**ANSWER, "reasoning": "t"}]}, [ASK, {**ANSWER, "reasoning_content": "t"}]),
+        (
+            {"messages": [ASK, {**ANSWER, "content": [THOUGHT, {"type": "text", "value": "b"}]}]},
+            [ASK, {**ANSWER, "reasoning_content": "t"}],
+        ),
+        (
+            {"messages": [ASK, {"role": "assistant", "content": [{"type": "tool_call", "value": CALL_TEXT}] * 2}]},
+            [ASK, called(CALL, CALL)],
+        ),
         ({"messages": [ASK, {**ANSWER, "thinking": "t"}]}, [ASK, {**ANSWER, "reasoning_content": "t"}]),
         (
             {"messages": [ASK, {"role": "assistant", "content": [{"type": "thinking", "thinking": "t"}, "b"]}]},

@@ -15,12 +15,18 @@ from typing import Any
 import msgspec
 
 from modelyard.datasets.faults import Fault, Kind
+from modelyard.datasets.row_forms import FORMS, MARKS, Meaning
 from modelyard.errors import InvalidDataset
 
-#: Columns whose cells are JSON, or true and false.
-JSON_COLUMNS = frozenset({"messages", "conversations", "tools", "functions", "history"})
+#: Columns whose cells are JSON, and those that are true and false or 1 and 0.
+JSON_COLUMNS = frozenset(
+    key
+    for spec in FORMS
+    for key, meaning in spec.keys.items()
+    if meaning in (Meaning.MESSAGES, Meaning.TURNS, Meaning.TOOLS, Meaning.HISTORY)
+)
+FLAG_COLUMNS = frozenset(MARKS)
 _FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-FLAG_COLUMNS = frozenset({"label", "train", "loss", "weight"})
 _json = msgspec.json.Decoder()
 
 

@@ -20,7 +20,7 @@ from modelyard.datasets.raw_values import (
     is_empty,
     is_null,
 )
-from modelyard.datasets.row_forms import CALL, MARKS, MEDIA, REASONING, ROLES, SPEAKERS, Form
+from modelyard.datasets.row_forms import CALL, MARKS, MEDIA, PARTS, REASONING, ROLES, SPEAKERS, Form
 
 _text_or_null: msgspec.json.Decoder[str | None] = msgspec.json.Decoder(str | None)
 _content: msgspec.json.Decoder[str | list[Raw] | None] = msgspec.json.Decoder(str | list[Raw] | None)
@@ -90,7 +90,8 @@ class MessageReader(Findings):
         if content_key in fields:
             found = self._decoded(decode_text if as_turn else _content, fields[content_key], path)
             if isinstance(found, list):
-                found = self._parts(message, found, path, f"{place}.{content_key}[]", role)
+                found = self._parts(message, found, path, f"{place}.{content_key}[]", role) or None
+                found = [] if found is None and not message.tool_calls else found
             message.content = found
         elif as_turn or not any(not is_empty(there.get(key, Raw(b"null"))) for key in ("tool_calls", "function_call")):
             self._fault(Kind.MISSING_FIELD, path, "is missing")
@@ -148,6 +149,9 @@ class MessageReader(Findings):
                 self._reasoning(message, there["thinking"], f"{where}.thinking", role)
                 continue
             kind = self._decoded(decode_text, there["type"], f"{where}.type") if "type" in there else "text"
+            if kind in PARTS and (key := "value" if "value" in there else "text") in there:
+                self._said_in_part(message, PARTS[kind], there[key], f"{where}.{key}", place, role)
+                continue
             part = Part(kind or "text")
             for key in there:
                 if key in ("text", "value") and part.text is None:
@@ -156,6 +160,13 @@ class MessageReader(Findings):
                     self._ignore(place, key)
             parts.append(part)
         return parts
+
+    def _said_in_part(self, message: Message, kind: str, raw: Raw, path: str, place: str, role: Any) -> None:
+        """Read a part that is a thought, or a call as JSON text."""
+        if kind == REASONING[0]:
+            self._reasoning(message, raw, path, role)
+        elif (text := self._decoded(decode_text, raw, path)) is not None:
+            message.tool_calls = [*(message.tool_calls or ()), *self._calls_in(text, path, place)]
 
     def _calls(self, raw: Raw, path: str, place: str) -> list[ToolCall]:
         calls = []
@@ -200,8 +211,11 @@ class MessageReader(Findings):
         """Make a turn whose text is a call a message with that call."""
         message.role = "assistant"
         text, message.content = message.content, None
-        if not isinstance(text, str):
-            return
+        if isinstance(text, str):
+            message.tool_calls = self._calls_in(text, path, path) or None
+
+    def _calls_in(self, text: str, path: str, place: str) -> list[ToolCall]:
+        """Return the call, or the list of calls, that is JSON text."""
         try:
             raw = Raw(text.encode())
             items = decode_items.decode(raw) if text.lstrip()[:1] == "[" else [raw]
@@ -212,6 +226,5 @@ class MessageReader(Findings):
         if not items:
             reason = 'is a call, but not JSON text of {"name": ..., "arguments": ...}'
             self._fault(Kind.WRONG_VALUE, path, reason)
-            return
-        found = [self._call(item, path, path) for item in items]
-        message.tool_calls = [call for call in found if call is not None]
+        found = [self._call(item, path, place) for item in items]
+        return [call for call in found if call is not None]

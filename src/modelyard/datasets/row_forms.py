@@ -200,6 +200,8 @@ MEDIA_REASON = "is there, but only text can be learnt"
 MESSAGE_KEYS = frozenset({"role", "content", "tool_calls", "function_call", "tool_call_id", "name"})
 TURN_KEYS = frozenset({"from", "value", "role", "content"})
 REASONING = ("reasoning_content", "reasoning", "thinking")
+#: Parts of a message beside its text, by their type: a thought, or a call as JSON text (LLaMA-Factory's newer form).
+PARTS = {"reasoning": REASONING[0], "tool_call": "tool_calls"}
 
 #: How a message's role is named, and what it is: a call's content is {"name", "arguments"} as JSON text.
 CALL: Literal["call"] = "call"
