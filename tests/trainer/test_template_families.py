@@ -19,6 +19,7 @@ from hypothesis import strategies as some
 from modelyard.demo.tiny_llama import make_llama
 from modelyard.trainer.completions import THOUGHT
 from modelyard.trainer.labels import IGNORED, Labelled
+from modelyard.trainer.messages import as_sent
 from modelyard.trainer.rendering import Refused
 from tests.fixtures import missing
 from tests.trainer import template_families
@@ -96,6 +97,9 @@ CONVERSATIONS: tuple[Messages, ...] = (
 )
 
 
+THOUGHTS = [user("1+1?"), says("<think>\neasy\n</think>\n\n2"), user("2+2?"), says("<think>\nhm\n</think>\n\n4")]
+
+
 def conversations_for(family: Family) -> list[Messages]:
     return [one for one in CONVERSATIONS if family.system != REFUSED or one[0]["role"] != "system"]
 
@@ -133,7 +137,7 @@ def test_an_answer_that_speaks_of_tags_is_learnt_whole_or_refused(trained: dict[
 
 @pytest.mark.parametrize("family", TABLE, ids=NAMES)
 def test_a_thought_is_learnt_once_or_refused_with_the_reason(trained: dict[str, Trained], family: Family) -> None:
-    messages = [user("1+1?"), says("<think>\neasy\n</think>\n\n2"), user("2+2?"), says("<think>\nhm\n</think>\n\n4")]
+    messages = THOUGHTS
     if "thought" in family.asks or family.asks.endswith("</think>\n\n"):
         assert "closes the thought before an answer" in trained[family.name].refusal(messages)
         return
@@ -207,6 +211,12 @@ def test_every_familys_prompts_are_the_engines_token_by_token(
                 template = of_family.renderer.template
                 requests.append({"template": template, "eos": family.ends[0], "messages": asked})
                 wanted.append((family.name, asked, ids))
+        # Thoughts of earlier answers go to the engine as a client sends them.
+        takes = of_family.renderer.takes_thoughts(with_tools=False)
+        sent = as_sent(THOUGHTS[:3], takes_thoughts=takes)
+        requests.append({"template": of_family.renderer.template, "eos": family.ends[0], "messages": sent})
+        prompt = of_family.renderer.prompt(THOUGHTS[:3])
+        wanted.append((family.name, sent, of_family.labeller.ids(prompt).tolist()))
     found = engines(requests)
     assert len(found) == len(wanted) > 200
     for ids, (name, asked, ours) in zip(found, wanted, strict=True):
