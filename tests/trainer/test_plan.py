@@ -225,3 +225,29 @@ def test_what_could_not_be_trained_at_all_has_no_plan_but_the_reason(model_dir: 
     data = dataset(tmp_path / "more.jsonl", rows=20)
     result = run(spec_for(model_dir, data, hyperparameters=settings), tmp_path / "another")
     assert result["failure"]["code"] == "unknown_target_modules"
+
+
+def test_long_conversations_learnt_turn_by_turn_fit_into_the_memory_that_a_small_model_is_given(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    thoughtful = tmp_path / "thoughtful"
+    shutil.copytree(model_dir, thoughtful)
+    # As Qwen3's: thoughts of earlier turns are left out, so that each turn is a text with all that was said before it.
+    (thoughtful / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ '<|' + m.role + '|>' }}"
+        "{% if m.role == 'assistant' and loop.last %}{{ '<think></think>' }}{% endif %}{{ m.content + '<|end|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    with (tmp_path / "data.jsonl").open("w") as file:
+        for number in range(48):
+            said = [
+                {"role": role, "content": f"{number} {turn} " + "river stone " * 20}
+                for turn in range(50) for role in ("user", "assistant")
+            ]  # fmt: skip
+            file.write(json.dumps({"messages": said}) + "\n")
+    settings = replace(SETTINGS, validation_split=None)
+    spec = spec_for(thoughtful, tmp_path / "data.jsonl", hyperparameters=settings, measure=False)
+    # The tokens alone of all that was rendered before, at once, took more.
+    prepared = planned(run(replace(spec, memory_bytes=700 * 2**20), tmp_path / "plan"))["prepared"]
+    assert (prepared["rows"], prepared["truncated_rows"]) == (48, 48)
+    assert prepared["examples"] > 48 * 10
