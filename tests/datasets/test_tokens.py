@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from modelyard.datasets.tokens import max_length
+from modelyard.demo.tiny_llama import make_llama
 from tests.datasets.forms import FORM_HEADERS, chat, jsonl, upload
 from tests.datasets.test_routes import UPLOAD, objects, until
 from tests.hostile_tokenizers import greedy, panicking
 from tests.models.repositories import llama
 from tests.server import Server, serving
+from tests.trainer.templates import FORGETFUL, need_transformers
 
 
 def add(server: Server, name: str) -> None:
@@ -23,10 +27,12 @@ def add(server: Server, name: str) -> None:
 def test_tokens_are_those_of_the_models_own_tokenizer_and_are_kept(tmp_path: Path) -> None:
     from tokenizers import Tokenizer
 
-    from modelyard.demo.tiny_llama import make_llama
-
     imports = tmp_path / "imports"
     make_llama(imports / "tiny")
+    shutil.copytree(imports / "tiny", imports / "forgetful")
+    config = imports / "forgetful" / "tokenizer_config.json"
+    (imports / "forgetful" / "chat_template.jinja").unlink(missing_ok=True)
+    config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | {"chat_template": FORGETFUL}), "utf-8")
     tokenizer = Tokenizer.from_file(str(imports / "tiny" / "tokenizer.json"))
     limit = max_length(imports / "tiny")
     assert limit is not None
@@ -51,8 +57,27 @@ def test_tokens_are_those_of_the_models_own_tokenizer_and_are_kept(tmp_path: Pat
         file = server.data_dir / "objects" / kept
         file.write_text(file.read_text("utf-8").replace(f'"total":{sum(lengths)}', '"total":7'), "utf-8")
         assert server.get(f"{path}?model_id=local:tiny").json()["tokens"]["total"] == 7
+        what_trains(server)
         assert server.delete(f"/api/v1/datasets/{dataset['id']}").status == 200
         assert objects(server) == []
+
+
+def what_trains(server: Server) -> None:
+    """Ask what a training would learn from with a model whose template leaves rows out."""
+    need_transformers()
+    system = {"messages": [{"role": "system", "content": "Hush."}, *chat("a", "b")["messages"]]}  # type: ignore[misc]
+    rows = [chat("a", "b"), system, {"text": "The mill at Hald."}, {"prompt": "c", "completion": "d" * 20}]
+    dataset = server.request("POST", UPLOAD, body=upload(jsonl(*rows)), headers=FORM_HEADERS).json()
+    add(server, "forgetful")
+    path = f"/api/v1/datasets/{dataset['id']}/report?model_id=local:forgetful"
+    found = server.get(path).json()["trains"]
+    assert (found["rows"], found["tried_rows"], found["is_exact"], found["unknown"]) == (3, 4, True, None)
+    reason = "the chat template leaves out message 1, whose role is system"
+    assert (found["left_out_rows"], found["left_out"]) == (1, [{"line": 2, "reason": reason}])
+    assert 0 < found["learnt_tokens"] < found["tokens"]
+    assert [name for name in objects(server) if "trains-" in name]
+    assert server.get(path).json()["trains"] == found
+    assert server.delete(f"/api/v1/datasets/{dataset['id']}").status == 200
 
 
 def test_a_hostile_tokenizer_is_refused_and_harms_nobody(tmp_path: Path) -> None:

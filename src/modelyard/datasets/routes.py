@@ -11,12 +11,12 @@ from uuid import UUID
 from fastapi import Depends, Header, Path, Query, Request
 from starlette.responses import Response, StreamingResponse
 
-from modelyard.datasets import actions, intake, reading, tokens
+from modelyard.datasets import actions, intake, reading, tokens, trainable_rows
 from modelyard.datasets.download import content_disposition, part_of
 from modelyard.datasets.mapping import parse
 from modelyard.datasets.multipart import OTHER_BYTES, FormFile
 from modelyard.datasets.recognition import HEAD_BYTES
-from modelyard.datasets.schemas import DatasetOut, PageOut, ReportOut, Tokens
+from modelyard.datasets.schemas import DatasetOut, PageOut, ReportOut, Tokens, Trains
 from modelyard.errors import BadRequest, EncodingNotAllowed, ModelyardError, TooLarge
 from modelyard.http import Sessions, Settings, documented, router
 from modelyard.models import actions as models
@@ -205,7 +205,8 @@ async def get_report(
 ) -> ReportOut:
     """Return what is in a dataset: rows, turns, roles, lengths, duplicates, warnings, and the lines left out.
 
-    With `model_id` also how long the rows are in that model's tokens, and how many would be truncated. The first such
+    With `model_id` also how long the rows are in that model's tokens, how many would be truncated, and what a training
+    would learn from: the rows as the trainer renders them, and the reasons of those left out (`trains`). The first such
     request counts them, which takes seconds for a large dataset; the figures are kept.
     """
     async with sessions.read() as session:
@@ -216,17 +217,18 @@ async def get_report(
     report = ReportOut.model_validate((await reading.about(storage, dataset)).report)
     if model is not None:
         await bring_back(settings.models_dir, [model], None)
-        figures = await tokens.tokens_of(
-            sessions,
-            storage,
-            request.app.state.tokenizer_children,
-            dataset,
-            folder=store.folder_of(settings.models_dir, model.path),
-            model_id=model.model_id,
-            commit=model.commit,
-            max_line_bytes=settings.dataset_line_mib * MIB,
-        )
+        asked: dict[str, Any] = {
+            "folder": store.folder_of(settings.models_dir, model.path),
+            "model_id": model.model_id,
+            "commit": model.commit,
+            "max_line_bytes": settings.dataset_line_mib * MIB,
+        }
+        children = request.app.state.tokenizer_children
+        figures = await tokens.tokens_of(sessions, storage, children, dataset, **asked)
         report.tokens = Tokens.model_validate(figures)
+        report.trains = Trains.model_validate(
+            await trainable_rows.trains(sessions, storage, children, dataset, **asked)
+        )
     return report
 
 

@@ -158,6 +158,41 @@ class Tokens(BaseModel):
     histogram: list[Bucket]
 
 
+class LeftOut(BaseModel):
+    """A row that a training leaves out."""
+
+    line: int
+    reason: str = Field(examples=["the chat template leaves out message 1, whose role is system"])
+
+
+class Trains(BaseModel):
+    """What a training with a model, and without settings, would learn from, by the trainer's own rendering."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    unknown: str | None = None
+    """Why that cannot be said; then there is nothing else."""
+    rows: int | None = None
+    """Rows that are learnt from, those that would be held back to measure by among them."""
+    tried_rows: int | None = None
+    """The rows that were tried: those in the first 8 MiB."""
+    is_exact: bool | None = None
+    """True if these are all rows."""
+    left_out_rows: int | None = None
+    left_out: list[LeftOut] = []
+    """The first rows that are left out, and why."""
+    truncated_rows: int | None = None
+    """Rows that are cut at `max_seq_len` tokens."""
+    max_seq_len: int | None = None
+    tokens: int | None = None
+    """All tokens of these rows, with what the chat template adds."""
+    learnt_tokens: int | None = None
+    """Those that are learnt."""
+    longest: int | None = None
+    template_source: str | None = None
+    """Model, or default where the model has no chat template."""
+
+
 REPORT_EXAMPLE: dict[str, JsonValue] = {
     "format": "messages",
     "formats": {"messages": 50},
@@ -177,6 +212,7 @@ REPORT_EXAMPLE: dict[str, JsonValue] = {
     "crlf_lines": 0,
     "stopped_at_line": None,
     "tokens": None,
+    "trains": None,
 }
 
 
@@ -220,6 +256,8 @@ class ReportOut(BaseModel):
     """Where reading stopped because too much was wrong (10,000 problems, or 64 MiB in bad lines); null: nowhere."""
     tokens: Tokens | None = None
     """With `model_id`: lengths in tokens of that model."""
+    trains: Trains | None = None
+    """With `model_id`: what a training with that model would learn from."""
 
 
 class RowOut(BaseModel):

@@ -53,7 +53,7 @@ async def tokens_of(
         pass
     longest = await asyncio.to_thread(max_length, folder)
     program = f"from modelyard.datasets.token_counter import count; count({str(folder)!r}, {longest}, {max_line_bytes})"
-    async with aclosing(_counted(storage, dataset)) as blocks:
+    async with aclosing(beginning_of(storage, dataset, COUNTED_BYTES)) as blocks:
         try:
             found = await children.ask(model_id, program, blocks)
         except JobFailure as failure:
@@ -71,6 +71,16 @@ async def tokens_of(
         "commit": commit,
         "is_exact": counted["counted_rows"] == dataset.rows,
     } | counted
+    await keep(sessions, storage, dataset, key, figures)
+    return figures
+
+
+async def keep(sessions: Sessions, storage: Storage, dataset: Dataset, key: str, figures: dict[str, Any]) -> None:
+    """Store figures of a dataset beside it.
+
+    Raises:
+        DatasetNotFound: the dataset went meanwhile; nothing is left.
+    """
     await storage.put(key, _once(msgspec.json.encode(figures)))
     try:
         async with sessions.read() as session:
@@ -78,7 +88,6 @@ async def tokens_of(
     except DatasetNotFound:
         await storage.delete(key)  # the dataset went while we counted, and its objects may have gone before this one
         raise
-    return figures
 
 
 def max_length(folder: Path) -> int | None:
@@ -96,14 +105,14 @@ def _refusal(failure: JobFailure) -> ModelyardError:
     return Unprocessable(message, param="model_id", code=failure.code)
 
 
-async def _counted(storage: Storage, dataset: Dataset) -> AsyncGenerator[bytes]:
-    """Read the part of a dataset that is counted. It may end within a row, which is then not counted."""
+async def beginning_of(storage: Storage, dataset: Dataset, most_bytes: int) -> AsyncGenerator[bytes]:
+    """Read some blocks of a dataset, of so many bytes at least. They may end within a row, which is not counted."""
     read = 0
     async with aclosing(storage.get(dataset.data_key)) as blocks:
         async for block in blocks:
             yield block
             read += len(block)
-            if read >= COUNTED_BYTES:
+            if read >= most_bytes:
                 return
 
 

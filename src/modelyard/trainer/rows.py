@@ -120,12 +120,12 @@ def prepare(spec: Spec, tokenizer: Any, max_model_len: int | None, report: Repor
             `no_stop_token`, `bad_chat_template` or `unsupported_tokenizer`.
     """
     report.phase("tokenizing")
-    limit = _length_limit(spec.hyperparameters.max_seq_len, max_model_len)
+    limit = length_limit(spec.hyperparameters.max_seq_len, max_model_len)
     now = datetime.fromtimestamp(spec.now, UTC) if spec.now else None
     folder = Path(spec.model_dir)
     tokenizer.chat_template = tokenizer.chat_template or processors_template(folder)
     renderer = Renderer(tokenizer, stop_ids_of(folder), now, lambda: default_template(folder))
-    reading = _Reading(spec, renderer, Labeller(renderer, limit), limit, watch)
+    reading = Reading(spec.data, spec.max_line_bytes, renderer, Labeller(renderer, limit), limit, watch)
     kept = reading.read(report)
     if not kept:
         raise _nothing(reading, limit)
@@ -157,7 +157,12 @@ def prepare(spec: Spec, tokenizer: Any, max_model_len: int | None, report: Repor
     return Prepared(train, held_out, probes, facts, renderer.template)
 
 
-def _length_limit(wanted: int | None, max_model_len: int | None) -> int:
+def length_limit(wanted: int | None, max_model_len: int | None) -> int:
+    """Return how many tokens a row may have.
+
+    Raises:
+        JobFailure: `max_seq_len_too_long`: more than the model takes.
+    """
     if wanted is None:
         return min(max_model_len or DEFAULT_LENGTH, DEFAULT_LENGTH)
     if max_model_len is not None and wanted > max_model_len:
@@ -186,11 +191,14 @@ class _Rendered:
         return sum(len(piece.text) for piece in self.pieces) + len(self.text or "")
 
 
-class _Reading:
-    """Reads the file of a training, once for its examples and once more for what is shown of some rows."""
+class Reading:
+    """Reads the file of a dataset, once for its examples and once more for what is shown of some rows."""
 
-    def __init__(self, spec: Spec, renderer: Renderer, labeller: Labeller, limit: int, watch: StallWatch) -> None:
-        self._spec = spec
+    def __init__(
+        self, data: str, max_line_bytes: int, renderer: Renderer, labeller: Labeller, limit: int, watch: StallWatch
+    ) -> None:
+        self._data = data
+        self._max_line_bytes = max_line_bytes
         self._renderer = renderer
         self._labeller = labeller
         self._limit = limit
@@ -200,7 +208,7 @@ class _Reading:
 
     def read(self, report: Reports) -> list[_Kept]:
         """Return the rows that can be learnt from, as tokens."""
-        size = Path(self._spec.data).stat().st_size if Path(self._spec.data).is_file() else 0
+        size = Path(self._data).stat().st_size if Path(self._data).is_file() else 0
         kept: list[_Kept] = []
         rendered = self._rendered()
         while batch := _batch(rendered):
@@ -263,14 +271,14 @@ class _Reading:
     def _rows(self) -> Iterator[tuple[int, Row]]:
         self._bytes = 0
         try:
-            with open(self._spec.data, "rb") as file:
+            with open(self._data, "rb") as file:
 
                 def blocks() -> Iterator[bytes]:
                     while block := file.read(BLOCK_BYTES):
                         self._bytes += len(block)
                         yield block
 
-                for line, _, row in rows_of(blocks(), self._spec.max_line_bytes):
+                for line, _, row in rows_of(blocks(), self._max_line_bytes):
                     yield line, row
         except OSError as error:
             raise JobFailure(
@@ -381,7 +389,7 @@ def _place(line: int) -> str:
     return f"line {line} of the dataset"
 
 
-def _nothing(reading: _Reading, limit: int) -> JobFailure:
+def _nothing(reading: Reading, limit: int) -> JobFailure:
     if not reading.left_out:
         return JobFailure("nothing_to_learn", "The dataset has no row that can be learnt from.", "Look at its report.")
     return JobFailure(
