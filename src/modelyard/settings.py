@@ -102,7 +102,7 @@ class Settings(BaseSettings):
     """Most levels of a request's schemas, one within the other."""
     request_max_schema_properties: int = Field(default=5000, ge=1, le=1000000)
     """Most properties in a request's schemas; one object may have 1,000 of them."""
-    request_max_schema_ms: int = Field(default=2000, ge=1, le=10000000)
+    request_max_schema_ms: int = Field(default=5000, ge=1, le=10000000)
     """Most work in a request's schemas, patterns and grammars, by estimate, in ms of a processor."""
     request_max_pattern_length: int = Field(default=8192, ge=1, le=1000000)
     """Longest pattern in a request's schemas, in characters."""

@@ -1,4 +1,4 @@
-"""What a schema costs an engine, by our estimate beside what was measured; none that is accepted takes more than 2 s.
+"""What a schema costs an engine, by our estimate beside what was measured; none that is accepted takes more than 5 s.
 
 Measured were seconds of one processor (AVX2) with xgrammar 0.2 and a vocabulary of 49,152 tokens, one thread.
 """
@@ -28,7 +28,7 @@ from modelyard.gateway.schema_cost import Cost
 from tests.gateway.test_limits import Json, wide
 
 #: What an engine may be made to work for one schema, in seconds.
-BEARABLE_S = 2.0
+BEARABLE_S = 5.0
 A_MINUTE_S = 60.0
 
 
@@ -126,9 +126,9 @@ def test_a_schema_that_took_little_is_accepted(schema: Json, seconds: float) -> 
         ("[a-zA-Z0-9_]", CLASS_MS), (r"[\w-]", CLASS_MS), (r"[\W]", ANY_MS), (r"[\]]", FEW_MS), ("[]a]", FEW_MS),
         (r"\d{4}", 4 * FEW_MS), (r"\w{4}", 4 * CLASS_MS), (r"\S{3,}", 3 * ANY_MS), (r"\{9}", 4 * ONE_MS - ONE_MS),
         (r"\p{L}{3}", 3 * ANY_MS), (".{0,5000}", 200 * ANY_MS), (".{0," + "9" * 5000 + "}", 200 * ANY_MS),
-        (".{,7}", 7 * ANY_MS), ("(ab){5}", 10 * ONE_MS), ("(a|.{2}){3}", 3 * (ONE_MS + 2 * ANY_MS) * 1.8),
+        (".{,7}", 7 * ANY_MS), ("(ab){5}", 10 * ONE_MS), ("(a|.{2}){3}", 3 * (ONE_MS + 2 * ANY_MS) * 9 * LOOSE_STATES),
         ("(?:.{4}){5}", 20 * ANY_MS), ("(.{0,4}){5}", 20 * ANY_MS * 20 * LOOSE_STATES),
-        (".{0,4}.{0,4}", 8 * ANY_MS * 1.6), (".{0,9}(x)?" * 4, 36 * ANY_MS * min(4 * LOOSE_PARTS, 40 * LOOSE_STATES)),
+        (".{0,4}.{0,4}", 8 * ANY_MS * 8 * LOOSE_STATES), (".{0,9}(x)?" * 4, 36 * ANY_MS * min(4 * LOOSE_PARTS, 40 * LOOSE_STATES)),
         (".{0,99}.{0,99}", 198 * ANY_MS * 2 * LOOSE_PARTS), ("(.{0,4},){5}", 20 * ANY_MS + 5 * ONE_MS),
         (".?" * 10, 10 * ANY_MS * 10 * LOOSE_STATES), (".?," * 10, 10 * (ANY_MS + ONE_MS)), (".*" * 9, 9 * ANY_MS),
         ("(.{0,9})*", ENDLESS * 9 * ANY_MS), ("((.{0,2}){3}){4}", 24 * ANY_MS * 24 * LOOSE_STATES),

@@ -17,7 +17,7 @@ COUNTED_REPEATS = 200
 #: A state that takes any character, those of a class such as `[a-z]`, a few, or one.
 ANY_MS, CLASS_MS, FEW_MS, ONE_MS = 7.0, 1.3, 0.1, 0.01
 #: What parts of varying length in a run take more: so much for each part, and for each state, whichever is less.
-LOOSE_PARTS, LOOSE_STATES = 2.0, 0.2
+LOOSE_PARTS, LOOSE_STATES = 2.5, 0.25
 #: What an endless repeat of parts that vary takes more.
 ENDLESS = 5.0
 
