@@ -277,7 +277,7 @@ def main() -> None:
             print(json.dumps(found), flush=True)
             done.append(found)
     if arguments.write:
-        report.write(RESULTS, "What a training teaches with nothing given", lines(done))
+        report.write(RESULTS, "What a training teaches", lines(done))
 
 
 if __name__ == "__main__":
