@@ -100,8 +100,8 @@ async def upload_dataset(
 ) -> DatasetOut:
     """Upload a file of conversations, JSONL or one that becomes it, as the field `file` of a form.
 
-    A row is `{"messages": [{"role", "content"}, ...]}`; ShareGPT's form, prompt/completion and
-    instruction/input/output are recognised too. A file with lines that cannot be learnt from is refused as a whole:
+    A row is `{"messages": [{"role", "content"}, ...]}`; ShareGPT's form, prompt/completion,
+    instruction/input/output and text are read too. A file with lines that cannot be learnt from is refused as a whole:
     422, with the error and a `report` that has each problem as line, path and reason. Nothing of it is kept.
 
     A JSON array, a table (CSV, TSV) with a header, gzip and zstd of these or of JSONL, and Parquet (an extra) become
