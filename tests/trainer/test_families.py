@@ -13,6 +13,9 @@ from tests.trainer.families import FAMILIES, OTHERS, SERVED, UNTRIED
 from tests.trainer.family_table import HEAD, TABLE, Forks, forking
 from tests.trainer.runs import needs_training
 
+#: Layers that get gradients of zero alone, as transformers makes the weights: Gemma 3n scales its side streams by zero.
+INERT = {"gemma3n_text": 9}
+
 
 @pytest.fixture(scope="module")
 def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
@@ -55,7 +58,7 @@ def test_a_family_is_as_the_table_says(family: str, forks: Forks, tmp_path: Path
     assert facts["resumed_from"] == [2]
     assert facts["untrained_layers"] == []
     # Every layer has learnt something, and a merge finds all of them.
-    assert facts["layers_without_effect"] == 0
+    assert facts["layers_without_effect"] == INERT.get(family, 0)
     assert facts["merges"], tried
     assert tried.served, tried
     assert tried.row() in TABLE.read_text("utf-8").splitlines(), tried
