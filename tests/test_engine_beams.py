@@ -84,7 +84,7 @@ def server(
         until(lambda: len(found.get("/api/v1/models/").json()) == 1, "the model is in the store", found)
         options = {"dtype": "float32", "cpu_kv_cache_gib": 0.3, "max_model_len": 1024, "max_loras": 0}
         job_id = found.post("/api/v1/deploy/", {"model_id": MODEL, "options": options}).json()["id"]
-        until(partial(serves, found, job_id), "it serves", found, within_s=400.0)
+        until(partial(serves, found, job_id), "it serves", found, within_s=600.0)
         yield found
 
 

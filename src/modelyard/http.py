@@ -34,7 +34,7 @@ PLAIN_TEXT_PATHS = frozenset({"/api/generate-one", "/api/generate-batch"})
 #: Here errors have the form of Anthropic's interface, whose clients find the message nowhere else.
 ANTHROPIC_PATHS = frozenset(f"{base}/messages{end}" for base in ("/v1", "/api/v1") for end in ("", "/count_tokens"))
 #: And at every other path that only such a client asks for: /v1/messages/batches, or one after a wrong base address.
-_ANTHROPIC = re.compile(r"(?:/+(?:api|v1))*/+messages(?:/.*)?", re.DOTALL)
+_ANTHROPIC = re.compile(r"\A(?:/+(?:api|v1))*/+messages(?:/.*)?", re.DOTALL)
 
 
 class EitherSlashRoute(APIRoute):

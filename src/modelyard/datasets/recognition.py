@@ -90,10 +90,10 @@ _UTF16 = "convert it: iconv -f UTF-16 -t UTF-8 FILE > train.jsonl"
 _UTF32 = "convert it: iconv -f UTF-32 -t UTF-8 FILE > train.jsonl"
 _OLD_MAC = "convert it: tr '\\r' '\\n' < FILE > train.jsonl"
 _YAML_BEGINS = re.compile(
-    rb"(?:%YAML\b|---\s*\n|- +[\"']?[\w.-]+[\"']? *:(?:\s|$)|[\w.-]+:[ \t]*[|>]?-?[ \t]*\r?\n[ \t-])"
+    rb"\A(?:%YAML\b|---\s*\n|- +[\"']?[\w.-]+[\"']? *:(?:\s|$)|[\w.-]+:[ \t]*[|>]?-?[ \t]*\r?\n[ \t-])"
 )
-_OLD_MAC_LINE = re.compile(rb"[^\x00-\x08\x0e-\x1f\r]+\r\s*[^\s\x00-\x08\x0e-\x1f]")
-_ONE_NAME = re.compile(rb"\"?([A-Za-z_][\w.-]{1,63})\"?\r?\n(?=[^{\s])")
+_OLD_MAC_LINE = re.compile(rb"\A[^\x00-\x08\x0e-\x1f\r]+\r\s*[^\s\x00-\x08\x0e-\x1f]")
+_ONE_NAME = re.compile(rb"\A\"?([A-Za-z_][\w.-]{1,63})\"?\r?\n(?=[^{\s])")
 _SEPARATORS = ",;\t|"
 
 

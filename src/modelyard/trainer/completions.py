@@ -15,7 +15,7 @@ from typing import Any
 
 THOUGHT = re.compile(r"(?<!\s)\s*<think>(.*?)</think>(\s*)", re.DOTALL)
 _OPEN_THOUGHT = re.compile(
-    r"\s*(?P<tag>[<\[](?P<name>[\w:.-]*(?:think|thought|reason)[\w:.-]*)[>\]])\s*", re.IGNORECASE
+    r"\A\s*(?P<tag>[<\[](?P<name>[\w:.-]*(?:think|thought|reason)[\w:.-]*)[>\]])\s*", re.IGNORECASE
 )
 _SPEAKS_OF_THOUGHTS = re.compile(r"think|thought", re.IGNORECASE)
 
