@@ -9,9 +9,12 @@ ARG PYTHON_IMAGE=python:3.12-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS source
 WORKDIR /app
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml README.md CONTRIBUTING.md CHANGELOG.md LICENSE ./
 COPY requirements requirements
 COPY migrations migrations
+# The manual, which the server shows.
+COPY docs docs
+COPY benchmarks/RESULTS.md benchmarks/RESULTS.md
 COPY src src
 
 FROM source AS build-cpu

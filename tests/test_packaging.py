@@ -22,6 +22,7 @@ from packaging.requirements import Requirement
 
 from modelyard.settings import FOR_COMPOSE, Settings
 from tests.fixtures import missing
+from tests.manual import TEXTS
 from tests.server import serving
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -183,6 +184,7 @@ def test_the_server_runs_with_nothing_but_its_own_pins(tmp_path: Path) -> None:
     with serving(tmp_path / "data", PYTHONPATH=str(tmp_path), PINS=allowed) as server:
         assert server.get("/ready").json() == {"ready": True, "reasons": []}
         assert server.get("/api/docs").status == 200
+        assert server.get("/api/docs/guide/settings").status == 200
         assert server.get("/metrics").status == 200
 
 
@@ -461,9 +463,8 @@ def test_what_compose_mounts_waits_for_and_configures_is_there() -> None:
     assert services["server"]["environment"]["MODELYARD_S3_ENDPOINT_URL"] == "http://store:3900"
 
 
-def test_the_readme_has_every_setting_with_its_docstring() -> None:
-    readme = (ROOT / "README.md").read_text("utf-8")
-    rows = dict(re.findall(r"^\| `([A-Z0-9_]+)` \| (.+) \|$", readme, re.MULTILINE))
+def test_the_page_of_settings_has_every_setting_with_its_docstring() -> None:
+    rows = dict(re.findall(r"^\| `([A-Z0-9_]+)` \| (.+) \|$", TEXTS["docs/settings.md"], re.MULTILINE))
     expected = {
         field.validation_alias
         if isinstance(field.validation_alias, str)

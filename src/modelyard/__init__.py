@@ -15,7 +15,7 @@ models              the store: downloads, checks, imports, removal
 trainer             the child that trains: only its spec is the server's business
 datasets            conversations to learn from: validated while they arrive, kept in storage
 jobs                pieces of work with status, events and log, and the runner that runs them
-auth, docs          the gate before every route; Swagger UI
+auth, docs          the gate before every route; Swagger UI and the manual
 http                what routes share: either slash, documented errors, limits on bodies
 connections         limits on client connections before the key check: header bytes, time, number; their register
 foundation          data folder, locks and migrations: what must stand before the server serves

@@ -37,7 +37,7 @@ from modelyard.deploy.plan_routes import api as plan_api
 from modelyard.deploy.routes import api as deploy_api
 from modelyard.deploy.routing import Routing
 from modelyard.deploy.supervisor import Supervisor
-from modelyard.docs import add_docs
+from modelyard.docs.routes import add_docs
 from modelyard.errors import (
     InvalidJson,
     MethodNotAllowed,
@@ -90,7 +90,7 @@ RESTORE_PATIENCE_S = 20.0
 DESCRIPTION = """Download models, put them into service with LoRA adapters on vLLM, and ask them, over REST.
 
 Every path answers with and without its trailing slash. All errors have one form:
-`{"error": {"message", "type", "param", "code"}}`."""
+`{"error": {"message", "type", "param", "code"}}`. [The manual](/api/docs/guide/) says what is done with it, and why."""
 TAGS = {
     "Models in service": "OpenAI's and Anthropic's interfaces: each request reaches the engine that serves its model.",
     "Raw prompts": "Text from prompts as they are, one or many at once, continued by request id.",

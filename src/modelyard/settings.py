@@ -1,6 +1,6 @@
 """One frozen `Settings`, read from `MODELYARD_*` in the environment and in `.env`.
 
-Every field's docstring is what `.env.example` and the README's table say of it; a test holds them together.
+Every field's docstring is what `.env.example` and the manual's table say of it; a test holds them together.
 An unknown `MODELYARD_*` name or a bad value stops the start with one clear line (`load_settings`).
 """
 

@@ -2,7 +2,7 @@
 
 Each case is one request. It is sent to the engine's own socket and through Modelyard, and everything is compared: the
 status, every header, every field of the body, every event of a stream. Where the two differ, the case names an entry
-of `INTENDED`, and then exactly the places that the entry lists must differ. The README tells users of each entry.
+of `INTENDED`, and then exactly the places that the entry lists must differ. The manual tells users of each entry.
 """
 
 from __future__ import annotations
@@ -11,18 +11,17 @@ import json
 import re
 import uuid
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from modelyard.gateway.envelope import REFUSED
 from tests.clients.service import LLAMA, MINILM, Service
+from tests.manual import section
 from tests.server import Answer
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
-README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
 #: What is another with every request, wherever it stands; it must be of the same type in both answers.
 IDENTITY = frozenset({"id", "item_id", "created", "created_at", "completed_at"})
 #: Headers of the connection and the moment; the length is compared with the body's own.
@@ -37,7 +36,7 @@ OWN_WORDS = frozenset({"header vary", "body.error.message", "body.error.type", "
 MAY_DIFFER = frozenset({"body.error.param"})
 #: The form may be another altogether: vLLM has OpenAI's for some errors there, and Anthropic's for others.
 OTHER_FORM = OWN_WORDS | {"body.type"}
-#: The differences that are meant, by their names in the README, and where the answers then differ.
+#: The differences that are meant, by their names in the manual, and where the answers then differ.
 INTENDED: dict[str, frozenset[str]] = {
     "errors": OWN_WORDS,
     "fields": OWN_WORDS,
@@ -48,7 +47,7 @@ INTENDED: dict[str, frozenset[str]] = {
     "types": frozenset({"status"}),
     "bounds": frozenset({"status"}),
 }
-#: Named in the README as well, and tested below, in test_openai_errors.py, test_bodies.py or gateway/test_limits.py.
+#: Named in the manual as well, and tested below, in test_openai_errors.py, test_bodies.py or gateway/test_limits.py.
 ELSEWHERE = {"names", "headers", "paths", "moments", "bodies", "bounds"}
 
 
@@ -242,16 +241,16 @@ def test_models_are_listed_in_vllms_form_but_for_what_is_said(service: Service) 
     [direct] = [card for card in service.engine_models("generate") if card["id"] == LLAMA]
     assert set(direct) - set(passed[LLAMA]) == {"permission", "max_model_len"}
     assert set(passed[LLAMA]) <= set(direct)
-    section = README.partition("## Differences from vLLM")[2].partition("\n## ")[0]
-    assert "`permission`" in section
-    assert "`max_model_len`" in section
+    described = section("docs/clients.md", "Differences from vLLM")
+    assert "`permission`" in described
+    assert "`max_model_len`" in described
 
 
-def test_the_readme_names_every_difference() -> None:
-    section = README.partition("## Differences from vLLM")[2].partition("\n## ")[0]
-    assert set(re.findall(r"^- \*\*(\w+)\*\*", section, re.MULTILINE)) == set(INTENDED) | ELSEWHERE
+def test_the_manual_names_every_difference() -> None:
+    described = section("docs/clients.md", "Differences from vLLM")
+    assert set(re.findall(r"^- \*\*(\w+)\*\*", described, re.MULTILINE)) == set(INTENDED) | ELSEWHERE
     for field in REFUSED:
-        assert f"`{field}`" in section
+        assert f"`{field}`" in described
 
 
 def is_stream(answer: Answer) -> bool:

@@ -25,7 +25,7 @@ Llm = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def llm(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Llm:
-    """Run `llm` with what the README says in its folder, and return what it prints."""
+    """Run `llm` with what the manual says in its folder, and return what it prints."""
     if importlib.util.find_spec("llm") is None:
         missing("engine", "llm is not installed: make test installs it")
     folder: Path = tmp_path_factory.mktemp("llm")

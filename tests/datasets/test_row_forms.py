@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +13,8 @@ from modelyard.datasets.conversations import examine
 from modelyard.datasets.faults import Faults
 from modelyard.datasets.forms import RowReader
 from modelyard.datasets.row_forms import FORMS, MARKS, MEDIA, PREFERENCES, REASONING, ROLES, SPEAKERS
+from tests.manual import TEXTS
 
-README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
 PARAMETERS = {"type": "object", "properties": {"zone": {"type": "string"}}}
 BARE = {"name": "tide", "description": "Does tide.", "parameters": PARAMETERS}
 TOOL = {"type": "function", "function": BARE}
@@ -243,5 +242,5 @@ def test_arguments_that_are_nested_without_end_are_refused() -> None:
 def test_the_manual_names_every_key_of_the_table() -> None:
     names = {name for form in FORMS for name in form.keys} | {*MARKS, *MEDIA, *PREFERENCES, *REASONING}
     names |= {*ROLES, *SPEAKERS}
-    told = set(re.findall(r"[`\"](\w+)[`\"]", README[README.index("## Datasets") : README.index("## Fine-tuning")]))
+    told = set(re.findall(r"[`\"](\w+)[`\"]", TEXTS["docs/datasets.md"]))
     assert sorted(names - told) == []

@@ -25,6 +25,7 @@ import pytest
 from modelyard.datasets.recognition import recognise
 from tests.datasets.forms import FORM_HEADERS, form, jsonl, part, questions
 from tests.eventually import PATIENCE_S, eventually
+from tests.manual import TEXTS
 from tests.server import Server, serving
 
 MIB = 1024 * 1024
@@ -79,9 +80,8 @@ def test_a_mapping_stands_before_the_file_or_behind_a_small_one(server: Server, 
     assert report["mapping"] == json.loads(MAPPING)
 
 
-def test_the_command_of_the_readme_maps_a_table_as_printed(server: Server, tmp_path: Path) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
-    (command,) = re.findall(r"curl -X POST \S+ \\\n[^\n]*mapping=[^\n]*", readme)
+def test_the_command_of_the_manual_maps_a_table_as_printed(server: Server, tmp_path: Path) -> None:
+    (command,) = re.findall(r"curl -X POST \S+ \\\n[^\n]*mapping=[^\n]*", TEXTS["docs/datasets.md"])
     (tmp_path / "questions.csv").write_text("question,answer,source\nHow far?,Two miles.,ledger\n", "utf-8")
     shell = f"{command.replace('http://127.0.0.1:8080', server.address)} --silent --noproxy '*'"
     done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, timeout=PATIENCE_S, check=False)

@@ -40,11 +40,18 @@ THIS_MACHINE = "local"
 OPEN_PATHS = frozenset({"/health", "/health/"})
 #: What is made to be looked at in a browser: links from other sites may lead there, and nowhere else.
 PAGES = frozenset({"/api/docs", "/api/docs/"})
+#: And the pages of the manual, all of which lie below this.
+GUIDE = "/api/docs/guide/"
 #: The names under which this machine alone is known, with any port.
 OWN_HOST = re.compile(rb"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]{1,5})?", re.IGNORECASE)
 DECISIVE = (b"host", b"origin", b"authorization", b"x-api-key", b"sec-fetch-site", b"sec-fetch-mode", b"sec-fetch-dest")
 CORS_METHODS = b"GET, POST, PUT, PATCH, DELETE"
 CORS_MAX_AGE_S = b"600"
+
+
+def is_page(path: str) -> bool:
+    """Return whether a path is one of the pages that links from other sites may lead to."""
+    return path in PAGES or f"{path}/".startswith(GUIDE)
 
 
 class Access:
@@ -109,10 +116,10 @@ class Access:
             # A link that somebody follows to the documentation is no danger; anything else from another page is. What
             # is no page would be shown, or saved, or start work, without anybody having asked this server for it.
             is_followed = mode == b"navigate" and headers.get(b"sec-fetch-dest", b"document") == b"document"
-            if scope["method"] not in ("GET", "HEAD") or not is_followed or scope["path"] not in PAGES:
+            if scope["method"] not in ("GET", "HEAD") or not is_followed or not is_page(scope["path"]):
                 raise OriginNotAllowed(
-                    "Another page's request. Links from other pages lead to /api/docs only; type other addresses. "
-                    "MODELYARD_CORS_ORIGINS names the pages that may call this server."
+                    "Another page's request. Links from other pages lead to /api/docs and its manual only; type other "
+                    "addresses. MODELYARD_CORS_ORIGINS names the pages that may call this server."
                 )
 
     async def _hold_back(self, scope: Scope) -> None:

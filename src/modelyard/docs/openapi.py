@@ -1,77 +1,17 @@
-"""The interface's own description: the OpenAPI schema at /api/openapi.json and Swagger UI at /api/docs.
-
-Swagger UI's files are installed with the server, so that it works with no internet.
-"""
+"""The OpenAPI schema with what FastAPI leaves out: the form of errors, the key, and null in examples."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
-import msgspec
-from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
-from starlette.responses import Response
-from starlette.staticfiles import StaticFiles
 
-from modelyard.http import AnthropicErrorOut, ErrorOut, router
+from modelyard.http import AnthropicErrorOut, ErrorOut
 
-# The page runs no script of its own inline, so the policy need not allow any.
-POLICY = "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Modelyard API</title>
-<link rel="stylesheet" href="/api/docs/files/swagger-ui.css">
-<link rel="icon" href="data:,">
-</head>
-<body>
-<div id="swagger-ui"></div>
-<script src="/api/docs/files/swagger-ui-bundle.js"></script>
-<script src="/api/docs/start.js"></script>
-</body>
-</html>
-"""
-START = """SwaggerUIBundle({url: "/api/openapi.json", dom_id: "#swagger-ui", deepLinking: true,
-  tryItOutEnabled: true, displayRequestDuration: true, persistAuthorization: true});
-"""
 SECURITY_SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "The admin key, if the server has one."},
     "header": {"type": "apiKey", "in": "header", "name": "X-API-KEY", "description": "The same key, another way."},
 }
-
-
-def add_docs(app: FastAPI, open_paths: frozenset[str]) -> None:
-    """Serve the schema, the documentation page and its files; `open_paths` are those that never want a key."""
-    api = router()
-    made: list[bytes] = []
-
-    async def schema() -> Response:
-        if not made:
-            made.append(msgspec.json.encode(complete(app.openapi(), open_paths)))
-        return Response(made[0], media_type="application/json")
-
-    headers = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"}
-    for path, endpoint in (
-        ("/api/openapi.json", schema),
-        ("/api/docs", _answering(PAGE, "text/html", headers)),
-        ("/api/docs/start.js", _answering(START, "text/javascript", headers)),
-    ):
-        api.add_api_route(path, endpoint, include_in_schema=False)
-    app.include_router(api)
-    folder = Path(str(files("fastapi_offline"))) / "static"
-    app.mount("/api/docs/files", StaticFiles(directory=folder), name="docs-files")
-
-
-def _answering(content: str, media_type: str, headers: dict[str, str]) -> Callable[[], Awaitable[Response]]:
-    async def answer() -> Response:
-        return Response(content, media_type=media_type, headers=headers)
-
-    return answer
 
 
 def complete(schema: dict[str, Any], open_paths: frozenset[str]) -> dict[str, Any]:
