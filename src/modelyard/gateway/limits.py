@@ -7,6 +7,7 @@ costs nothing, and one that is too short to break its bound is not taken apart.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -27,6 +28,9 @@ _IDS = frozenset({"stop_token_ids", "allowed_token_ids"})
 _TOOLS = frozenset({"tools", "functions"})
 _LOOKED_AT = frozenset({"n", "best_of", "input", "prompt", "logit_bias", *_SCHEMAS, *_STOPS, *_IDS})
 _list = msgspec.json.Decoder(list[msgspec.Raw])
+_values = attrgetter(*sorted(_LOOKED_AT))
+#: Of a request that has none of these fields, which nearly all are.
+_NO_VALUES = _values(Envelope())
 
 
 @dataclass(frozen=True)
@@ -67,13 +71,14 @@ class Limits:
         Raises:
             BadRequest: it names the field, the bound and its setting.
         """
+        values = _values(envelope)
+        if values == _NO_VALUES:
+            return
         given = {
             name
-            for name, value in zip(envelope.__struct_fields__, msgspec.structs.astuple(envelope), strict=True)
+            for name, value in zip(sorted(_LOOKED_AT), values, strict=True)
             if value is not None and value is not ABSENT
         }
-        if not given & _LOOKED_AT:
-            return
         answers = 1
         for name in ("n", "best_of"):
             count = getattr(envelope, name)
