@@ -81,7 +81,7 @@ def _content_parameters(tree: nodes.Template, macro: nodes.Macro, speakers: set[
 def _target(loop: nodes.For) -> str:
     if not isinstance(loop.target, nodes.Name):
         raise ValueError(loop.target)
-    return loop.target.name
+    return str(loop.target.name)
 
 
 def _leads_to(node: nodes.Node | None, name: str, key: str | None = None) -> bool:
