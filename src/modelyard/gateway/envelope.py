@@ -8,6 +8,7 @@ that arrived are the bytes that leave, but for `model` where an alias was asked 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, MutableMapping
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -107,6 +108,10 @@ class Envelope(msgspec.Struct):
 
 _decoder = msgspec.json.Decoder(Envelope)
 _fields_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
+# One call for all of them: nearly every request has none.
+_refused = attrgetter(*REFUSED)
+_log_probabilities = attrgetter(*LOGPROBS, "use_beam_search")
+_NOTHING_REFUSED, _NO_LOG_PROBABILITIES = _refused(Envelope()), _log_probabilities(Envelope())
 
 
 def check_headers(content_type: bytes | None, content_length: bytes | None, limit_bytes: int) -> None:
@@ -221,9 +226,10 @@ def with_model(body: bytes, name: str) -> bytes:
 
 
 def _refuse_fields(envelope: Envelope) -> None:
-    for field, reason in REFUSED.items():
-        if getattr(envelope, field) is not None:
-            raise BadRequest(f"The field '{field}' is not accepted: {reason}.", param=field)
+    if (values := _refused(envelope)) != _NOTHING_REFUSED:
+        for (field, reason), value in zip(REFUSED.items(), values, strict=True):
+            if value is not None:
+                raise BadRequest(f"The field '{field}' is not accepted: {reason}.", param=field)
     options = envelope.chat_template_kwargs
     if isinstance(options, dict) and "chat_template" in options:
         raise BadRequest(
@@ -239,6 +245,8 @@ def _refuse_fields(envelope: Envelope) -> None:
 
 def _check_logprobs(envelope: Envelope) -> None:
     """Hold requests to vLLM's bound: of a whole vocabulary, a step of one would keep all others waiting."""
+    if _log_probabilities(envelope) == _NO_LOG_PROBABILITIES:
+        return
     asked = {name: getattr(envelope, name) for name in LOGPROBS}
     if envelope.use_beam_search and isinstance(envelope.n, int):
         asked["n"] = 2 * envelope.n  # so many are looked at in each step

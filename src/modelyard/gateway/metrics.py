@@ -5,6 +5,7 @@ The registry is the application's; nothing is kept in module state, so that a te
 
 from __future__ import annotations
 
+import functools
 from time import perf_counter
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -42,6 +43,9 @@ class Metrics:
             "Raw-prompt texts that cannot be continued, since the database was away for too long.",
             registry=registry,
         )
+        # The library looks a series up under a lock, with its labels made to text: here once for each.
+        self.ended = functools.cache(self.requests.labels)
+        self.began = functools.cache(self.first_byte.labels)
 
 
 class Passage:
@@ -58,6 +62,6 @@ class Passage:
         """Count the request as ended. Call it once; `first_byte_at` is on `perf_counter`'s clock, 0 for none."""
         self._metrics.in_flight.dec()
         # The model is a deployed one or empty: a label that any client could choose would grow without end.
-        self._metrics.requests.labels(self._endpoint, self.model, str(status)).inc()
+        self._metrics.ended(self._endpoint, self.model, status).inc()
         if first_byte_at:
-            self._metrics.first_byte.labels(self._endpoint).observe(first_byte_at - self._arrived_at)
+            self._metrics.began(self._endpoint).observe(first_byte_at - self._arrived_at)
