@@ -98,7 +98,7 @@ def test_the_name_of_a_deployment_is_read_back_as_it_is(name: str) -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "\n\n", "<html><body>502 Bad Gateway</body></html>", '{"error": {"message": "no"}}', "Internal Server Error",
-     "a", "a ", 'a{b="c', 'a{b="c"}', "a one", "# EOF", "# a comment\n"],
+     "a", "a ", 'a{b="c', 'a{b="c"}', "a one", "a 1x", "a 1 2 3", "# EOF", "# a comment\n"],
 )  # fmt: skip
 def test_what_is_no_exposition_is_left_out(text: str) -> None:
     assert merge(OWN, [("m", text)]) == OWN
@@ -109,6 +109,11 @@ def test_a_family_that_the_first_engine_has_only_described_is_described_once() -
     described = "# HELP a A.\n# TYPE a counter\n"
     merged = merge(described, [("one", described), ("two", f'{described}a{{b="c"}} 1\n')])
     assert merged == f'{described}a{{deployment="two",b="c"}} 1\n'
+
+
+def test_a_name_that_a_histogram_declared_before_could_have_stays_its_own_family() -> None:
+    text = '# TYPE jobs histogram\n# TYPE jobs_count gauge\njobs_count 3\njobs_bucket{le="+Inf"} 1\n'
+    assert "# TYPE jobs_count gauge\njobs_count 3\n" in merge(text, [])
 
 
 def test_a_name_that_only_looks_like_part_of_a_histogram_stays_its_own_family() -> None:

@@ -47,7 +47,6 @@ class _Work:
     places: Sequence[Place]
     try_again: Callable[[str], object] | None
     since: float
-    resident_bytes: int
 
     @property
     def characters(self) -> int:
@@ -70,19 +69,19 @@ class StallWatch:
     @contextmanager
     def tokenizing(self, places: Sequence[Place], encode: Callable[[str], object]) -> Iterator[None]:
         """Watch texts that are tokenised together; `encode` does so with one of them, to find which one stalls."""
-        with self._watched(_Work(TOKENIZER, places, encode, time.monotonic(), memory.resident_bytes())):
+        with self._watched(_Work(TOKENIZER, places, encode, time.monotonic())):
             yield
 
     @contextmanager
     def decoding(self, place: str) -> Iterator[None]:
         """Watch tokens that become a text again."""
-        with self._watched(_Work(TOKENIZER, [(place, ())], None, time.monotonic(), memory.resident_bytes())):
+        with self._watched(_Work(TOKENIZER, [(place, ())], None, time.monotonic())):
             yield
 
     @contextmanager
     def rendering(self, place: str) -> Iterator[None]:
         """Watch the chat template at one row."""
-        with self._watched(_Work(TEMPLATE, [(place, ())], None, time.monotonic(), memory.resident_bytes())):
+        with self._watched(_Work(TEMPLATE, [(place, ())], None, time.monotonic())):
             yield
 
     @contextmanager
@@ -97,15 +96,21 @@ class StallWatch:
             self._work = outer
 
     def _watch(self) -> None:
+        seen: _Work | None = None
+        resident_bytes = before_bytes = memory.resident_bytes()
         while True:
             time.sleep(POLL_S)
             work = self._work
+            # Memory is looked at here alone: a look for each row would take a tenth of what short rows take.
+            last_bytes, resident_bytes = resident_bytes, memory.resident_bytes()
+            if work is not seen:
+                seen, before_bytes = work, last_bytes
             if work is None:
                 faulthandler.cancel_dump_traceback_later()
                 continue
             with suppress(OSError, ValueError, RuntimeError, AttributeError):
                 faulthandler.dump_traceback_later(2 * self._patience_s(work), exit=True, file=2)
-            reason = self._stalled(work)
+            reason = self._stalled(work, resident_bytes - before_bytes)
             if reason is not None and self._work is work:
                 faulthandler.cancel_dump_traceback_later()
                 self._give_up(self._failure(work, reason))
@@ -114,12 +119,11 @@ class StallWatch:
     def _patience_s(self, work: _Work) -> float:
         return self._silence_s + work.characters / CHARACTERS_PER_S
 
-    def _stalled(self, work: _Work) -> str | None:
-        """Return what is wrong with the work that goes on, in words; None: nothing."""
+    def _stalled(self, work: _Work, grown: int) -> str | None:
+        """Return what is wrong with the work that goes on, in words; None: nothing. `grown` is memory in bytes."""
         patience_s = self._patience_s(work)
         if time.monotonic() - work.since > patience_s:
             return f"did not go on within {self._silence_s:g} s"
-        grown = memory.resident_bytes() - work.resident_bytes
         if grown > GROWTH_BYTES + BYTES_PER_CHARACTER * work.characters:
             return f"took {grown / MIB:.0f} MiB of memory, and more,"
         return None
