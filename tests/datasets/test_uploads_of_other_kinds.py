@@ -123,6 +123,22 @@ def test_keys_of_another_name_are_told_the_mapping_to_send(server: Server) -> No
     assert stored(server, again.json()) == MAPPED
 
 
+@pytest.mark.parametrize("half", ['{"prompt": "question"}', '{"completion": "answer"}'])
+@pytest.mark.parametrize("is_table", [False, True])
+def test_half_a_mapping_is_told_the_whole_one_in_the_names_of_the_file(
+    server: Server, half: str, is_table: bool
+) -> None:
+    table = "question,answer\n" + "".join(f"{row['question']},{row['answer']}\n" for row in ROWS)
+    file = part(table.encode() if is_table else jsonl(*ROWS))
+    answer = put(server, mapping(half), file)
+    assert answer.status == 422
+    said = re.search(r"send mapping=(\{.*?\})", answer.json()["error"]["message"])
+    assert said is not None, answer.text
+    again = put(server, mapping(said[1]), file)
+    assert again.status == 200, again.text
+    assert stored(server, again.json()) == MAPPED
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -260,7 +276,9 @@ def test_a_file_of_another_kind_is_named_with_a_command_that_converts_it(name: s
 def test_one_column_and_plain_text_are_named_with_a_command_that_makes_texts_of_them(tmp_path: Path) -> None:
     column = "text\nhello there\nhello, you\n"
     text = "It was a wet day, and the mill stood still.\n\nNobody came by, all the same.\n"
-    said = [recognise(one.encode()) or "" for one in (column, text)]
+    titled = "The mill at Hald\n" + text
+    said = [recognise(one.encode()) or "" for one in (column, text, titled)]
+    assert said[2] == said[1]
     assert "a table of one column" in said[0]
     assert "plain text" in said[1]
     assert converted_as_said(said[0], column.replace("hello, you", "hello you").encode(), tmp_path)[0] == {

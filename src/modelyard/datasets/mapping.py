@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -77,7 +78,32 @@ class KeyMapping:
             for key, value in row.items()
             if key not in taken and key not in found and (key not in _MAKING or key in self._completing)
         }
-        return found | others
+        mapped = found | others
+        if not (self._is_whole or has_form([key for key in mapped if mapped[key] is not None])) and (
+            whole := self._completed(row)
+        ):
+            reason = (
+                f"has the keys {quoted(row)}, and the mapping makes no whole row of these: send {FIELD}={whole.shown()}"
+            )
+            raise Fault(Kind.UNKNOWN_FORM, "$", reason)
+        return mapped
+
+    @cached_property
+    def _is_whole(self) -> bool:
+        """Return True if a row has all that its form needs by the mapped keys alone."""
+        return has_form(self.paths)
+
+    def _completed(self, row: Mapping[str, Any]) -> KeyMapping | None:
+        """Return this mapping with what a row's names suggest for the rest of its form; None where they do not."""
+        more = suggested(row)
+        if more is None:
+            return None
+        taken = set(self.paths.values())
+        rest = {key: path for key, path in more[0].paths.items() if path not in taken and key not in self.paths}
+        whole = KeyMapping({**self.paths, **rest})
+        making = _MAKING & whole.paths.keys()
+        is_one = any(making <= keys for keys in KEYS_OF_FORMS.values())
+        return whole if is_one and has_form(whole.paths) else None
 
     @property
     def _completing(self) -> frozenset[str]:

@@ -213,7 +213,7 @@ def _looks_like_prose(text: bytes) -> bool:
     lines = begin.splitlines()
     return (
         lines[0][:1].isalpha()
-        and lines[0].count(" ") >= 5
+        and any(one.strip().count(" ") >= 5 for one in lines)  # the first may be a title
         and not any(one.lstrip()[:1] in '{["' for one in lines if one)
     )
 
