@@ -140,6 +140,11 @@ def test_it_says_its_parts() -> None:
     assert "a row of 100 tokens" in said
 
 
+def test_what_was_measured_is_not_said_to_be_the_sum_of_its_parts() -> None:
+    need = replace(estimate(CONFIG, SIZE, SETTINGS, has_gpu=False), needed_bytes=GIB // 2, is_measured=True)
+    assert need.in_words() == "about 0.5 GiB, as measured"
+
+
 def test_a_processor_says_whether_it_has_amx(tmp_path: Path) -> None:
     (tmp_path / "yes").write_text("flags\t\t: fpu avx512f amx_bf16 amx_tile amx_int8\n", "ascii")
     (tmp_path / "no").write_text("flags\t\t: fpu avx512f\n", "ascii")

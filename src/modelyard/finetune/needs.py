@@ -67,13 +67,17 @@ class Need:
     useful_bytes: int
     #: Of all rows as tokens.
     dataset_bytes: int = 0
+    #: `needed_bytes` is from steps that were made, and not the sum of the parts.
+    is_measured: bool = False
 
     def as_dict(self) -> dict[str, int]:
         """Return it as JSON has it."""
         return asdict(self)
 
     def in_words(self) -> str:
-        """Return the parts as people read them."""
+        """Return it as people read it: with its parts, unless it was measured."""
+        if self.is_measured:
+            return f"about {gib(self.needed_bytes)}, as measured"
         return (
             f"about {gib(self.needed_bytes)} ({gib(self.processes_bytes)} for the trainer, {gib(self.weights_bytes)} "
             f"for the weights, {gib(self.adapter_bytes)} for the adapter, {gib(self.dataset_bytes)} for the dataset, "

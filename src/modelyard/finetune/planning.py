@@ -114,7 +114,7 @@ async def plan(
     # With the rows prepared, the longest is known in tokens.
     need = await asyncio.to_thread(needed, int(found["prepared"]["longest"]))
     if found["estimate"] is not None:
-        need = replace(need, needed_bytes=int(found["estimate"]["memory_bytes"]))
+        need = replace(need, needed_bytes=int(found["estimate"]["memory_bytes"]), is_measured=True)
     seconds = found["seconds"]
     if fault is not None:
         note = f"{model.model_id} {fault}. When it is trained, {without_adapters.remedy('ADAPTER_ID')}"
