@@ -9,7 +9,15 @@ from dataclasses import dataclass
 import pytest
 
 from modelyard import errors
-from modelyard.errors import EngineStarting, JobFailure, ModelNotFound, ModelyardError, StartRefused, Unavailable
+from modelyard.errors import (
+    SHOWN_NAMES,
+    EngineStarting,
+    JobFailure,
+    ModelNotFound,
+    ModelyardError,
+    StartRefused,
+    Unavailable,
+)
 
 TYPES = {"authentication_error", "permission_error", "invalid_request_error", "server_error"}
 LINE = re.compile(r"^    ((?:[│ ]   )*)(?:[├└]── )?(\w+) +(\d{3}) (\w+)(?: +\(.*\))?$")
@@ -102,6 +110,10 @@ def test_a_model_that_is_not_found_is_told_from_those_that_are() -> None:
     assert error.param == "model"
     assert ModelNotFound("a/b").message == "There is no model 'a/b' in the store; there are none."
     assert ModelNotFound("a/b").param == "model_id"
+    many = [f"acme/{number}" for number in range(SHOWN_NAMES + 1)]
+    assert ModelNotFound("a/b", known=many[:-1]).message.endswith("acme/19.")
+    assert ModelNotFound("a/b", known=many).message.endswith("acme/19 and others.")
+    assert errors.AliasNotFound("a", known=many).message.endswith("acme/19 and others.")
 
 
 def test_what_ends_a_job_or_a_start_is_no_answer_to_a_request() -> None:

@@ -70,6 +70,14 @@ def storable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8").replace("\x00", "\ufffd")
 
 
+#: Names that an error tells.
+SHOWN_NAMES = 20
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN_NAMES]) + (" and others" if len(names) > SHOWN_NAMES else "")
+
+
 class ModelyardError(Exception):
     """Base of all errors with an HTTP answer. `param` names the field or parameter at fault, if one is.
 
@@ -148,7 +156,10 @@ class NotFound(ModelyardError):
 
 
 class ModelNotFound(NotFound):
-    """No such model in the store, or none such in service; `known` are the names that would have worked."""
+    """No such model in the store, or none such in service; `known` are the names that would have worked.
+
+    The first `SHOWN_NAMES` of these are said, and that there are others: pass one more than that where there are many.
+    """
 
     code = "model_not_found"
 
@@ -156,7 +167,7 @@ class ModelNotFound(NotFound):
         self, model_id: str, *, where: str = "in the store", known: Sequence[str] = (), hint: str = "",
         what: str = "model", param: str | None = None,
     ) -> None:  # fmt: skip
-        names = f"there are: {', '.join(known)}" if known else "there are none"
+        names = f"there are: {_listed(known)}" if known else "there are none"
         # A caller's text: no name is longer, and what is longer is in nobody's log and answer.
         shown = model_id if len(model_id) <= 256 else f"{model_id[:256]}..."
         message = f"There is no {what} '{shown}' {where}; {names}."
@@ -204,7 +215,7 @@ class AliasNotFound(NotFound):
     code = "alias_not_found"
 
     def __init__(self, name: str, *, known: Sequence[str] = ()) -> None:
-        names = f"; there are: {', '.join(known)}" if known else ""
+        names = f"; there are: {_listed(known)}" if known else ""
         super().__init__(f"There is no alias '{name}'{names}.", param="name")
 
 

@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from modelyard.db import exclusively, utcnow
 from modelyard.deploy.tables import Alias, AliasMove
-from modelyard.errors import AliasNotFound, AliasTaken, ModelNotFound, NothingToRollBack, Unprocessable
+from modelyard.errors import SHOWN_NAMES, AliasNotFound, AliasTaken, ModelNotFound, NothingToRollBack, Unprocessable
 from modelyard.models import actions as models
 from modelyard.models.tables import Model
 
@@ -46,7 +46,10 @@ async def find(session: AsyncSession, name: str) -> Alias | None:
     """
     row = await session.get(Alias, name)
     if row is None and name not in BUILT_IN:
-        known = {*BUILT_IN, *(await session.scalars(select(Alias.name).order_by(Alias.name).limit(20))).all()}
+        known = {
+            *BUILT_IN,
+            *(await session.scalars(select(Alias.name).order_by(Alias.name).limit(SHOWN_NAMES + 1))).all(),
+        }
         raise AliasNotFound(name[:200], known=sorted(known))
     return row
 
@@ -126,7 +129,7 @@ async def _check_target(session: AsyncSession, name: str, target: str, param: st
     if await models.find(session, name) is not None:
         raise AliasTaken(name)
     if await models.find(session, target) is None:
-        known = (await session.scalars(select(Model.model_id).order_by(Model.model_id).limit(20))).all()
+        known = (await session.scalars(select(Model.model_id).order_by(Model.model_id).limit(SHOWN_NAMES + 1))).all()
         hint = "" if param == "target" else "It is what the alias led to before: have the alias lead somewhere else."
         raise ModelNotFound(target[:200], known=known, what="model or adapter", param=param, hint=hint)
 

@@ -12,7 +12,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from modelyard.db import exclusively, utcnow
-from modelyard.errors import Conflict, ModelInUse, ModelNotFound, Unprocessable
+from modelyard.errors import SHOWN_NAMES, Conflict, ModelInUse, ModelNotFound, Unprocessable
 from modelyard.jobs import actions as jobs
 from modelyard.jobs.tables import ACTIVE, Job
 from modelyard.models import adapter_facts, store
@@ -47,7 +47,7 @@ async def get(session: AsyncSession, model_id: str) -> Model:
     """
     model = await find(session, model_id)
     if model is None:
-        known = (await session.scalars(select(Model.model_id).order_by(Model.model_id).limit(20))).all()
+        known = (await session.scalars(select(Model.model_id).order_by(Model.model_id).limit(SHOWN_NAMES + 1))).all()
         raise ModelNotFound(model_id[:200], known=known, hint="POST /api/v1/models/add/ downloads a model.")
     return model
 
@@ -94,7 +94,7 @@ async def get_adapter(session: AsyncSession, adapter_id: str, base_model_id: str
             adapter_id[:200],
             what="adapter",
             where=f"of '{base_model_id}' in the store",
-            known=(await session.scalars(mine.order_by(Model.model_id).limit(20))).all(),
+            known=(await session.scalars(mine.order_by(Model.model_id).limit(SHOWN_NAMES + 1))).all(),
             hint="POST /api/v1/models/add/ downloads one.",
             param="adapter_ids",
         )
@@ -160,7 +160,9 @@ async def _check_base(session: AsyncSession, base_model_id: str) -> None:
             f"'{base_model_id}' is an adapter itself: name the model that it belongs to.", param="base_model_id"
         )
     if base is None and await jobs.find_active(session, kind=DOWNLOAD, subject=base_model_id) is None:
-        known = await session.scalars(select(Model.model_id).where(~Model.adapter).order_by(Model.model_id).limit(20))
+        known = await session.scalars(
+            select(Model.model_id).where(~Model.adapter).order_by(Model.model_id).limit(SHOWN_NAMES + 1)
+        )
         raise ModelNotFound(
             base_model_id[:200],
             known=known.all(),
