@@ -175,6 +175,13 @@ def test_a_base_in_4_bits_is_refused_at_once_where_there_is_no_gpu(quick: Server
     assert refusal(planned, 422)["code"] == "quantization_needs_gpu"
 
 
+def test_a_length_above_what_the_model_takes_is_refused_at_once(quick: Server, dataset_id: str) -> None:
+    before = len(quick.get("/api/v1/jobs/?kind=FT").json())
+    error = refusal(ask(quick, dataset_id, hyperparameters=QUICK | {"max_seq_len": 100_000}), 422)
+    assert (error["code"], error["param"]) == ("max_seq_len_too_long", "hyperparameters.max_seq_len")
+    assert len(quick.get("/api/v1/jobs/?kind=FT").json()) == before
+
+
 def test_a_rank_above_what_engines_have_room_for_names_the_setting(quick: Server, dataset_id: str) -> None:
     error = refusal(ask(quick, dataset_id, hyperparameters=QUICK | {"rank": 65}), 422)
     assert error["param"] == "hyperparameters.rank"

@@ -73,7 +73,7 @@ async def check(wanted: FinetuneIn, sessions: Sessions, settings: Settings) -> N
     """Refuse what the files and the settings show to be impossible.
 
     Raises:
-        Unprocessable: param `model_id`, `deploy`, `hyperparameters.rank` or `hyperparameters.quantization`.
+        Unprocessable: param `model_id`, `deploy`, or `hyperparameters.` with `rank`, `quantization` or `max_seq_len`.
         ModelNotFound: there is no such model.
         ModelLost: its files are gone.
     """
@@ -99,6 +99,14 @@ async def check(wanted: FinetuneIn, sessions: Sessions, settings: Settings) -> N
     config = await asyncio.to_thread(
         trainable.check, model.model_id, folder, model.chat_template, is_own_python=is_own
     )  # fmt: skip
+    wanted_length, most_tokens = wanted.hyperparameters.max_seq_len, trainable.max_length(config)
+    if wanted_length is not None and most_tokens is not None and wanted_length > most_tokens:
+        raise Unprocessable(
+            f"max_seq_len is {wanted_length} tokens, but the model takes {most_tokens}. Leave max_seq_len out, or set "
+            f"it to {most_tokens} at most.",
+            param="hyperparameters.max_seq_len",
+            code="max_seq_len_too_long",
+        )
     if wanted.deploy and (fault := without_adapters.fault(config)) is not None:
         raise Unprocessable(
             f"{model.model_id} {fault}: the adapter could not be put into service. Train without deploy; then "

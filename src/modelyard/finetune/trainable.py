@@ -46,6 +46,13 @@ def check(
     return config
 
 
+def max_length(config: config_file.Config) -> int | None:
+    """Return how many tokens the model takes, as `trainer.model.max_length` has it; None where it is not said."""
+    text = config_file.text_part(config)
+    found = (config_file.whole(text, name) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
+    return next((length for length in found if length), None)
+
+
 def _mistral_fault(folder: Path, chat_template: str | None) -> str | None:
     if is_mistral_format(folder):
         return (
