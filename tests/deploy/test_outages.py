@@ -17,7 +17,7 @@ from uuid import UUID
 
 import psycopg
 import pytest
-from sqlalchemy import update
+from sqlalchemy import event, update
 
 from modelyard.deploy.tables import Deployment, Wanted
 from modelyard.errors import EngineStarting
@@ -267,6 +267,37 @@ async def test_an_engine_that_has_drained_gets_no_request_of_a_gateway_whose_rea
         assert wrong
         assert refused
         assert not any(wrong), wrong
+
+
+async def test_requests_find_what_is_written_from_its_commit_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with deploy_yard(tmp_path / "data") as yard:
+        await yard.add_model("org/tiny")
+        out, told = 0, []
+        writer = yard.sessions._writer.sync_engine
+
+        @event.listens_for(writer, "checkout")
+        def leaves(*_: object) -> None:
+            nonlocal out
+            out += 1
+
+        @event.listens_for(writer, "checkin")
+        def returns(*_: object) -> None:
+            nonlocal out
+            out -= 1
+
+        changed = yard.routing.changed
+
+        def noted() -> None:
+            told.append(out)
+            changed()
+
+        monkeypatch.setattr(yard.routing, "changed", noted)
+        job_id = await yard.deploy("org/tiny")
+        await yard.becomes(job_id, "READY")
+        # Others read it while the connection goes back to its pool: requests must be told before that.
+        assert told.count(1) >= 2, told
 
 
 async def test_what_serves_while_its_job_has_failed_is_wanted_again_by_the_next_server(

@@ -23,7 +23,9 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Run:
 
 def test_the_result_says_where_the_adapter_is_and_what_it_came_to(run: Run, tiny_llama: Path) -> None:
     result = run.done()
-    assert set(result) == {"adapter_dir", "figures", "evaluation", "probes", "versions", "learnt_from"}
+    assert set(result) == {
+        "adapter_dir", "figures", "evaluation", "probes", "versions", "learnt_from", "chosen",
+    }  # fmt: skip
     assert set(result["versions"]) == {"python", "torch", "transformers", "peft", "modelyard"}
     assert result["figures"]["dtype"] in ("bfloat16", "float32")
     assert result["evaluation"]["rows"] == 3

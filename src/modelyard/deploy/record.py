@@ -10,10 +10,12 @@ done twice: the connection may be lost between a commit and its answer.
 from __future__ import annotations
 
 import functools
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar, cast
 from uuid import UUID
 
+from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from modelyard.db import Sessions, exclusively, utcnow
@@ -89,51 +91,47 @@ class Record:
     @patient
     async def write(self, **values: object) -> None:
         """Write columns."""
-        async with self._sessions.begin() as session:
+        async with self._written() as session:
             self.row = await self._of(session)
             for name, value in values.items():
                 setattr(self.row, name, value)
-        self._changed()
 
     @patient
     async def move(self, to: DeploymentState, reason: str, **values: object) -> None:
         """Write a state and its columns; being there already only writes the columns."""
-        async with self._sessions.begin() as session:
+        async with self._written() as session:
             await self._move(session, to, reason, **values)
-        self._changed()
 
     @patient
     async def become_ready(self, reason: str, **values: object) -> bool:
         """Let requests in, and have those leave that it replaces; return False if it is not wanted any more."""
-        async with self._sessions.begin() as session:
+        async with self._written() as session:
             # In one transaction, so that at no moment nobody serves; a wish that found it not ready must be seen.
             await exclusively(session, actions.KIND)
             if not await actions.is_wanted(session, await self._of(session)):
                 return False
             row = await self._move(session, DeploymentState.READY, reason, wake_requested=False, **values)
             await succession.let_go_of_replaced(session, row)
-        self._changed()
         self._stir()
         return True
 
     @patient
     async def make_room(self) -> list[UUID]:
         """Have those leave that it replaces before it starts, if it is wanted; return their jobs."""
-        async with self._sessions.begin() as session:
+        async with self._written() as session:
             await exclusively(session, actions.KIND)
             row = await self._of(session)
             if not await actions.is_wanted(session, row):
                 return []
             why = f"Leaves before {row.model_id} starts: there is not enough memory for both."
             touched = await succession.drain_replaced(session, row, why)
-        self._changed()
         self._stir()
         return touched
 
     @patient
     async def take_back(self, refused: AdapterRefused, adapter_ids: list[str], asked: list[str]) -> None:
         """Want only the adapters that work, unless others than those asked for are wanted meanwhile."""
-        async with self._sessions.begin() as session:
+        async with self._written() as session:
             await exclusively(session, actions.KIND)
             row = await self._of(session)
             if row.adapter_ids == asked:
@@ -141,24 +139,22 @@ class Record:
                 job = await jobs.get(session, row.job_id)
                 job.name = actions.job_name(row.model_id, adapter_ids)
                 self.row = row
-        self._changed()
 
     @patient
     async def stop(self, wanted: Wanted) -> None:
         """Write that it is not wanted any more, and ends."""
-        async with self._sessions.begin() as session:
+        async with self._written() as session:
             await exclusively(session, actions.KIND)
             row = await self._of(session)
             if row.wanted == Wanted.UP:  # its job was interrupted: it comes back for nobody
                 await succession.forget(session, row)
             await self._move(session, DeploymentState.STOPPING, "no longer wanted", wanted=wanted)
-        self._changed()
 
     @patient
     async def end(self, to: DeploymentState, reason: str, wanted: Wanted, failure: JobFailure | None = None) -> None:
         """Write the end with its cause, and let go of the models."""
         values = {"wanted": wanted, "ended_at": utcnow(), **actions.no_engine()}
-        async with self._sessions.begin() as session:
+        async with self._written() as session:
             # In one transaction, and with no wish beside it: else what has ended would hold models for ever.
             await exclusively(session, actions.KIND)
             row = await self._move(session, to, reason, **values)
@@ -168,7 +164,6 @@ class Record:
                 job = await jobs.get(session, row.job_id)
                 job.failure_code, job.failure_message, job.failure_hint = failure.code, failure.message, failure.hint
                 job.failure_evidence = list(failure.evidence)
-        self._changed()
         self._stir()
 
     @patient
@@ -185,10 +180,19 @@ class Record:
     @patient
     async def restore_what_left(self) -> Job | None:
         """Want back what made room for it since it was last ready; return the new job."""
-        async with self._sessions.begin() as session:
+        async with self._written() as session:
             job = await actions.restore_replaced(session, await self._of(session))
-        self._changed()
         return job
+
+    @asynccontextmanager
+    async def _written(self) -> AsyncIterator[AsyncSession]:
+        """Give a transaction; from its commit on requests find what it wrote.
+
+        Not from the end of the block: others read it while the connection goes back to its pool.
+        """
+        async with self._sessions.begin() as session:
+            event.listen(session.sync_session, "after_commit", lambda _: self._changed(), once=True)
+            yield session
 
     async def _of(self, session: AsyncSession) -> Deployment:
         return await actions.of_job(session, self.row.job_id)

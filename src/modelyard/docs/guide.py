@@ -142,7 +142,7 @@ def _links(tokens: list[Token]) -> Iterator[tuple[Token, Token]]:
 def _point(link: tuple[Token, Token], file: str) -> None:
     opening, closing = link
     target, _, anchor = str(opening.attrs["href"]).partition("#")
-    if re.match(r"[a-z]+:", target):
+    if re.match(r"\A[a-z]+:", target):
         opening.attrSet("rel", "noreferrer")
         return
     where = posixpath.normpath(posixpath.join(posixpath.dirname(file), target)) if target else file
