@@ -201,6 +201,16 @@ def test_a_thought_that_the_template_drops_beside_the_content_is_kept_in_front_o
     assert trained.learnt(THOUGHT) == [["<think>\neasy\n</think>\n\n2<|im_end|>"]]
 
 
+def test_a_thought_beside_one_that_the_template_writes_itself_is_refused() -> None:
+    writing = """{%- for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}
+{%- if message.role == 'assistant' and loop.last %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}
+{{- message.content + '<|im_end|>' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"""
+    trained = Trained(byte_tokenizer(writing, "<|im_end|>"))
+    assert trained.learnt([user("1+1?"), says("2")]) == [["<think>\n\n</think>\n\n2<|im_end|>"]]
+    assert "leave the thoughts out" in trained.refusal(THOUGHT)
+
+
 @pytest.mark.parametrize(
     ("template", "wanted"),
     [

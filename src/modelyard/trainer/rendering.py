@@ -225,6 +225,11 @@ class Renderer:
         found = self._ended(said[: at + 1], tools, answered, found)
         if calls and not has_calls(calls, found, depends_on):
             raise Refused(f"the chat template leaves out the tool calls of message {number}, which are to be learnt")
+        if thought and found.count("<think>") > content.count("<think>"):
+            raise Refused(
+                f"the chat template writes a thought of its own before message {number}, which has one: leave the "
+                "thoughts out of the dataset"
+            )
         for text in (answer, thought[1].strip() if thought else ""):
             # It may begin with the prompt's own opening.
             opening = None if text in found else self._opening(said, tools, at, prompt)
