@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -320,9 +320,13 @@ def test_an_upload_that_breaks_off_leaves_nothing(server: Server) -> None:
 
 def validators(server: Server) -> list[int]:
     """Return the children of the server that validate; they have no keeper, and so its parent is the server."""
-    tasks = Path(f"/proc/{server.pid}/task").iterdir()
-    found = [int(pid) for task in tasks for pid in (task / "children").read_text("ascii").split()]
-    return [pid for pid in found if b"modelyard.datasets.validator" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    found = []
+    for task in Path(f"/proc/{server.pid}/task").iterdir():
+        for pid in (task / "children").read_text("ascii").split():
+            with suppress(FileNotFoundError, ProcessLookupError):  # one that ends meanwhile
+                if b"modelyard.datasets.validator" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.append(int(pid))
+    return found
 
 
 @contextmanager

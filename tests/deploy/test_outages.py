@@ -17,10 +17,12 @@ from uuid import UUID
 
 import psycopg
 import pytest
-from sqlalchemy import event, update
+from sqlalchemy import event, select, update
 
 from modelyard.deploy.tables import Deployment, Wanted
 from modelyard.errors import EngineStarting
+from modelyard.jobs import survival
+from modelyard.jobs.runner import JobContext
 from modelyard.jobs.tables import Job
 from tests.deploy.yard import DeployYard, deploy_yard
 from tests.deploy.yard_process import _ask
@@ -298,6 +300,22 @@ async def test_requests_find_what_is_written_from_its_commit_on(
         await yard.becomes(job_id, "READY")
         # Others read it while the connection goes back to its pool: requests must be told before that.
         assert told.count(1) >= 2, told
+
+
+async def test_what_is_seen_to_serve_is_never_suspected_of_ending_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never(_: JobContext) -> None:
+        await asyncio.Event().wait()
+
+    # As if the server died between the two.
+    monkeypatch.setattr(JobContext, "survived", never)
+    async with deploy_yard(tmp_path / "data") as yard:
+        await yard.add_model("org/tiny")
+        job_id = await yard.deploy("org/tiny")
+        await yard.becomes(job_id, "READY")
+        async with yard.sessions.read() as session:
+            assert await session.scalar(select(Job.deaths).where(Job.id == job_id)) == survival.IMMUNE
 
 
 async def test_what_serves_while_its_job_has_failed_is_wanted_again_by_the_next_server(

@@ -24,6 +24,7 @@ from modelyard.deploy.loading import AdapterRefused
 from modelyard.deploy.tables import MOVES, Deployment, DeploymentState, Wanted
 from modelyard.errors import JobFailure
 from modelyard.jobs import actions as jobs
+from modelyard.jobs import survival
 from modelyard.jobs.runner import JobContext
 from modelyard.jobs.tables import Job
 from modelyard.models.tables import Model
@@ -112,6 +113,8 @@ class Record:
                 return False
             row = await self._move(session, DeploymentState.READY, reason, wake_requested=False, **values)
             await succession.let_go_of_replaced(session, row)
+            # Whoever sees it serve may kill the server: that is never counted against it.
+            await survival.note_survival(session, [row.job_id], for_good=True)
         self._stir()
         return True
 
