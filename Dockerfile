@@ -21,13 +21,13 @@ FROM source AS build-cpu
 ARG PIP_INDEX_URL
 ARG TORCH_INDEX
 # A package cache in another file system can't be linked from.
-ENV UV_LINK_MODE=copy
-RUN --mount=type=cache,target=/root/.cache ENGINE=cpu python requirements/install.py server engine train
+ENV UV_LINK_MODE=copy UV_CACHE_DIR=/cache/uv PIP_CACHE_DIR=/cache/pip
+RUN --mount=type=cache,target=/cache ENGINE=cpu python requirements/install.py server engine train
 
 FROM source AS build-gpu
 ARG PIP_INDEX_URL
-ENV UV_LINK_MODE=copy
-RUN --mount=type=cache,target=/root/.cache ENGINE=gpu python requirements/install.py server engine train
+ENV UV_LINK_MODE=copy UV_CACHE_DIR=/cache/uv PIP_CACHE_DIR=/cache/pip
+RUN --mount=type=cache,target=/cache ENGINE=gpu python requirements/install.py server engine train
 
 FROM ${PYTHON_IMAGE} AS base
 # tini reaps what an engine that was killed leaves behind; no version is pinned, so that security updates come in.

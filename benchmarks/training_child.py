@@ -185,7 +185,7 @@ def with_trl(spec: dict[str, Any], progress: Progress) -> Any:
     """Train with SFTTrainer on the assistants' tokens alone; the chat template has the marks that it wants for that."""
     from trl import SFTConfig, SFTTrainer  # type: ignore[import-not-found]  # only where this runs
 
-    from datasets import Dataset  # type: ignore[import-not-found]
+    from datasets import Dataset  # type: ignore[import-not-found]  # only where this runs
 
     tokenizer, model, lora = seeded_model(spec)
     arguments = SFTConfig(
@@ -215,7 +215,7 @@ def with_llamafactory(spec: dict[str, Any], progress: Progress) -> Any:
     # transformers must have looked for it before, and remember that there is none.
     if not is_torchaudio_available():
         sys.modules["torchaudio"] = types.ModuleType("torchaudio")
-    from llamafactory.train.tuner import run_exp  # type: ignore[import-not-found]
+    from llamafactory.train.tuner import run_exp  # type: ignore[import-not-found]  # only where this runs
 
     settings, folder = spec["hyperparameters"], Path(spec["work_dir"])
     tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}

@@ -23,7 +23,7 @@ class Part(Struct, gc=False, forbid_unknown_fields=True):
 
 
 class Function(Struct, gc=False, forbid_unknown_fields=True):
-    """What a tool call calls; the canonical form has the arguments as an object."""
+    """The function that a tool call names; the canonical form has the arguments as an object."""
 
     name: str
     arguments: dict[str, Any] | str

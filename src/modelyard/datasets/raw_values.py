@@ -26,7 +26,7 @@ class TooManyFaults(Exception):
 
 
 class Findings:
-    """What is wrong with a row, and which of its keys mean nothing."""
+    """The faults of a row, and those of its keys that mean nothing."""
 
     def __init__(self) -> None:
         self.faults: list[Fault] = []

@@ -17,7 +17,7 @@ Role = Literal["system", "user", "assistant", "tool"]
 
 
 class Form(StrEnum):
-    """How a row is written."""
+    """A way to write a row."""
 
     #: OpenAI's chat format, which is the canonical one.
     MESSAGES = "messages"
@@ -32,7 +32,7 @@ class Form(StrEnum):
 
 
 class Meaning(StrEnum):
-    """What the value of a key is for."""
+    """The purpose of a key's value."""
 
     #: A list of messages.
     MESSAGES = "messages"
@@ -57,7 +57,7 @@ class Meaning(StrEnum):
 
 
 class Mark(StrEnum):
-    """How a key of a message, or of a whole row, says whether its answers are learnt."""
+    """A key of a message, or of a whole row, that says if its answers are learnt."""
 
     #: true or 1, false or 0; anything else is refused.
     FLAG = "flag"

@@ -166,7 +166,7 @@ class LeftOut(BaseModel):
 
 
 class Trains(BaseModel):
-    """What a training with a model, and without settings, would learn from, by the trainer's own rendering."""
+    """The rows that a training with a model, and without settings, would learn from, by the trainer's own rendering."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 

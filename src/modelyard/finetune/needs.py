@@ -179,7 +179,7 @@ def _shape(config: Mapping[str, Any]) -> _Shape | None:
 
 
 def _is_set(value: Any) -> bool:
-    """Whether a setting says that some layers have no experts: a step above 1, a number of layers, or their names."""
+    """True if a setting says that some layers have no experts: a step above 1, a number of layers, or their names."""
     return bool(value) and value != 1
 
 

@@ -40,7 +40,7 @@ class _Part:
 
     @property
     def loose_ms(self) -> float:
-        """What it costs where more than one part of it varies with nothing between."""
+        """Its cost where more than one part of it varies with nothing between."""
         if self.varying < 2:
             return self.ms
         return self.ms * max(1.0, min(LOOSE_PARTS * self.varying, LOOSE_STATES * self.states))
