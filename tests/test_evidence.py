@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
 
-from modelyard.evidence import BYTES, LINES, clipped, redacted
+import modelyard
+from modelyard.evidence import BYTES, LINES, clipped, in_words, redacted
 
 
 @pytest.mark.parametrize(
@@ -49,3 +51,44 @@ def test_long_lines_are_cut_so_that_all_stays_small() -> None:
     assert shown[0].startswith("0 ")
     assert shown[-1].startswith("99 ")
     assert "..." in shown
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KeyError("model_type"), "'model_type' is missing from what was read"),
+        (KeyError("There is no such tokenizer."), "There is no such tokenizer"),
+        (KeyError(), "something is missing from what was read"),
+        (MemoryError(), "memory did not suffice"),
+        (RuntimeError(), "no reason was given"),
+        (ConnectionResetError(), "the connection broke off"),
+        (ValueError("two\n lines."), "two lines"),
+        (ValueError("<class 'psycopg.errors.DataError'>: too long"), "too long"),
+        (RuntimeError("ValueError: not this one"), "not this one"),
+        (OSError("token=abcdefgh was sent"), "token=[secret] was sent"),
+        (ValueError("x" * 1000), "x" * 300),
+    ],
+)
+def test_an_exception_is_told_in_words_without_its_class(error: Exception, said: str) -> None:
+    assert in_words(error) == said
+
+
+def _parts(tree: ast.AST) -> list[ast.AST]:
+    """Return what is put into texts, or stands in where a text is empty."""
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FormattedValue | ast.BoolOp | ast.IfExp)]
+
+
+def test_no_message_is_made_of_an_exceptions_class() -> None:
+    errors, found = {"error", "caught", "failure", "exc", "cause", "refused"}, []
+    for path in Path(modelyard.__file__).parent.rglob("*.py"):
+        for part in _parts(ast.parse(path.read_text("utf-8"))):
+            shown = isinstance(part, ast.FormattedValue)
+            is_repr = shown and part.conversion == ord("r") and getattr(part.value, "id", "") in errors  # type: ignore[attr-defined]
+            names = [
+                node for node in ast.walk(part)
+                if isinstance(node, ast.Attribute) and node.attr == "__name__" and isinstance(node.value, ast.Call)
+            ]  # fmt: skip
+            compared = {id(name) for node in ast.walk(part) if isinstance(node, ast.Compare) for name in ast.walk(node)}
+            if is_repr or any(id(name) not in compared for name in names):
+                found.append(f"{path.name}:{part.lineno}")  # type: ignore[attr-defined]
+    assert found == []

@@ -1,6 +1,7 @@
 """Evidence of a failure from a log: few lines, without secrets and without this machine's paths.
 
-For lines that go into the database and to clients. The log itself stays as it was written.
+For lines that go into the database and to clients, and for what an exception says (`in_words`). The log itself stays as
+it was written.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ LINES = 20
 BYTES = 4096
 LINE_CHARACTERS = 400
 CUT = "..."
+#: Characters of what an exception says.
+SAID_CHARACTERS = 300
 #: The most of a line that any pattern looks at. A longer one is a file's content or a hostile name.
 LINE_BOUND = 4096
 
@@ -30,6 +33,19 @@ _SECRETS = (
 #: Each begins where a path does: from every slash of a long path anew, the search would take quadratic time.
 _PACKAGES = re.compile(r"(?<![\w.@+/-])(?:/[\w.@+-]+)+/(?:site|dist)-packages/")
 _LIBRARY = re.compile(r"(?<![\w.@+/-])(?:/[\w.@+-]+)+/lib/(?=python3)")
+#: What SQLAlchemy and others put before an exception's own text.
+_CLASS = re.compile(r"\A(?:<class '[\w.]+'>|[A-Za-z_][\w.]*(?:Error|Exception)): (?=\S)")
+#: What is said of exceptions that often come without a text, the narrower before the wider.
+_SILENT: tuple[tuple[type[BaseException], str], ...] = (
+    (MemoryError, "memory did not suffice"),
+    (RecursionError, "it is nested too deeply"),
+    (TimeoutError, "it took too long"),
+    (ConnectionError, "the connection broke off"),
+    (EOFError, "it ends too early"),
+    (NotImplementedError, "it is not supported"),
+    (AssertionError, "it contradicts itself"),
+    (LookupError, "something is missing from what was read"),
+)
 _HOME = re.compile(r"(?<![\w/])/(?:home/[\w.-]+|root)(?=/)")
 
 
@@ -46,6 +62,21 @@ def redacted(text: str) -> str:
     for pattern, instead in _SECRETS:
         text = pattern.sub(instead, text)
     return _HOME.sub("~", _LIBRARY.sub("", _PACKAGES.sub("", text)))
+
+
+def in_words(error: BaseException, most: int = SAID_CHARACTERS) -> str:
+    """Return what an error says for users: one line without its class, secrets, paths or a full stop at its end.
+
+    A class's name is Python's, and tells nothing to who reads the message; an error that says nothing is described.
+    """
+    if isinstance(error, KeyError) and error.args:
+        # Its text is the bare key, unless a library has put a sentence there.
+        key = str(error.args[0])
+        said = key if " " in key.strip() else f"'{key}' is missing from what was read"
+    else:
+        said = _CLASS.sub("", str(error))
+    said = " ".join(redacted(said).split())[:most].rstrip(" .")
+    return said or next((words for kind, words in _SILENT if isinstance(error, kind)), "no reason was given")
 
 
 def clipped(lines: Iterable[str]) -> tuple[str, ...]:

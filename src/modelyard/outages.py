@@ -28,6 +28,7 @@ from sqlalchemy.exc import (
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from modelyard.errors import DatabaseUnavailable
+from modelyard.evidence import in_words
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -91,7 +92,7 @@ def first_line(error: BaseException) -> str:
     """Return what the database itself said, without the statement and its values."""
     cause = getattr(error, "orig", None) or error
     lines = str(cause).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(cause).__name__
+    return in_words(Exception(lines[0]) if lines else cause)
 
 
 async def wait_out(

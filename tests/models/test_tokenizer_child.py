@@ -61,7 +61,7 @@ async def test_one_that_asks_for_gigabytes_aborts_its_child_alone(tmp_path: Path
 
 async def test_a_panic_is_a_refusal_with_its_words(tmp_path: Path) -> None:
     found = await TokenizerChildren().ask("org/odd", model(tmp_path, panicking()))
-    assert found["refusal"].startswith("PanicException: Precompiled")
+    assert found["refusal"].startswith("Precompiled: ")
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff", b'{"version": "9"}', b"[" * 100_000])

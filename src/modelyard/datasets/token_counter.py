@@ -20,11 +20,11 @@ from modelyard.datasets.canonical import Row, texts_of
 from modelyard.datasets.lines import Rows
 from modelyard.datasets.row_forms import Form
 from modelyard.datasets.validation import LISTED_LINES
+from modelyard.evidence import in_words
 
 #: Texts that are handed to the tokenizer at once.
 BATCH = 512
 READ_BYTES = 1024 * 1024
-SAID_CHARACTERS = 200
 
 
 def count(folder: str, max_length: int | None, max_line_bytes: int) -> None:
@@ -37,7 +37,7 @@ def count(folder: str, max_length: int | None, max_line_bytes: int) -> None:
         counter.take(reader.finish())
         answer: dict[str, Any] = {"figures": counter.figures()}
     except BaseException as error:  # noqa: BLE001  # the library's panic is no Exception
-        answer = {"refusal": f"{type(error).__name__}: {error}"[:SAID_CHARACTERS]}
+        answer = {"refusal": in_words(error)}
     print(json.dumps(answer))  # noqa: T201  # that is its answer
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from modelyard.evidence import in_words
+
 TIMEOUT_S = 60.0
 BOUNDARY = "modelyard-demo-5b0d3c1f"
 
@@ -123,7 +125,7 @@ class Client:
         return connection, response
 
     def _unreachable(self, error: Exception) -> DemoFailed:
-        return DemoFailed(f"The server at {self.base_url} does not answer: {error or type(error).__name__}.")
+        return DemoFailed(f"The server at {self.base_url} does not answer: {in_words(error)}.")
 
 
 def _form(file: Path) -> bytes:

@@ -15,6 +15,8 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from modelyard import evidence
+
 log = logging.getLogger(__name__)
 
 #: Names the file, in an engine's environment.
@@ -46,7 +48,7 @@ def cure(name: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
             try:
                 change()
             except Exception as caught:  # vLLM would end the engine over a plugin that raises
-                error = f"{type(caught).__name__}: {caught}"[:500]
+                error = evidence.in_words(caught)
                 log.warning("The cure %s does not take effect.", name, exc_info=True)
             _note(name, error)
 

@@ -18,6 +18,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from modelyard import evidence
 from modelyard.errors import is_out_of_files
 
 HEALTH_TIMEOUT_S = 5.0
@@ -232,7 +233,7 @@ class EngineClient:
         except TimeoutError:
             return f"no answer within {timeout_s:g} s"
         except self._errors as error:
-            return f"{type(error).__name__}: {error}"
+            return evidence.in_words(error)
 
     async def _ask(self, path: str, body: dict[str, Any], timeout_s: float) -> dict[str, Any] | Wrong:
         try:
@@ -244,7 +245,7 @@ class EngineClient:
         except TimeoutError:
             return Wrong(f"no answer within {timeout_s:g} s", is_final=False)
         except self._errors as error:
-            return Wrong(f"{type(error).__name__}: {error}", is_final=False)
+            return Wrong(evidence.in_words(error), is_final=False)
         try:
             found = json.loads(text)
         except ValueError:

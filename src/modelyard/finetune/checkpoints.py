@@ -25,6 +25,7 @@ from uuid import UUID
 
 from modelyard import tasks
 from modelyard.errors import ModelyardError, UnsafePath
+from modelyard.evidence import in_words
 from modelyard.paths import below, remove_tree
 from modelyard.storage import Storage, delete_prefix
 
@@ -250,7 +251,7 @@ def _entries(content: bytes) -> list[dict[str, str]]:
         entries = json.loads(content)["files"]
         found = [{"name": str(entry["name"]), "sha256": str(entry["sha256"])} for entry in entries]
     except (ValueError, TypeError, KeyError) as error:
-        raise DamagedCheckpoint(f"a manifest cannot be read: {error!r}") from None
+        raise DamagedCheckpoint(f"a manifest cannot be read: {in_words(error)}") from None
     for entry in found:
         # Nobody but this server should have written it, but a name must not lead elsewhere all the same.
         try:

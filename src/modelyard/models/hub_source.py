@@ -25,6 +25,7 @@ from huggingface_hub.utils._runtime import is_xet_available
 from huggingface_hub.utils._xet import is_valid_xet_hash
 
 from modelyard.errors import JobFailure
+from modelyard.evidence import in_words
 from modelyard.models.listing import BadListing, Entry, decompressed, is_size, parse, refused
 from modelyard.models.transfer import NETWORK_HINT, SourceFile, TryAgain
 
@@ -165,8 +166,8 @@ def explain(error: Exception, model_id: str, revision: str, *, has_token: bool) 
         return _status(error.response.status_code, model_id, has_token)
     name = type(error).__name__
     if "Connect" in name or "Proxy" in name:
-        return TryAgain("no_network", f"{constants.ENDPOINT} cannot be reached ({error}).", NETWORK_HINT)
-    return TryAgain("connection_lost", f"The connection to the hub was lost ({name}).", NETWORK_HINT)
+        return TryAgain("no_network", f"{constants.ENDPOINT} cannot be reached ({in_words(error)}).", NETWORK_HINT)
+    return TryAgain("connection_lost", f"The connection to the hub was lost ({in_words(error)}).", NETWORK_HINT)
 
 
 def _gated(model_id: str, has_token: bool) -> JobFailure:

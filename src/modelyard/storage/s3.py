@@ -14,6 +14,7 @@ from typing import Any
 
 from modelyard import tasks
 from modelyard.errors import ModelyardError, ObjectNotFound, StorageUnavailable, TooLarge
+from modelyard.evidence import in_words
 from modelyard.storage.protocol import (
     ListedObject,
     SignedUpload,
@@ -260,7 +261,7 @@ class S3Storage:
             )
         answer = getattr(error, "response", None)
         if answer is None:
-            return StorageAway(f"{where} cannot be reached ({name}): is MODELYARD_S3_ENDPOINT_URL right?")
+            return StorageAway(f"{where} cannot be reached ({in_words(error)}): is MODELYARD_S3_ENDPOINT_URL right?")
         code = str(answer.get("Error", {}).get("Code", ""))
         status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
         if code == "NoSuchBucket":

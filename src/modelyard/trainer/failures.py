@@ -67,13 +67,13 @@ def as_failure(error: BaseException) -> JobFailure:
     if is_out_of_memory(error):
         return JobFailure(
             "out_of_memory",
-            f"Memory did not suffice: {in_words(error)}",
+            f"Memory did not suffice: {evidence.in_words(error)}.",
             "Train with a smaller batch_size or max_seq_len, or free memory.",
             shown,
         )
     return JobFailure(
         "trainer_failed",
-        f"The trainer ended by an error that it does not know: {type(error).__name__}: {in_words(error)}",
+        f"The trainer ended by an error that it does not know: {evidence.in_words(error)}.",
         "Its log has the whole of it.",
         shown,
     )
@@ -82,9 +82,3 @@ def as_failure(error: BaseException) -> JobFailure:
 def size(number: int | float) -> str:
     """Return bytes in words, such as `1.50 GiB`."""
     return f"{number / GIB:.2f} GiB" if number >= GIB / 10 else f"{number / MIB:.1f} MiB"
-
-
-def in_words(error: BaseException) -> str:
-    """Return what an error says, as one line without paths or secrets that ends with a full stop."""
-    said = " ".join(evidence.redacted(str(error)).split())
-    return f"{said[:300].rstrip('.') or 'no more is known'}."

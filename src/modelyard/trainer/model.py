@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from modelyard.errors import JobFailure
+from modelyard.evidence import in_words
 from modelyard.models import config_file
-from modelyard.trainer.failures import in_words, is_out_of_memory
+from modelyard.trainer.failures import is_out_of_memory
 from modelyard.trainer.layers import adapted, layers_to_adapt
 from modelyard.trainer.reports import Reports
 from modelyard.trainer.spec import Spec
@@ -38,7 +39,7 @@ def load_tokenizer(spec: Spec) -> Any:
             raise
         raise JobFailure(
             "bad_tokenizer",
-            f"The tokenizer of {spec.model_id} cannot be read: {type(error).__name__}: {in_words(error)}",
+            f"The tokenizer of {spec.model_id} cannot be read: {in_words(error)}.",
             "Download or import the model again, with its tokenizer's files (tokenizer.json, tokenizer_config.json).",
         ) from error
 
@@ -71,7 +72,7 @@ def load_base(spec: Spec, report: Reports) -> Any:
             raise
         raise JobFailure(
             "bad_weights",
-            f"The weights of {spec.model_id} cannot be loaded: {type(error).__name__}: {in_words(error)}",
+            f"The weights of {spec.model_id} cannot be loaded: {in_words(error)}.",
             "Download or import the model again.",
         ) from error
     model.requires_grad_(False)
@@ -160,7 +161,7 @@ def read_config(spec: Spec) -> Any:
     except Exception as error:
         raise JobFailure(
             "bad_configuration",
-            f"The config.json of {spec.model_id} is not valid: {in_words(error)}",
+            f"The config.json of {spec.model_id} is not valid: {in_words(error)}.",
             "Download or import the model again.",
         ) from error
 

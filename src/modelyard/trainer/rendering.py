@@ -23,6 +23,7 @@ from typing import Any
 
 from modelyard.datasets import conversations
 from modelyard.errors import JobFailure
+from modelyard.evidence import in_words
 from modelyard.trainer.completions import (
     MARK,
     THOUGHT,
@@ -183,8 +184,7 @@ class Renderer:
                 strftime_now=self._now,
             )
         except Exception as error:  # noqa: BLE001  # a template is a program, and may raise anything
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise Refused(f"the chat template does not take it: {reason}") from None
+            raise Refused(f"the chat template does not take it: {in_words(error)}") from None
         return str(text)
 
     def _turn(self, said: Sequence[Message], tools: list[Any] | None, at: int) -> _Turn:

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from modelyard.errors import JobFailure
-
-SAID_CHARACTERS = 300
+from modelyard.evidence import in_words
 
 
 def main(folder: str, model_id: str, longest: int | None, max_line_bytes: int) -> None:
@@ -29,7 +28,7 @@ def main(folder: str, model_id: str, longest: int | None, max_line_bytes: int) -
     except JobFailure as failure:
         found = {"refusal": failure.message}
     except BaseException as error:  # noqa: BLE001  # the tokenizer's library panics with no Exception
-        found = {"refusal": f"{type(error).__name__}: {error}"[:SAID_CHARACTERS]}
+        found = {"refusal": in_words(error)}
     _say(found)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from modelyard.errors import JobFailure
+from modelyard.evidence import in_words
 from modelyard.trainer import memory, ranks
 from modelyard.trainer.batches import Micro, Rows, collate, in_lines
 from modelyard.trainer.checkpoints import sync
@@ -154,7 +155,7 @@ class Sizing:
             f"{size(allowed.total_bytes)} that this training may take {size(allowed.free_bytes)} are free.",
             (f"What should fit: {words}. " if words else "Train a smaller model, or give it more memory. ")
             + ("With batch_size auto it looks by itself for what fits." if self._asked else ""),
-            [str(error).splitlines()[0][:300] if str(error) else type(error).__name__],
+            [in_words(error)],
         )
 
     def _set(self, step: int, rows: int) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from modelyard.evidence import in_words
 from modelyard.trainer.default_template import default_template
 
 #: Texts of many scripts: a normaliser that grows a text grows one of them.
@@ -21,7 +22,6 @@ SAMPLE = (
     "".join(map(chr, range(0x391, 0x450))),
     "\t\r\n  the quick brown fox 0123456789 \u4e2d\u6587 \u0639\u0631\u0628\u064a \U0001f600",
 )
-SAID_CHARACTERS = 200
 
 
 def attempt(folder: Path) -> dict[str, str]:
@@ -31,7 +31,7 @@ def attempt(folder: Path) -> dict[str, str]:
         with suppress(Exception):
             Tokenizer.from_file(str(folder / "tokenizer.json")).encode_batch(list(SAMPLE))
     except BaseException as error:  # noqa: BLE001  # a panic of the library
-        return {"refusal": f"{type(error).__name__}: {error}"[:SAID_CHARACTERS]}
+        return {"refusal": in_words(error)}
     return {"template": template}
 
 
