@@ -28,10 +28,9 @@ from modelyard.deploy.model_shape import ModelFiles
 from modelyard.deploy.schemas import EngineOptions
 from modelyard.errors import JobFailure, ModelyardError
 from modelyard.filters import Limits
-from modelyard.finetune import trainable
 from modelyard.finetune.needs import estimate
 from modelyard.finetune.schemas import HyperparametersIn
-from modelyard.models import config_file, scan, selection
+from modelyard.models import config_file, scan, selection, trainable
 from modelyard.models.listing import BadListing, parse
 from modelyard.models.tokenizer_child import TokenizerChildren
 from tests.hostile_tokenizers import tokenizer

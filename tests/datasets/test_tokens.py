@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from modelyard.datasets.tokens import max_length
+from modelyard.datasets.model_figures import max_length
 from modelyard.demo.tiny_llama import make_llama
 from tests.datasets.forms import FORM_HEADERS, chat, jsonl, upload
 from tests.datasets.test_routes import UPLOAD, objects, until
@@ -33,6 +33,10 @@ def test_tokens_are_those_of_the_models_own_tokenizer_and_are_kept(tmp_path: Pat
     config = imports / "forgetful" / "tokenizer_config.json"
     (imports / "forgetful" / "chat_template.jinja").unlink(missing_ok=True)
     config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | {"chat_template": FORGETFUL}), "utf-8")
+    for name, (_, changes) in REFUSED.items():
+        shutil.copytree(imports / "tiny", imports / name)
+        config = imports / name / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | changes), "utf-8")
     tokenizer = Tokenizer.from_file(str(imports / "tiny" / "tokenizer.json"))
     limit = max_length(imports / "tiny")
     assert limit is not None
@@ -62,6 +66,13 @@ def test_tokens_are_those_of_the_models_own_tokenizer_and_are_kept(tmp_path: Pat
         assert objects(server) == []
 
 
+#: Models that no training takes, with the code that says so.
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "quantised": ("not_trainable", {"quantization_config": {"quant_method": "awq"}}),
+    "short": ("tokens_beyond_embedding", {"vocab_size": 200}),
+}
+
+
 def what_trains(server: Server) -> None:
     """Ask what a training would learn from with a model whose template leaves rows out."""
     need_transformers()
@@ -75,8 +86,18 @@ def what_trains(server: Server) -> None:
     reason = "the chat template leaves out message 1, whose role is system"
     assert (found["left_out_rows"], found["left_out"]) == (1, [{"line": 2, "reason": reason}])
     assert 0 < found["learnt_tokens"] < found["tokens"]
-    assert [name for name in objects(server) if "trains-" in name]
+    assert [name for name in objects(server) if "trainable-" in name]
     assert server.get(path).json()["trains"] == found
+    for name, (code, _) in REFUSED.items():
+        add(server, name)
+        answer = server.get(f"/api/v1/datasets/{dataset['id']}/report?model_id=local:{name}")
+        assert answer.status == 200, answer.text
+        trains = answer.json()["trains"]
+        assert (trains["refusal"]["code"], trains["rows"], trains["unknown"]) == (code, None, None), name
+        wanted = {"name": "x", "model_id": f"local:{name}", "dataset_id": dataset["id"]}
+        refused = server.request("POST", "/api/v1/finetune/plan/", json_body=wanted, timeout_s=240.0)
+        error = refused.json()["error"]
+        assert (refused.status, error["code"], error["message"]) == (422, code, trains["refusal"]["message"])
     assert server.delete(f"/api/v1/datasets/{dataset['id']}").status == 200
 
 

@@ -57,7 +57,7 @@ class KilledAfter:
 def rows() -> Any:
     """Return rows of chance tokens, of each of which all but the first is learnt."""
     from modelyard.trainer.batches import Rows
-    from modelyard.trainer.rows import Example
+    from modelyard.trainer.examples import Example
 
     chance = random.Random(1)
     drawn = [[chance.randrange(3, 2000) for _ in range(length)] for length in (40, 30, 24, 16, 16, 12, 8, 8)]

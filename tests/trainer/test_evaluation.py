@@ -69,7 +69,7 @@ def model(base: Path) -> Any:
 
 def held_out(tokenizer: Any, answers: list[str], questions: list[str] | None = None) -> list[Any]:
     """Return rows as `rows.prepare` holds them back: a question, what was wanted, and its tokens."""
-    from modelyard.trainer.rows import Example, HeldOut
+    from modelyard.trainer.examples import Example, HeldOut
 
     found = []
     for number, (question, answer) in enumerate(zip(questions or QUESTIONS, answers, strict=True)):
@@ -140,7 +140,7 @@ def test_batches_of_any_size_give_the_loss_and_the_answers_of_each_row_alone(
 
 def test_a_text_that_was_held_back_has_a_loss_and_is_not_asked(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     from modelyard.trainer.evaluation import expected_seconds
-    from modelyard.trainer.rows import Example, HeldOut
+    from modelyard.trainer.examples import Example, HeldOut
 
     ids = tokenizer("The mill at Hald stands empty.")["input_ids"]
     text = HeldOut(9, [], None, (), "", Example(9, ids, [-100, *ids[1:]]))

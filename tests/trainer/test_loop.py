@@ -22,7 +22,7 @@ if importlib.util.find_spec("numpy") is None:  # pragma: no cover
 def of_lengths(lengths: list[int]) -> Any:
     needs_training()
     from modelyard.trainer.batches import Rows
-    from modelyard.trainer.rows import Example
+    from modelyard.trainer.examples import Example
 
     return Rows([Example(at + 1, [7] * length, [-100, *[7] * (length - 1)]) for at, length in enumerate(lengths)])
 
@@ -77,7 +77,7 @@ def test_a_step_is_cut_into_forward_passes_where_that_costs_less_than_its_paddin
 def test_logits_are_made_where_something_is_learnt_and_targets_are_the_tokens_after() -> None:
     needs_training()
     from modelyard.trainer.batches import Rows, collate
-    from modelyard.trainer.rows import Example
+    from modelyard.trainer.examples import Example
 
     data = Rows([Example(1, [1, 2, 3, 4], [-100, -100, 3, 4]), Example(2, [5, 6, 7], [-100, 6, -100])])
     micro = collate(data, [(0,), (1,)], 0)

@@ -38,7 +38,7 @@ def of_lengths(*lengths: int) -> Any:
     """Return rows of chance tokens, of each of which all but the first is learnt."""
     needs_training()
     from modelyard.trainer.batches import Rows
-    from modelyard.trainer.rows import Example
+    from modelyard.trainer.examples import Example
 
     chance = random.Random(1)
     drawn = [[chance.randrange(3, 500) for _ in range(length)] for length in lengths]

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from modelyard.errors import JobFailure
+from modelyard.trainer import held_back
+from modelyard.trainer.examples import Prepared
 from modelyard.trainer.labels import IGNORED
 from modelyard.trainer.reports import Reports
-from modelyard.trainer.rows import Prepared, held_back_count, prepare
+from modelyard.trainer.rows import prepare
 from modelyard.trainer.spec import Hyperparameters, Mode, Spec
 from modelyard.trainer.stall_watch import StallWatch
 from tests.trainer.templates import FAMILIES, FORGETFUL, HEADERS, byte_tokenizer, need_transformers
@@ -228,7 +230,7 @@ def test_a_dataset_that_is_gone_fails(desk: Desk) -> None:
     ],
 )
 def test_so_many_rows_are_held_back(rows: int, split: float | None, count: int) -> None:
-    assert held_back_count(rows, split) == count
+    assert held_back.count(rows, split) == count
 
 
 def test_what_is_held_back_depends_on_the_seed_alone(desk: Desk) -> None:

@@ -34,9 +34,9 @@ def train(run: Run, steps: int, target: str = "q_proj") -> tuple[Any, Any]:
 
     from modelyard.trainer.batches import Rows
     from modelyard.trainer.checkpoints import Checkpoints
+    from modelyard.trainer.examples import Example
     from modelyard.trainer.loop import Training
     from modelyard.trainer.model import adapter_weights
-    from modelyard.trainer.rows import Example
 
     chance = random.Random(1)
     drawn = [[chance.randrange(3, 2000) for _ in range(12)] for _ in range(12)]

@@ -14,6 +14,7 @@ from starlette.responses import Response, StreamingResponse
 from modelyard.datasets import actions, intake, reading, tokens, trainable_rows
 from modelyard.datasets.download import content_disposition, part_of
 from modelyard.datasets.mapping import parse
+from modelyard.datasets.model_figures import StoredModel
 from modelyard.datasets.multipart import OTHER_BYTES, FormFile
 from modelyard.datasets.recognition import HEAD_BYTES
 from modelyard.datasets.schemas import DatasetOut, PageOut, ReportOut, Tokens, Trains
@@ -206,29 +207,26 @@ async def get_report(
     """Return what is in a dataset: rows, turns, roles, lengths, duplicates, warnings, and the lines left out.
 
     With `model_id` also how long the rows are in that model's tokens, how many would be truncated, and what a training
-    would learn from: the rows as the trainer renders them, and the reasons of those left out (`trains`). The first such
+    would learn from: the rows as the trainer renders them, and the reasons of those left out (`trains`), or the refusal
+    that POST /api/v1/finetune/ and its plan would answer with. The first such
     request counts them, which takes seconds for a large dataset; the figures are kept.
     """
     async with sessions.read() as session:
         dataset = await actions.get(session, dataset_id)
         model = await models.get(session, model_id) if model_id is not None else None
+        named = model
         if model is not None and model.adapter and model.base_model_id is not None:
             model = await models.get(session, model.base_model_id)  # an adapter speaks its base's tokens
     report = ReportOut.model_validate((await reading.about(storage, dataset)).report)
-    if model is not None:
+    if model is not None and named is not None:
         await bring_back(settings.models_dir, [model], None)
-        asked: dict[str, Any] = {
-            "folder": store.folder_of(settings.models_dir, model.path),
-            "model_id": model.model_id,
-            "commit": model.commit,
-            "max_line_bytes": settings.dataset_line_mib * MIB,
-        }
-        children = request.app.state.tokenizer_children
-        figures = await tokens.tokens_of(sessions, storage, children, dataset, **asked)
-        report.tokens = Tokens.model_validate(figures)
-        report.trains = Trains.model_validate(
-            await trainable_rows.trains(sessions, storage, children, dataset, **asked)
-        )
+        folder = store.folder_of(settings.models_dir, model.path)
+        stored = StoredModel(model.model_id, model.commit, folder, settings.dataset_line_mib * MIB)
+        asked = sessions, storage, request.app.state.tokenizer_children, dataset, stored
+        report.tokens = Tokens.model_validate(await tokens.tokens_of(*asked))
+        is_own = settings.trainer_python is not None
+        found = await trainable_rows.trains(*asked, named=named, is_own_python=is_own)
+        report.trains = Trains.model_validate(found)
     return report
 
 

@@ -165,6 +165,13 @@ class LeftOut(BaseModel):
     reason: str = Field(examples=["the chat template leaves out message 1, whose role is system"])
 
 
+class Refusal(BaseModel):
+    """The error that a training with this model and these rows would be refused with."""
+
+    code: str = Field(examples=["tokens_beyond_embedding"])
+    message: str
+
+
 class Trains(BaseModel):
     """The rows that a training with a model, and without settings, would learn from, by the trainer's own rendering."""
 
@@ -172,6 +179,8 @@ class Trains(BaseModel):
 
     unknown: str | None = None
     """Why that cannot be said; then there is nothing else."""
+    refusal: Refusal | None = None
+    """What POST /api/v1/finetune/ or its plan would be refused with. With figures only where the rows are the cause."""
     rows: int | None = None
     """Rows that are learnt from, those that would be held back to measure by among them."""
     tried_rows: int | None = None

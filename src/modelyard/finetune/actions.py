@@ -29,8 +29,8 @@ from modelyard.jobs import actions as jobs
 from modelyard.jobs.tables import ACTIVE, Job, JobStatus
 from modelyard.models import actions as models
 from modelyard.models.ids import TRAINED
-from modelyard.models.kinds import Task
 from modelyard.models.tables import Model
+from modelyard.models.trainable import check_kind
 
 KIND = "FT"
 #: An adapter's id is this long at most, without what tells it from another of the name.
@@ -222,21 +222,7 @@ async def trainable(session: AsyncSession, model_id: str) -> Model:
         Unprocessable: it is an adapter, or embeds.
     """
     model = await models.get_for_use(session, model_id)
-    if model.adapter:
-        raise Unprocessable(
-            f"'{model_id}' is an adapter: train its base"
-            + (f", '{model.base_model_id}'" if model.base_model_id else "")
-            + ", on a dataset that has what the adapter has learnt as well.",
-            param="model_id",
-            code="is_adapter",
-        )
-    if model.task != Task.GENERATE:
-        raise Unprocessable(
-            f"'{model_id}' turns text into vectors, and only generative models are trained: "
-            "GET /api/v1/finetune/models/ lists them.",
-            param="model_id",
-            code="not_generative",
-        )
+    check_kind(model)
     return model
 
 

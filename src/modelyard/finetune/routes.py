@@ -13,14 +13,14 @@ from modelyard.datasets.routes import Storage
 from modelyard.deploy import without_adapters
 from modelyard.deploy.machine import this_machine
 from modelyard.errors import NotTrainable, Unprocessable
-from modelyard.finetune import actions, checkpoints, curves, trainable
+from modelyard.finetune import actions, checkpoints, curves
 from modelyard.finetune.schemas import FinetuneDetailOut, FinetuneIn, FinetuneOut
 from modelyard.http import Sessions, Settings, documented, router
 from modelyard.jobs import actions as jobs
 from modelyard.jobs.routes import Runner
 from modelyard.jobs.schemas import JobOut
 from modelyard.models import actions as models
-from modelyard.models import store
+from modelyard.models import store, trainable
 from modelyard.models.kinds import Task
 from modelyard.models.lost import bring_back
 from modelyard.models.schemas import ModelOut

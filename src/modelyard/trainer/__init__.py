@@ -6,8 +6,9 @@ a model's folder, and writes into folders that the server gave it.
 
 - what is learnt: `rendering` (a conversation as text, and what of it is learnt), by `completions` (what follows on a
   prompt) and `content_format` (contents as text, or in parts); `labels` (the same as tokens), `messages`,
-  `rows` (which rows, and which are held back), `default_template` (for models without one),
-  `text_parts` (several texts of one message), `texts` (rows that are one text),
+  `rows` (which rows, as `examples`), `held_back` (which of them are not learnt), `preparation` (all of that at once),
+  `default_template` (for models without one), `text_parts` (several texts of one message), `texts` (rows that are one
+  text),
   `tokenizer_trial` (whether the tokenizer can be used at all) and `row_trial` (which rows a model's template takes),
   both in children with limits of their own
 - how: `choices` (settings that were left open), `model` (the base and its adapter), `layers` (which of its layers have

@@ -17,16 +17,15 @@ import shutil
 import signal
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from modelyard.trainer import choices, memory, ranks, vocabulary
+from modelyard.trainer import choices, memory, ranks
 from modelyard.trainer.failures import as_failure
+from modelyard.trainer.preparation import prepare_all
 from modelyard.trainer.reports import Reports, finite
-from modelyard.trainer.results import failed, leave, write_result
+from modelyard.trainer.results import failed, write_result
 from modelyard.trainer.spec import Mode, Spec
-from modelyard.trainer.stall_watch import StallWatch
 
 log = logging.getLogger("modelyard.trainer")
 
@@ -109,21 +108,11 @@ def train(spec: Spec, report: Reports, stop: _Stop) -> dict[str, Any]:
     """Train an adapter, or go on where an attempt before was ended, and score it."""
     report.phase("loading")
     ranks.meet()
-    from modelyard.trainer.model import device_name, load_base, load_tokenizer, max_length, read_config, with_adapter
-    from modelyard.trainer.rows import prepare
-
-    config = read_config(spec)
-    memory.hold_to(spec.memory_bytes)
-    tokenizer = load_tokenizer(spec)
-    watch = StallWatch(spec.model_id, partial(leave, spec))
-    prepared = prepare(spec, tokenizer, max_length(config), report, watch)
-
-    vocabulary.check(
-        spec.model_id, config, tokenizer,
-        (one.input_ids for one in (*prepared.train, *(each.example for each in prepared.held_out))),
-    )  # fmt: skip
-
     from modelyard.trainer.batches import Rows
+    from modelyard.trainer.model import device_name, load_base, with_adapter
+
+    ready = prepare_all(spec, report)
+    config, tokenizer, prepared, watch = ready.config, ready.tokenizer, ready.rows, ready.watch
 
     rows, held_out = Rows(prepared.train), Rows([each.example for each in prepared.held_out])
     chosen = choices.choose(spec.hyperparameters, len(rows), config)

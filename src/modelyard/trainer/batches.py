@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from modelyard.trainer import choices, ranks
-from modelyard.trainer.rows import Example
+from modelyard.trainer.examples import Example
 from modelyard.trainer.spec import Hyperparameters
 
 IGNORED = -100

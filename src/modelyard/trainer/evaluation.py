@@ -21,9 +21,10 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 
 from modelyard.trainer.certainty import CONFIDENCE, RowLoss, lowered
+from modelyard.trainer.examples import Example, HeldOut
 from modelyard.trainer.failures import is_out_of_memory
 from modelyard.trainer.reports import Reports
-from modelyard.trainer.rows import Example, HeldOut, decoded
+from modelyard.trainer.rows import decoded
 from modelyard.trainer.scores import Verdict, is_exact, mean, rouge_l, verdict
 from modelyard.trainer.stall_watch import StallWatch
 

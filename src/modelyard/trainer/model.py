@@ -18,13 +18,13 @@ from modelyard.models import config_file
 from modelyard.trainer.failures import is_out_of_memory
 from modelyard.trainer.layers import adapted, layers_to_adapt
 from modelyard.trainer.reports import Reports
-from modelyard.trainer.spec import Spec
+from modelyard.trainer.spec import Base, Spec
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
 
-def load_tokenizer(spec: Spec) -> Any:
+def load_tokenizer(spec: Base) -> Any:
     """Return the model's tokenizer.
 
     Raises:
@@ -125,7 +125,7 @@ def device_name(device: Any) -> str:
     return f"the processor ({torch.get_num_threads()} threads)"
 
 
-def read_config(spec: Spec) -> Any:
+def read_config(spec: Base) -> Any:
     """Return the base's configuration, after refusing what cannot be trained.
 
     Raises:

@@ -8,15 +8,14 @@ an estimate.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from modelyard.errors import JobFailure
-from modelyard.trainer import choices, forecast, measurements, memory, vocabulary
+from modelyard.trainer import choices, forecast, measurements, memory
+from modelyard.trainer.examples import Prepared
 from modelyard.trainer.forecast import Basis
+from modelyard.trainer.preparation import prepare_all
 from modelyard.trainer.reports import Reports
-from modelyard.trainer.results import leave
-from modelyard.trainer.rows import Prepared, prepare
 from modelyard.trainer.spec import Spec
 from modelyard.trainer.stall_watch import StallWatch
 
@@ -35,18 +34,10 @@ def plan(spec: Spec, report: Reports) -> dict[str, Any]:
     """
     report.phase("loading")
     from modelyard.trainer.batches import Course, Rows
-    from modelyard.trainer.model import load_tokenizer, max_length, read_config
 
-    config = read_config(spec)
     available = memory.budget(spec.memory_bytes).total_bytes
-    memory.hold_to(spec.memory_bytes)
-    tokenizer = load_tokenizer(spec)
-    watch = StallWatch(spec.model_id, partial(leave, spec))
-    prepared = prepare(spec, tokenizer, max_length(config), report, watch)
-    vocabulary.check(
-        spec.model_id, config, tokenizer,
-        (one.input_ids for one in (*prepared.train, *(each.example for each in prepared.held_out))),
-    )  # fmt: skip
+    ready = prepare_all(spec, report)
+    config, tokenizer, prepared, watch = ready.config, ready.tokenizer, ready.rows, ready.watch
     rows = Rows(prepared.train)
     chosen = choices.choose(spec.hyperparameters, len(rows), config)
     spec = replace(spec, hyperparameters=choices.filled(spec.hyperparameters, chosen))

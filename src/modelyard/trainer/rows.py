@@ -1,18 +1,15 @@
-"""The rows of a dataset that are learnt from, those that are held back, and a report on them.
+"""The rows of a dataset that are learnt from, and a report on them.
 
 Rows are read as a stream, exactly those that the dataset's report counts. One that is too long is cut at its end; one
 that the chat template does not take, or of which nothing learnt is left, is left out and listed with its line and the
-reason. Of a text every token is learnt, in pieces of that length. What is held back is drawn by the seed among the rows
-that are whole and have no copy among the others: a row that was learnt is no test. The same file and settings give the
-same examples, in the file's order, on every machine.
+reason. Of a text every token is learnt, in pieces of that length. `held_back` says which rows are not learnt. The same
+file and settings give the same examples, in the file's order, on every machine.
 """
 
 from __future__ import annotations
 
 import hashlib
-import random
 from array import array
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,8 +19,9 @@ from typing import Any
 from modelyard.datasets.canonical import Row
 from modelyard.datasets.lines import rows_of
 from modelyard.errors import JobFailure
-from modelyard.trainer import cutting, texts
+from modelyard.trainer import cutting, held_back, texts
 from modelyard.trainer.default_template import default_template, processors_template
+from modelyard.trainer.examples import Example, HeldOut, Kept, Prepared, Probe
 from modelyard.trainer.labels import IGNORED, Labelled, Labeller
 from modelyard.trainer.messages import as_sent, messages_of
 from modelyard.trainer.model_files import stop_ids_of
@@ -33,9 +31,6 @@ from modelyard.trainer.spec import Spec
 from modelyard.trainer.stall_watch import StallWatch
 
 DEFAULT_LENGTH = 4096
-HELD_BACK = 0.05
-#: Fewer rows than this are all learnt from, unless a part is asked for.
-FEWEST_TO_SPLIT = 20
 #: Left-out rows that are listed.
 LISTED = 20
 #: Rows that are tokenised at once, and characters after which no more are added: while they are looked at, a token
@@ -43,71 +38,10 @@ LISTED = 20
 BATCH = 512
 BATCH_CHARACTERS = 512 * 1024
 BLOCK_BYTES = 1024 * 1024
-PROBED_ROWS = 4
-PROBE_TOKENS = 1024
 FIXED_PROBES: tuple[list[dict[str, Any]], ...] = (
     [{"role": "user", "content": "Hello! What can you do?"}],
     [{"role": "user", "content": "Привет, 世界! Ça va, naïve Ω? 🙂\n\n\tx  = 10_000.5;  "}],
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """Something to learn from: labels are as long as the ids, IGNORED (-100) where nothing is learnt, not shifted.
-
-    Both are arrays of 32-bit integers where `prepare` made them: a list of Python's takes nine times the memory.
-    """
-
-    line: int
-    input_ids: Sequence[int]
-    labels: Sequence[int]
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """A row that is not learnt from: its last answer as a question that a model can be asked.
-
-    `messages` and `tools` are the request, `prompt_ids` what the engine makes of it, and `answer` the text that should
-    come back, special tokens left out. `example` measures the loss; a text, in which nobody is asked, has only that.
-    """
-
-    line: int
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None
-    prompt_ids: Sequence[int]
-    answer: str
-    example: Example
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A request, and the tokens that the engine must make of its prompt if it is to fit what was learnt."""
-
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None
-    token_ids: list[int]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A dataset's prepared rows. `facts` are JSON; `template` is the chat template that all was rendered with."""
-
-    train: list[Example]
-    held_out: list[HeldOut]
-    probes: list[Probe]
-    facts: dict[str, Any]
-    template: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    line: int
-    examples: list[Example]
-    is_cut: bool
-    #: Tokens before its last answer; None of a text.
-    prompt_length: int | None
-    #: The same for exact duplicates only.
-    key: bytes
 
 
 def prepare(spec: Spec, tokenizer: Any, max_model_len: int | None, report: Reports, watch: StallWatch) -> Prepared:
@@ -122,17 +56,15 @@ def prepare(spec: Spec, tokenizer: Any, max_model_len: int | None, report: Repor
     report.phase("tokenizing")
     limit = length_limit(spec.hyperparameters.max_seq_len, max_model_len)
     now = datetime.fromtimestamp(spec.now, UTC) if spec.now else None
-    folder = Path(spec.model_dir)
-    tokenizer.chat_template = tokenizer.chat_template or processors_template(folder)
-    renderer = Renderer(tokenizer, stop_ids_of(folder), now, lambda: default_template(folder))
-    reading = Reading(spec.data, spec.max_line_bytes, renderer, Labeller(renderer, limit), limit, watch)
+    reading = Reading.of(spec.data, spec.max_line_bytes, Path(spec.model_dir), tokenizer, limit, watch, now)
+    renderer = reading.renderer
     kept = reading.read(report)
     if not kept:
-        raise _nothing(reading, limit)
-    chosen, duplicates = _held_back(kept, spec.hyperparameters.validation_split, spec.hyperparameters.seed)
-    notes = _notes(kept, chosen, duplicates, spec, report)
+        raise reading.nothing_to_learn()
+    chosen, duplicates = held_back.chosen(kept, spec.hyperparameters.validation_split, spec.hyperparameters.seed)
+    notes = held_back.notes(kept, chosen, duplicates, spec, report)
     train = [example for row in kept if row.line not in chosen for example in row.examples]
-    probed = _probed(kept, spec.hyperparameters.seed)
+    probed = held_back.probed(kept, spec.hyperparameters.seed)
     held_out, probes = reading.read_again({row.line: row for row in kept if row.line in chosen}, probed)
     learnt = sum(len(one.labels) - one.labels.count(IGNORED) for one in train)
     facts = {
@@ -174,7 +106,6 @@ def length_limit(wanted: int | None, max_model_len: int | None) -> int:
     return wanted
 
 
-#: A row's line and its pieces.
 @dataclass(frozen=True)
 class _Rendered:
     """A row as texts. `is_cut`: what surely was too much is not among them."""
@@ -199,24 +130,51 @@ class Reading:
     ) -> None:
         self._data = data
         self._max_line_bytes = max_line_bytes
-        self._renderer = renderer
+        self.renderer = renderer
         self._labeller = labeller
         self._limit = limit
         self._watch = watch
         self.left_out = 0
         self.listed: list[dict[str, Any]] = []
 
-    def read(self, report: Reports) -> list[_Kept]:
+    @classmethod
+    def of(
+        cls, data: str, max_line_bytes: int, folder: Path, tokenizer: Any, limit: int, watch: StallWatch,
+        now: datetime | None = None,
+    ) -> Reading:  # fmt: skip
+        """Return a reading of a dataset for the model in a folder; `now` is what templates are told.
+
+        Raises:
+            JobFailure: `no_stop_token`, `bad_chat_template` or `unsupported_tokenizer`.
+        """
+        tokenizer.chat_template = tokenizer.chat_template or processors_template(folder)
+        renderer = Renderer(tokenizer, stop_ids_of(folder), now, lambda: default_template(folder))
+        return cls(data, max_line_bytes, renderer, Labeller(renderer, limit), limit, watch)
+
+    def read(self, report: Reports) -> list[Kept]:
         """Return the rows that can be learnt from, as tokens."""
         size = Path(self._data).stat().st_size if Path(self._data).is_file() else 0
-        kept: list[_Kept] = []
+        kept: list[Kept] = []
         rendered = self._rendered()
         while batch := _batch(rendered):
             kept += self._kept(batch)
             report.progress(self._bytes, size, "bytes")
         return kept
 
-    def read_again(self, held: dict[int, _Kept], probed: set[int]) -> tuple[list[HeldOut], list[Probe]]:
+    def nothing_to_learn(self) -> JobFailure:
+        """Return the failure of a dataset of which `read` has returned no row."""
+        if not self.left_out:
+            return JobFailure(
+                "nothing_to_learn", "The dataset has no row that can be learnt from.", "Look at its report."
+            )
+        return JobFailure(
+            "nothing_to_learn",
+            f"None of the dataset's {self.left_out} rows can be learnt from with this model.",
+            "Change the rows, or choose another model: see the reasons.",
+            [f"line {one['line']}: {one['reason']}" for one in self.listed],
+        )
+
+    def read_again(self, held: dict[int, Kept], probed: set[int]) -> tuple[list[HeldOut], list[Probe]]:
         """Return the rows of `held` as questions, and probes: the lines of `probed`, and the fixed ones."""
         held_out, probes = [], []
         last = max({*held, *probed}, default=0)
@@ -227,7 +185,7 @@ class Reading:
             elif line in held or line in probed:
                 messages, tools = self._within(line, messages_of(row)), row.tools
                 with self._watch.rendering(_place(line)):
-                    pieces = self._renderer.pieces(messages, tools)
+                    pieces = self.renderer.pieces(messages, tools)
                 if line in held:
                     (labelled,) = self._labelled([(line, pieces)])
                     assert not isinstance(labelled, Refused)
@@ -246,7 +204,7 @@ class Reading:
 
     def _question(
         self,
-        kept: _Kept,
+        kept: Kept,
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None,
         turn: int,
@@ -255,16 +213,16 @@ class Reading:
         ids = labelled.input_ids
         stop = max(at for at, label in enumerate(labelled.labels) if label != IGNORED)
         with self._watch.decoding(_place(kept.line)):
-            answer = decoded(self._renderer.tokenizer, ids[labelled.answer_at : stop].tolist())
+            answer = decoded(self.renderer.tokenizer, ids[labelled.answer_at : stop].tolist())
         prompt = ids[: labelled.answer_at]
         return HeldOut(kept.line, self._as_sent(messages[:turn], tools), tools, prompt, answer, kept.examples[-1])
 
     def _as_sent(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
-        return as_sent(messages, takes_thoughts=self._renderer.takes_thoughts(bool(tools)))
+        return as_sent(messages, takes_thoughts=self.renderer.takes_thoughts(bool(tools)))
 
     def _probe(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, place: str) -> Probe:
         with self._watch.rendering(place):
-            prompt = self._renderer.prompt(messages, tools)
+            prompt = self.renderer.prompt(messages, tools)
         with self._watch.tokenizing([(place, [prompt])], self._labeller.ids):
             return Probe(messages, tools, self._labeller.ids(prompt).tolist())
 
@@ -307,7 +265,7 @@ class Reading:
                 continue
             try:
                 with self._watch.rendering(_place(line)):
-                    pieces = self._renderer.pieces(messages, row.tools)
+                    pieces = self.renderer.pieces(messages, row.tools)
             except Refused as refused:
                 self._leave_out(line, str(refused))
             else:
@@ -318,7 +276,7 @@ class Reading:
         with self._watch.tokenizing(places, self._labeller.count):
             return self._labeller.label([pieces for _, pieces in batch])
 
-    def _kept(self, batch: Sequence[_Rendered]) -> list[_Kept]:
+    def _kept(self, batch: Sequence[_Rendered]) -> list[Kept]:
         kept = []
         found = iter(self._labelled([(row.line, row.pieces) for row in batch if row.text is None]))
         for row in batch:
@@ -335,21 +293,21 @@ class Reading:
                 self._leave_out(row.line, self._too_long())
                 continue
             is_cut = row.is_cut or any(len(one.input_ids) > self._limit for one in labelled)
-            kept.append(_Kept(row.line, examples, is_cut, labelled[-1].answer_at, row.key))
+            kept.append(Kept(row.line, examples, is_cut, labelled[-1].answer_at, row.key))
         return kept
 
-    def _text(self, row: _Rendered, text: str) -> list[_Kept]:
+    def _text(self, row: _Rendered, text: str) -> list[Kept]:
         """Return a text as one row, in as many examples as it takes."""
-        ids = texts.first_ids(self._renderer.tokenizer)
+        ids = texts.first_ids(self.renderer.tokenizer)
         for part in texts.parts(text):
             with self._watch.tokenizing([(_place(row.line), [part])], self._labeller.ids):
                 ids += self._labeller.ids(part)
-        ids.append(texts.end_id(self._renderer))
+        ids.append(texts.end_id(self.renderer))
         examples = [Example(row.line, piece, labels) for piece, labels in texts.pieces(ids, self._limit)]
         if not examples:
             self._leave_out(row.line, "the tokenizer makes nothing of its text")
             return []
-        return [_Kept(row.line, examples, False, None, row.key)]
+        return [Kept(row.line, examples, False, None, row.key)]
 
     def _too_long(self) -> str:
         return f"its first {self._limit} tokens have nothing to learn in them (max_seq_len)"
@@ -387,68 +345,6 @@ def _batch(rendered: Iterator[_Rendered]) -> list[_Rendered]:
 
 def _place(line: int) -> str:
     return f"line {line} of the dataset"
-
-
-def _nothing(reading: Reading, limit: int) -> JobFailure:
-    if not reading.left_out:
-        return JobFailure("nothing_to_learn", "The dataset has no row that can be learnt from.", "Look at its report.")
-    return JobFailure(
-        "nothing_to_learn",
-        f"None of the dataset's {reading.left_out} rows can be learnt from with this model.",
-        "Change the rows, or choose another model: see the reasons.",
-        [f"line {one['line']}: {one['reason']}" for one in reading.listed],
-    )
-
-
-def _held_back(kept: Sequence[_Kept], split: float | None, seed: int) -> tuple[set[int], int]:
-    """Return the lines that are held back, and how many rows have a copy, which are never held back."""
-    copies = Counter(row.key for row in kept)
-    duplicates = sum(count for count in copies.values() if count > 1)
-    wanted = held_back_count(len(kept), split)
-    candidates = [row.line for row in kept if copies[row.key] == 1 and not row.is_cut]
-    if wanted:
-        random.Random(seed).shuffle(candidates)
-    return set(candidates[:wanted]), duplicates
-
-
-def _notes(kept: Sequence[_Kept], chosen: set[int], duplicates: int, spec: Spec, report: Reports) -> list[str]:
-    """Say, as an event and in what is returned, that none of the rows can be held back to measure by, if that is so.
-
-    Raises:
-        JobFailure: `nothing_to_measure_by`: it was asked for.
-    """
-    settings = spec.hyperparameters
-    is_wanted = held_back_count(len(kept), settings.validation_split) > 0
-    if chosen or not (is_wanted or settings.early_stopping is not None):
-        return []
-    cut = sum(row.is_cut for row in kept)
-    reasons = [f"{duplicates} have a copy among the others"] * bool(duplicates) + [f"{cut} are truncated"] * bool(cut)
-    why = f"Of {len(kept)} rows none can be held back to measure by"
-    why += f": {' and '.join(reasons)}." if is_wanted and reasons else "."
-    asked = [f"early_stopping {settings.early_stopping}"] * (settings.early_stopping is not None)
-    if settings.validation_split:
-        asked.insert(0, f"validation_split {settings.validation_split:g}")
-    if asked:
-        raise JobFailure(
-            "nothing_to_measure_by",
-            f"{why} The request has {' and '.join(asked)}.",
-            f"Add rows that are there once and fit into max_seq_len, or leave {' and '.join(asked)} out.",
-        )
-    report.note(f"{why} Nothing will tell whether the adapter is better.", "WARNING")
-    return [why]
-
-
-def held_back_count(rows: int, split: float | None) -> int:
-    """Return how many of so many rows are held back; None is 5 %, and none of fewer than 20 rows."""
-    if split is None:
-        split = HELD_BACK if rows >= FEWEST_TO_SPLIT else 0
-    return min(max(1, round(rows * split)), rows - 1) if split else 0
-
-
-def _probed(kept: Sequence[_Kept], seed: int) -> set[int]:
-    asked = [(row.line, row.prompt_length) for row in kept if row.prompt_length is not None]
-    short = [line for line, length in asked if length <= PROBE_TOKENS] or [line for line, _ in asked]
-    return set(random.Random(seed).sample(short, min(PROBED_ROWS, len(short))))
 
 
 def _key(pieces: Sequence[Piece], left: Sequence[dict[str, Any]]) -> bytes:

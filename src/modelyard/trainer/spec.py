@@ -27,7 +27,7 @@ import json
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 
 class Mode(StrEnum):
@@ -76,6 +76,16 @@ class Hyperparameters:
     early_stopping: int | None
     #: Steps between two checkpoints. None: a tenth of the training, but no more than a few minutes of it.
     checkpoint_steps: int | None
+
+
+class Base(Protocol):
+    """A model whose folder is read: what a spec says of it."""
+
+    @property
+    def model_id(self) -> str: ...
+
+    @property
+    def model_dir(self) -> str: ...
 
 
 @dataclass(frozen=True)

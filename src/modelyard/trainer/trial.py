@@ -18,9 +18,9 @@ import torch
 
 from modelyard.trainer.batches import Rows, Step, in_lines, padded_tokens
 from modelyard.trainer.checkpoints import Checkpoints
+from modelyard.trainer.examples import HeldOut
 from modelyard.trainer.loop import Training
 from modelyard.trainer.reports import Reports
-from modelyard.trainer.rows import HeldOut
 from modelyard.trainer.spec import Spec
 from modelyard.trainer.stepping import Stepper
 

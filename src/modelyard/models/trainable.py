@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from modelyard.errors import JobFailure, NotTrainable
-from modelyard.finetune.causal_models import CLASSES
+from modelyard.errors import JobFailure, NotTrainable, Unprocessable
 from modelyard.models import config_file
+from modelyard.models.causal_models import CLASSES
 from modelyard.models.chat_template import TemplateSource, has_chat_template
+from modelyard.models.kinds import Task
 from modelyard.models.mistral_format import is_mistral_format
+from modelyard.models.tables import Model
 
 _OTHER = "Train a decoder model such as Llama, Qwen, Mistral, Gemma or Phi: GET /api/v1/finetune/models/ lists them."
 #: What models are for that continue no text.
@@ -21,6 +23,29 @@ _OTHER_USES = (
 )  # fmt: skip
 #: Decoders whose layers are no linear ones in the sense that engines put adapters on.
 _WITHOUT_LINEAR_LAYERS = frozenset({"gpt2", "openai-gpt", "mamba", "mamba2", "rwkv"})
+
+
+def check_kind(model: Model) -> None:
+    """Refuse what is no base of a training, as far as its row tells.
+
+    Raises:
+        Unprocessable: `is_adapter` or `not_generative`.
+    """
+    if model.adapter:
+        raise Unprocessable(
+            f"'{model.model_id}' is an adapter: train its base"
+            + (f", '{model.base_model_id}'" if model.base_model_id else "")
+            + ", on a dataset that has what the adapter has learnt as well.",
+            param="model_id",
+            code="is_adapter",
+        )
+    if model.task != Task.GENERATE:
+        raise Unprocessable(
+            f"'{model.model_id}' turns text into vectors, and only generative models are trained: "
+            "GET /api/v1/finetune/models/ lists them.",
+            param="model_id",
+            code="not_generative",
+        )
 
 
 def check(

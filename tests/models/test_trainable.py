@@ -13,8 +13,8 @@ import pytest
 
 from modelyard.deploy import without_adapters
 from modelyard.errors import NotTrainable
-from modelyard.finetune import trainable
-from modelyard.finetune.causal_models import CLASSES
+from modelyard.models import trainable
+from modelyard.models.causal_models import CLASSES
 from tests.fixtures import missing
 
 
