@@ -16,17 +16,21 @@ from modelyard.deploy.tables import Alias, Deployment, DeploymentState
 from modelyard.foundation import Foundation
 from modelyard.jobs.tables import Job, JobStatus
 from tests.deploy.yard import make_settings
+from tests.eventually import PATIENCE_S
 
 State = DeploymentState
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
 
 
 class Rows:
-    """The table, and the routing that reads it. `stirs` counts the calls of its `stir`."""
+    """The table, and the routing that reads it. `stirs` counts the calls of its `stir`.
+
+    The database is never away here: on a busy machine a read may take longer than the server would wait for it.
+    """
 
     def __init__(self, sessions: Sessions, wake_timeout_s: float) -> None:
         self.sessions = sessions
-        self.routing = Routing(sessions, wake_timeout_s)
+        self.routing = Routing(sessions, wake_timeout_s, patience_s=PATIENCE_S)
         self.stirs = 0
         self.routing.stir = self._stirred
         self.count = 0

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from modelyard.deploy import actions, succession
+from modelyard.deploy.record import Record
 from modelyard.deploy.tables import Strategy, Wanted
 from modelyard.errors import Conflict, EngineStarting, ModelInUse, ModelNotFound
 from modelyard.jobs import actions as jobs
@@ -375,6 +376,33 @@ async def test_a_draining_deployment_can_be_ended_at_once(tmp_path: Path) -> Non
         await yard.take_down(job_id, Wanted.DOWN)
         assert (await yard.ended(job_id)).status == JobStatus.KILLED
         answer.cancel()
+
+
+async def test_requests_end_whole_if_the_wish_to_drain_comes_while_the_row_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/a", misbehave={"chunk_ms": 100})
+        job_id = await yard.deploy("org/a")
+        await yard.becomes(job_id, "READY")
+        target = await yard.routing.resolve("default", "generate")
+        answer = asyncio.create_task(ask(target.url, "org/a", max_tokens=15))
+        await eventually(lambda: len(yard.record("org/a", "request")) >= 2, "the request has begun")
+        look, said = Record.look, asyncio.Event()
+
+        async def look_as_the_wish_comes(self: Record, **how: Any) -> Any:
+            found = await look(self, **how)
+            if not said.is_set():
+                said.set()
+                await yard.take_down(job_id, Wanted.DRAINED)
+                await self.context.interrupted.wait()
+            return found
+
+        monkeypatch.setattr(Record, "look", look_as_the_wish_comes)
+        yard.supervisor.stir()
+        assert (await answer)[0] == 200
+        assert said.is_set()
+        assert (await yard.ended(job_id)).status == JobStatus.KILLED
 
 
 async def test_an_idle_deployment_rests_and_the_next_request_waits_for_it(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import time
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from modelyard.deploy import last_known
 from modelyard.deploy.last_known import LastKnown
 from tests.eventually import eventually
 
@@ -58,10 +57,9 @@ async def test_an_outage_leaves_the_last_value_without_a_wait_until_it_is_over()
     assert not known.is_away
 
 
-async def test_a_read_that_hangs_is_waited_for_once_and_by_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(last_known, "PATIENCE_S", 0.2)
+async def test_a_read_that_hangs_is_waited_for_once_and_by_nobody_else() -> None:
     source = Source()
-    known = LastKnown("it", 0, source.read)
+    known = LastKnown("it", 0, source.read, patience_s=0.2)
     await known.look()
     source.answers.clear()
     known.changed()

@@ -14,7 +14,7 @@ from modelyard.deploy.routing import Routing
 from modelyard.deploy.tables import Wanted
 from modelyard.errors import EngineStarting, ModelNotFound
 from tests.deploy.rows import NOON, State, rows
-from tests.eventually import eventually
+from tests.eventually import PATIENCE_S, eventually
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("on_each_database")]
 
@@ -252,7 +252,7 @@ async def test_answers_come_from_memory(tmp_path: Path) -> None:
 async def test_what_another_process_changed_is_seen_after_a_second(tmp_path: Path) -> None:
     async with rows(tmp_path) as table:
         await table.add("org/a")
-        other = Routing(table.sessions)
+        other = Routing(table.sessions, patience_s=PATIENCE_S)
         assert (await other.resolve("default", "generate")).model_id == "org/a"
         await table.add("org/b")
 

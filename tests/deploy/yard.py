@@ -183,11 +183,19 @@ class DeployYard:
     async def becomes(self, job_id: UUID, *states: str) -> Deployment:
         """Wait until the job's deployment is in one of the states."""
 
+        passed: list[str] = []
+
         async def so() -> Deployment | None:
             deployment = await self.deployment(job_id)
+            if [deployment.state] != passed[-1:]:
+                passed.append(deployment.state)
             return deployment if deployment.state in states else None
 
-        found: Deployment = await eventually(so, f"the deployment is {' or '.join(states)}; {self.log(job_id)[-1500:]}")
+        try:
+            found: Deployment = await eventually(so, f"the deployment is {' or '.join(states)}")
+        except AssertionError as error:
+            said = [event.message for event in await self.events(job_id)]
+            raise AssertionError(f"{error}; it was {passed}; {said}; {self.log(job_id)[-1500:]}") from None
         return found
 
     async def ended(self, job_id: UUID) -> JobOut:

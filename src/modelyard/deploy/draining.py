@@ -66,11 +66,14 @@ class Requests:
         assert self._client is not None
         if self._draining_since is None:
             self.begin_draining()
-        open_requests = max(await self._client.open_requests() or 0, self._routing.open_requests(self._url))
+        counted = await self._client.open_requests()
+        open_requests = max(counted or 0, self._routing.open_requests(self._url))
         assert self._draining_since is not None
         seconds = time.monotonic() - self._draining_since
-        # Another gateway process may have read for so long that the engine serves.
-        self.drained = seconds >= max(self._timeout_s, FRESH_S) or (open_requests == 0 and seconds >= FRESH_S)
+        # Another gateway process may have read for so long that the engine serves. An engine that does not answer may
+        # be busy with requests of such a process.
+        is_idle = counted == 0 and open_requests == 0
+        self.drained = seconds >= max(self._timeout_s, FRESH_S) or (is_idle and seconds >= FRESH_S)
         if self.drained:
             # Nothing was awaited since the count: no request can slip in between.
             self._routing.close_to(self._url)

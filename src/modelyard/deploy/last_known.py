@@ -29,12 +29,18 @@ RETRY_S = 0.25
 
 
 class LastKnown(Generic[T]):
-    """The value that `read` returns. `changed` says that what was read before is not true any more."""
+    """The value that `read` returns. `changed` says that what was read before is not true any more.
 
-    def __init__(self, name: str, first: T, read: Callable[[], Awaitable[T]]) -> None:
+    A read that takes longer than `patience_s` counts as an outage.
+    """
+
+    def __init__(
+        self, name: str, first: T, read: Callable[[], Awaitable[T]], *, patience_s: float = PATIENCE_S
+    ) -> None:
         self.value = first
         self._name = name
         self._read = read
+        self._patience_s = patience_s
         self._changes = self._changes_seen = 0
         self._read_at = self._failed_at = float("-inf")
         self._away_since: float | None = None
@@ -69,9 +75,9 @@ class LastKnown(Generic[T]):
             reading = self._begin()
             if self.is_away or reading is None:
                 break
-            await asyncio.wait({reading}, timeout=PATIENCE_S)
+            await asyncio.wait({reading}, timeout=self._patience_s)
             if not reading.done():
-                self._note_away(f"no answer within {PATIENCE_S:g} s")
+                self._note_away(f"no answer within {self._patience_s:g} s")
                 break
             reading.result()
         return self.value

@@ -52,14 +52,16 @@ class Address(Protocol):
 class Routing:
     """Answers which engine serves a name.
 
-    `stir` is called when an idle deployment is to wake, after the commit; the supervisor sets it.
+    `stir` is called when an idle deployment is to wake, after the commit; the supervisor sets it. A database that
+    takes longer than `patience_s` for an answer counts as away.
     """
 
-    def __init__(self, sessions: Sessions, wake_timeout_s: float = 300.0) -> None:
+    def __init__(self, sessions: Sessions, wake_timeout_s: float = 300.0, *, patience_s: float = PATIENCE_S) -> None:
         self.stir: Callable[[], None] = lambda: None
         self._sessions = sessions
         self._wake_timeout_s = wake_timeout_s
-        self._snapshots = LastKnown("the routing", Snapshot((), {}), self._take)
+        self._patience_s = patience_s
+        self._snapshots = LastKnown("the routing", Snapshot((), {}), self._take, patience_s=patience_s)
         self._waking = asyncio.Lock()
         #: Deployments whose engine is on its way because a request of this process asked.
         self._woken: set[UUID] = set()
@@ -228,7 +230,7 @@ class Routing:
                     f"{now.model_id} is idle, and its engine is started again when the database is back: GET /ready "
                     "tells when."
                 )
-            await outages.within(PATIENCE_S, self._write_wake(now.id))
+            await outages.within(self._patience_s, self._write_wake(now.id))
             self._woken.add(now.id)
             self.changed()
             self.stir()

@@ -153,6 +153,9 @@ class Service:
     async def _facts(self) -> Facts:
         self.stirred = self.yard.stirred
         asked_at = time.monotonic()
+        # Asked before the row is read: one that is to drain is interrupted in the same transaction, and a row from
+        # before that would say that it is wanted and only its job is not, which ends its requests.
+        is_interrupted = self.context.interrupted.is_set()
         rows = await self.record.look(may_let_go=not self.requests.are_leaving)
         row = self.row
         if row.state == DeploymentState.DRAINING and time.monotonic() - asked_at > FRESH_S:
@@ -161,7 +164,7 @@ class Service:
         if row.wanted == Wanted.UP:
             self.adapters = [Adapter(one.model_id, store.folder_of(self.settings.models_dir, one.path)) for one in rows]
         wanted = Wanted(row.wanted)
-        if wanted == Wanted.UP and self.context.interrupted.is_set():
+        if wanted == Wanted.UP and is_interrupted:
             wanted = Wanted.DOWN
         child = self.engine.child_state
         due = child == ChildState.NONE and wanted == Wanted.UP and row.state != DeploymentState.IDLE
