@@ -219,8 +219,9 @@ def streams(server: Server, models: Sequence[str], tokens: int, *, again: bool =
     def read(stream: Stream, model: str) -> None:
         stream.read(server, model, tokens)
         while again and not left.is_set():
-            found.append(Stream())
-            found[-1].read(server, model, tokens)
+            stream = Stream()
+            found.append(stream)
+            stream.read(server, model, tokens)
 
     threads = [
         threading.Thread(target=read, args=(stream, model), daemon=True)
