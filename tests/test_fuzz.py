@@ -23,13 +23,13 @@ from hypothesis import strategies as st
 from modelyard.deploy import model_shape
 from modelyard.deploy.adapters import check_adapter
 from modelyard.deploy.fit import fit
-from modelyard.deploy.machine import GIB, Machine
 from modelyard.deploy.model_shape import ModelFiles
 from modelyard.deploy.schemas import EngineOptions
 from modelyard.errors import JobFailure, ModelyardError
 from modelyard.filters import Limits
 from modelyard.finetune.needs import estimate
 from modelyard.finetune.schemas import HyperparametersIn
+from modelyard.hardware import GIB, Machine
 from modelyard.models import config_file, scan, selection, trainable
 from modelyard.models.listing import BadListing, parse
 from modelyard.models.tokenizer_child import TokenizerChildren

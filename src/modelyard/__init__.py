@@ -30,7 +30,7 @@ bodies              request bodies as they come: gzip, byte order marks, UTF-16,
 outages             database outages: which errors pass, and how work waits for the database
 paths               the only join of a folder and a name from elsewhere
 private_files       the data folder closed to other users: umask and modes
-free_memory         what the machine or the container has left
+hardware            GPUs, processors, and the memory that the machine or the container has left
 log_limits          a bound on log lines that clients cause
 evidence            lines of a log that may be shown: no secrets, no paths
 errors              every error that a client can see

@@ -28,9 +28,9 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from modelyard.deploy import cures
-from modelyard.deploy.machine import GIB, this_machine
 from modelyard.errors import ModelyardError, StartRefused
 from modelyard.foundation import configured_database, shown
+from modelyard.hardware import GIB, this_machine
 from modelyard.server_lock import ServerLock
 from modelyard.settings import Settings, load_settings, unread_names
 from modelyard.storage import Storage, open_storage

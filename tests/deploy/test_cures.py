@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from modelyard.deploy import cures
-from modelyard.deploy.machine import Machine
 from modelyard.deploy.vllm_args import plugins
+from modelyard.hardware import Machine
 
 WANTED = ["modelyard_amx", "modelyard_lora"]
 

@@ -11,10 +11,10 @@ from sqlalchemy import func, select
 from modelyard.deploy import attempts
 from modelyard.deploy.actions import Wish
 from modelyard.deploy.fit import CPU_PROCESSES_BYTES
-from modelyard.deploy.machine import GIB
 from modelyard.deploy.plan import Plan, plan
 from modelyard.deploy.tables import Deployment, Strategy
 from modelyard.errors import ModelNotFound, Unprocessable
+from modelyard.hardware import GIB
 from modelyard.jobs.tables import Job, JobEvent
 from tests.deploy.yard import DeployYard, deploy_yard
 from tests.eventually import eventually

@@ -10,10 +10,10 @@ import pytest
 from pydantic import ValidationError
 
 from modelyard.deploy.fit import fit
-from modelyard.deploy.machine import GIB, Gpu, Machine
 from modelyard.deploy.schemas import EngineOptions
 from modelyard.deploy.vllm_args import AdapterFiles, ModelFiles, engine_command
 from modelyard.errors import JobFailure
+from modelyard.hardware import GIB, Gpu, Machine
 from tests.deploy.yard import CONFIG, make_settings
 
 CPU = Machine(has_gpu=False, cpus=(0, 1), memory_available_bytes=20 * GIB)

@@ -15,7 +15,6 @@ import pytest
 from modelyard.db import utcnow
 from modelyard.deploy import promises, roster
 from modelyard.deploy.actions import Wish
-from modelyard.deploy.machine import GIB, Gpu, Machine
 from modelyard.deploy.plan import plan
 from modelyard.deploy.tables import Deployment, DeploymentState, MemoryPromise, Wanted
 from modelyard.errors import JobFailure
@@ -23,6 +22,7 @@ from modelyard.finetune import stand_aside
 from modelyard.finetune.accelerator import Accelerator, Share, Sight, look
 from modelyard.finetune.needs import Need
 from modelyard.finetune.tables import Finetune, OnBusy, Phase
+from modelyard.hardware import GIB, Gpu, Machine
 from modelyard.jobs import actions as jobs
 from modelyard.jobs.runner import JobContext, JobInterrupted
 from modelyard.jobs.tables import Job, JobStatus

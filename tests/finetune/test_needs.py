@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from modelyard.deploy import model_shape
-from modelyard.deploy.machine import GIB
 from modelyard.finetune.needs import CPU_PROCESS_BYTES, GPU_PROCESS_BYTES, ROW_MARGIN, estimate, has_amx
 from modelyard.finetune.schemas import HyperparametersIn
+from modelyard.hardware import GIB
 from modelyard.models import config_file
 from modelyard.trainer.spec import Mode, Spec
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from modelyard.deploy.machine import this_machine
+from modelyard.hardware import this_machine
 from tests.datasets.forms import questions
 from tests.finetune.yard import (
     FINETUNE,

@@ -4,7 +4,7 @@ A request writes what is wanted (`actions`, and `succession`: who leaves for who
 job, which runs for as long as the model is in service. One `Service` per deployment, the job's function by way of the
 `supervisor`, makes it so on vLLM and writes what is, in its `record`; `steps` decides what it does next.
 
-- to start an engine: `fitting` (may it start now), `fit` (what it takes, on a `machine`), `vllm_args` (the command),
+- to start an engine: `fitting` (may it start now), `fit` (what it takes, of `hardware`), `vllm_args` (the command),
   `attempts` (each start's folder and log), `scratch` (where its socket lies), `failures` (why it failed), `promises`
   (memory that is left free for other rooms)
 - before an adapter is loaded: `adapters` (can it be served), on its base's layers (`base_layers`)

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from modelyard.deploy import model_shape
-from modelyard.deploy.machine import GIB, Machine
 from modelyard.deploy.model_shape import DTYPE_BYTES, ModelFiles
 from modelyard.deploy.schemas import EngineOptions
+from modelyard.hardware import GIB, Machine
 
 # Measured for vLLM 0.32.0 on a CPU: its three processes take 1.5 GiB before any weight and cache, and 0.1 to 0.5 GiB
 # more when models of 0.7 and 580 million weights are compiled and work.
@@ -63,7 +63,7 @@ def fit(model: ModelFiles, options: EngineOptions, machine: Machine, adapters_ra
     Args:
         model: The model in the store.
         options: How the engine runs, the settings already counted in.
-        machine: What is free for engines (`machine.left_for_engines`).
+        machine: What is free for engines (`hardware.left_for_engines`).
         adapters_rank: The highest rank of the adapters that are wanted; 0 for none.
     """
     need = _Need(model, options, machine, adapters_rank)

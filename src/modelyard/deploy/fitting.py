@@ -17,13 +17,13 @@ from modelyard.db import Sessions
 from modelyard.deploy import actions, promises, succession
 from modelyard.deploy.adapters import check_facts
 from modelyard.deploy.fit import Fit, fit, gib
-from modelyard.deploy.machine import GIB, Machine, given_back, left_for_engines, this_machine
 from modelyard.deploy.promises import NOTHING, Promised
 from modelyard.deploy.schemas import EngineOptions
 from modelyard.deploy.steps import Room
 from modelyard.deploy.tables import LIVE, Deployment, DeploymentState, Strategy, Wanted
 from modelyard.deploy.vllm_args import AdapterFiles, ModelFiles, engine_command
 from modelyard.errors import JobFailure, Unprocessable
+from modelyard.hardware import GIB, Machine, given_back, left_for_engines, this_machine
 from modelyard.models import config_file, kinds, store
 from modelyard.models.architectures import MULTIMODAL
 from modelyard.models.chat_template import TemplateSource, source_of

@@ -18,12 +18,12 @@ from modelyard.db import Sessions
 from modelyard.deploy import actions, promises, succession
 from modelyard.deploy.fit import Fit
 from modelyard.deploy.fitting import Fitting, in_words, left, left_when_gone, servable_files
-from modelyard.deploy.machine import Machine, this_machine
 from modelyard.deploy.promises import Promised
 from modelyard.deploy.schemas import EngineOptions
 from modelyard.deploy.tables import Deployment, Strategy
 from modelyard.deploy.vllm_args import check_length
 from modelyard.errors import JobFailure
+from modelyard.hardware import Machine, this_machine
 from modelyard.models.stored_adapters import StoredAdapter, with_facts
 from modelyard.models.tables import Model
 from modelyard.settings import Settings

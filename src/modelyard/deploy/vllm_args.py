@@ -13,10 +13,10 @@ from pathlib import Path
 
 from modelyard.deploy import cures
 from modelyard.deploy.fit import CPU_SEQUENCES, GPU_UTILIZATION, MAX_LORAS, dtype_argument, fit, lora_rank
-from modelyard.deploy.machine import Machine
 from modelyard.deploy.model_shape import AdapterFiles, ModelFiles, longest
 from modelyard.deploy.schemas import EngineOptions
 from modelyard.errors import JobFailure
+from modelyard.hardware import Machine
 from modelyard.processes import Command, child_environment
 
 __all__ = ["AdapterFiles", "ModelFiles", "check_length", "engine_command", "plugins", "socket_path"]

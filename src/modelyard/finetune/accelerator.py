@@ -23,7 +23,6 @@ from modelyard.db import Sessions
 from modelyard.deploy import promises, succession
 from modelyard.deploy.fit import gib
 from modelyard.deploy.fitting import left_when_gone
-from modelyard.deploy.machine import Gpu, Machine, given_back, this_machine
 from modelyard.deploy.promises import Promised
 from modelyard.deploy.tables import Deployment, MemoryPromise, Wanted
 from modelyard.errors import JobFailure
@@ -31,6 +30,7 @@ from modelyard.finetune import stand_aside
 from modelyard.finetune.into_service import Told
 from modelyard.finetune.needs import Need
 from modelyard.finetune.tables import Finetune, OnBusy, Phase
+from modelyard.hardware import Gpu, Machine, given_back, this_machine
 from modelyard.jobs.runner import JobContext, JobInterrupted
 from modelyard.settings import Settings
 

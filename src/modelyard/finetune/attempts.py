@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from modelyard import evidence
-from modelyard.deploy.machine import GIB
 from modelyard.finetune.tables import Finetune
+from modelyard.hardware import GIB
 from modelyard.models import store
 from modelyard.models.ids import folder_name
 from modelyard.models.tables import Model

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from modelyard.deploy.machine import GIB, this_machine
 from modelyard.errors import Conflict, JobFailure, ModelNotFound, Unprocessable
 from modelyard.finetune.archive import Entry, files_below, length
 from modelyard.finetune.errands import Errands, refusal
+from modelyard.hardware import GIB, this_machine
 from modelyard.models import actions as models
 from modelyard.models import store
 from modelyard.models.store import bytes_below

@@ -19,9 +19,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from modelyard.db import Sessions, utcnow
-from modelyard.deploy.machine import GIB
 from modelyard.finetune import curves
 from modelyard.finetune.tables import Finetune, Phase
+from modelyard.hardware import GIB
 from modelyard.jobs import actions as jobs
 from modelyard.jobs import survival
 from modelyard.jobs.runner import JobContext

@@ -26,8 +26,8 @@ from typing import Any
 
 from modelyard.deploy import model_shape
 from modelyard.deploy.fit import gib
-from modelyard.deploy.machine import GIB
 from modelyard.deploy.model_shape import DTYPE_BYTES
+from modelyard.hardware import GIB
 from modelyard.models.config_file import ACTIVE_EXPERTS, EXPERTS, HEADS, HIDDEN, LAYERS, SHARED_EXPERTS, whole
 from modelyard.trainer.spec import Hyperparameters
 

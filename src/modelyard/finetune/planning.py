@@ -20,7 +20,6 @@ from modelyard.datasets import reading
 from modelyard.db import Sessions
 from modelyard.deploy import without_adapters
 from modelyard.deploy.fitting import model_files
-from modelyard.deploy.machine import GIB, this_machine
 from modelyard.errors import JobFailure, StorageUnavailable
 from modelyard.finetune import accelerator, actions, checkpoints
 from modelyard.finetune.errands import Errands, refusal
@@ -28,6 +27,7 @@ from modelyard.finetune.needs import estimate as need_of
 from modelyard.finetune.schemas import FinetuneIn
 from modelyard.finetune.tables import Finetune
 from modelyard.finetune.trainings import TEMPLATE_TOKENS
+from modelyard.hardware import GIB, this_machine
 from modelyard.models import store
 from modelyard.models.tokenizer_child import TokenizerChildren
 from modelyard.paths import below

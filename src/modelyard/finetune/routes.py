@@ -11,10 +11,10 @@ from fastapi import Path, Query
 
 from modelyard.datasets.routes import Storage
 from modelyard.deploy import without_adapters
-from modelyard.deploy.machine import this_machine
 from modelyard.errors import NotTrainable, Unprocessable
 from modelyard.finetune import actions, checkpoints, curves
 from modelyard.finetune.schemas import FinetuneDetailOut, FinetuneIn, FinetuneOut
+from modelyard.hardware import this_machine
 from modelyard.http import Sessions, Settings, documented, router
 from modelyard.jobs import actions as jobs
 from modelyard.jobs.routes import Runner

@@ -31,7 +31,6 @@ from modelyard.datasets.tables import Dataset
 from modelyard.db import Sessions
 from modelyard.deploy import without_adapters
 from modelyard.deploy.fitting import model_files
-from modelyard.deploy.machine import this_machine
 from modelyard.errors import JobFailure, ModelyardError, ObjectNotFound, StorageUnavailable
 from modelyard.finetune import actions, attempts, checkpoints, publishing
 from modelyard.finetune.accelerator import Accelerator
@@ -39,6 +38,7 @@ from modelyard.finetune.into_service import Told, promote, put_into_service
 from modelyard.finetune.needs import Need, estimate
 from modelyard.finetune.tables import Finetune, OnBusy, Phase
 from modelyard.finetune.trainer_runs import TrainerRuns
+from modelyard.hardware import this_machine
 from modelyard.jobs.runner import JobContext, JobInterrupted
 from modelyard.models import actions as models
 from modelyard.models import store

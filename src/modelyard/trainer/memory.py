@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelyard.free_memory import available_bytes
+from modelyard.hardware import available_bytes
 from modelyard.trainer import ranks
 
 #: What the system and the other processes keep when the training may take what is free.

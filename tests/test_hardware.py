@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from modelyard.deploy.machine import GIB, Gpu, Machine, SeenGpu, left_for_engines, this_machine, visible
+from modelyard.hardware import GIB, Gpu, Machine, SeenGpu, left_for_engines, this_machine, visible
 
 CPU = Machine(has_gpu=False, cpus=(0, 1), memory_available_bytes=20 * GIB)
 SEEN = tuple(SeenGpu(index, "A100", 40 * GIB, 39 * GIB, uuid) for index, uuid in enumerate(["GPU-aa1", "GPU-ab2"]))
@@ -96,7 +96,7 @@ def nvml(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def read_with(folder: Path, **env: str) -> list[dict[str, object]]:
     code = (
         "import json, dataclasses\n"
-        "from modelyard.deploy.machine import read_gpus\n"
+        "from modelyard.hardware import read_gpus\n"
         "print(json.dumps([dataclasses.asdict(gpu) for gpu in read_gpus()]))\n"
     )
     environment = {**os.environ, "LD_LIBRARY_PATH": str(folder), **env}

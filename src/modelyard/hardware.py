@@ -1,4 +1,4 @@
-"""This machine's hardware for an engine: GPUs or not, processors, free memory. Reads files and NVML, starts nothing.
+"""This machine's hardware: GPUs, processors, free memory. Reads files and NVML, starts nothing.
 
 NVML is NVIDIA's library of figures; the package nvidia-ml-py (of the gpu extra) speaks to it. Without the package or
 without the library there are no GPUs to see, and `has_gpu` says whether a driver is there all the same.
@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
-from modelyard.free_memory import available_bytes
-
 GIB = 1024**3
+PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 
 log = logging.getLogger(__name__)
 
@@ -44,15 +43,35 @@ class Machine:
     gpus: tuple[Gpu, ...] = ()
 
 
-def this_machine(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> Machine:
+def this_machine(proc: Path = PROC, cgroup: Path = CGROUP) -> Machine:
     """Look at the machine now. Blocks for some milliseconds."""
-    has_gpu = (proc / "driver/nvidia/version").exists()
+    has_driver = (proc / "driver/nvidia/version").exists()
+    seen = read_gpus(is_expected=has_driver)
     return Machine(
-        has_gpu=has_gpu,
+        # Under WSL 2 there are GPUs, and no such file.
+        has_gpu=has_driver or bool(seen),
         cpus=tuple(sorted(os.sched_getaffinity(0))),
         memory_available_bytes=available_bytes(proc, cgroup),
-        gpus=visible(read_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")) if has_gpu else (),
+        gpus=visible(seen, os.environ.get("CUDA_VISIBLE_DEVICES")),
     )
+
+
+def available_bytes(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
+    """Return how many bytes are free or could be freed at once; 0 where the system does not tell. Reads files."""
+    available = 0
+    for line in (proc / "meminfo").read_text("ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+    # A container's limit is what counts inside it; page cache that could be dropped is not in use.
+    try:
+        limit = (cgroup / "memory.max").read_text("ascii").strip()
+        used = int((cgroup / "memory.current").read_text("ascii"))
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text("ascii").splitlines())
+    except (OSError, ValueError):
+        return available
+    if limit == "max":
+        return available
+    return min(available, max(0, int(limit) - used + int(stat.get("inactive_file", 0))))
 
 
 def left_for_engines(machine: Machine, given_bytes: int, starting_bytes: int, budget_bytes: int | None) -> Machine:
@@ -99,8 +118,8 @@ class SeenGpu(Gpu):
     uuid: str
 
 
-def read_gpus() -> tuple[SeenGpu, ...]:
-    """Return all GPUs of the machine by NVML; none without it. Never raises."""
+def read_gpus(*, is_expected: bool = True) -> tuple[SeenGpu, ...]:
+    """Return all GPUs of the machine by NVML; none without it, with a warning where some are expected. Never raises."""
     try:
         pynvml = importlib.import_module("pynvml")
     except ImportError:
@@ -108,7 +127,7 @@ def read_gpus() -> tuple[SeenGpu, ...]:
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
-        log.warning("NVML does not tell about the GPUs: %s", error)
+        log.log(logging.WARNING if is_expected else logging.DEBUG, "NVML does not tell about the GPUs: %s", error)
         return ()
     try:
         return tuple(_read_gpu(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount()))

@@ -1,4 +1,4 @@
-/* An imitation of NVIDIA's NVML with two GPUs: the functions that machine.py calls through nvidia-ml-py.
+/* An imitation of NVIDIA's NVML with two GPUs: the functions that hardware.py calls through nvidia-ml-py.
    NVML_FAILS=init|count|memory makes that function fail, as a driver that does not match its library does. */
 
 #include <stdio.h>
