@@ -8,6 +8,7 @@ BIN := .venv/bin
 # -S: nothing but the standard library, and no time spent on anything else.
 INSTALL := @$(PYTHON) -S requirements/install.py
 PYTEST := $(BIN)/python -m pytest
+SLOWEST := --durations=25 --durations-min=1
 # ONCE=1, but not ONCE=0.
 ONCE_FLAG := $(if $(filter-out 0 no false,$(ONCE)),--once)
 
@@ -25,13 +26,13 @@ serve:  ## The server alone, on http://127.0.0.1:8080
 	$(INSTALL) server engine train
 	@exec $(BIN)/modelyard serve
 
-test:  ## All tests: those with real vLLM beside the fast ones; ARGS= goes to pytest
+test:  ## All tests: those with real vLLM beside the fast ones, and the slowest of both; ARGS= goes to pytest
 	$(INSTALL) server engine train dev clients
 	@# The ones with vLLM mostly wait for one thread; what they print comes last, whole.
 	@log=$$(mktemp); status=0; \
-	$(PYTEST) -m engine $(ARGS) > "$$log" 2>&1 & engine=$$!; \
+	$(PYTEST) -m engine $(SLOWEST) $(ARGS) > "$$log" 2>&1 & engine=$$!; \
 	trap 'kill -INT $$engine 2>/dev/null; wait $$engine; rm -f "$$log"' EXIT; trap 'exit 130' INT TERM; \
-	$(PYTEST) -n 3 -m "not engine" $(ARGS) || status=$$?; \
+	$(PYTEST) -n 3 -m "not engine" $(SLOWEST) $(ARGS) || status=$$?; \
 	wait $$engine || status=$$?; \
 	cat "$$log"; \
 	exit $$status

@@ -54,7 +54,9 @@ def normalised(package: str) -> str:
 
 def wanted(name: str) -> list[Requirement]:
     lines = (REQUIREMENTS / f"{name}.in").read_text("utf-8").splitlines()
-    return [Requirement(line) for line in lines if line and not line.startswith(("#", "-r"))]
+    found = [Requirement(line) for line in lines if line and not line.startswith(("#", "-r"))]
+    assert found
+    return found
 
 
 def project() -> dict[str, Any]:
@@ -112,7 +114,9 @@ def test_the_server_pins_what_pyproject_asks_for_and_nothing_of_its_own() -> Non
 
 @pytest.mark.parametrize("extra", ["cpu", "gpu", "train"])
 def test_every_extra_is_pinned_in_its_file(extra: str) -> None:
-    for requirement in map(Requirement, project()["optional-dependencies"][extra]):
+    required = project()["optional-dependencies"][extra]
+    assert required
+    for requirement in map(Requirement, required):
         assert pins(extra)[normalised(requirement.name)] in requirement.specifier, requirement
 
 
@@ -124,6 +128,7 @@ def test_both_engines_are_the_same_vllm() -> None:
 
 def test_every_pin_has_the_hashes_of_its_files_but_torchs_cpu_build() -> None:
     for name in PINNED:
+        assert installer().read_pins([REQUIREMENTS / f"{name}.txt"]), name
         for pin in installer().read_pins([REQUIREMENTS / f"{name}.txt"]):
             hashes = re.findall(r" --hash=sha256:([0-9a-f]{64})(?= |$)", pin)
             if pin.startswith("torch==") and "+cpu" in pin:
@@ -153,11 +158,12 @@ def test_a_file_of_another_hash_is_not_installed(tmp_path: Path) -> None:
 
 
 def test_no_requirement_file_names_an_address() -> None:
-    for file in REQUIREMENTS.glob("*.*"):
-        if file.suffix in {".in", ".txt"}:
-            content = file.read_text("utf-8")
-            assert "://" not in content, file
-            assert not re.search(r"^\s*-(?!r )", content, re.MULTILINE), f"{file}: an option"
+    files = [file for file in REQUIREMENTS.iterdir() if file.suffix in {".in", ".txt"}]
+    assert {file.stem for file in files} >= set(PINNED)
+    for file in files:
+        content = file.read_text("utf-8")
+        assert "://" not in content, file
+        assert not re.search(r"^\s*-(?!r )", content, re.MULTILINE), f"{file}: an option"
 
 
 #: Makes every package that is not among the pins named in PINS look as if it were not installed.
@@ -426,12 +432,15 @@ def compose() -> dict[str, Any]:
 
 
 def test_compose_has_no_literal_secret_and_no_default_for_one() -> None:
+    secrets = set()
     for name, service in compose()["services"].items():
         for variable, value in service.get("environment", {}).items():
             if re.search(r"PASSWORD|SECRET|KEY|TOKEN", variable):
+                secrets.add(variable)
                 assert re.fullmatch(r"\$\{\w+:\?[^}]+\}|\$\{HF_TOKEN:-\}", value), f"{name}: {variable}"
             for used in re.findall(r"\$\{(\w+)", value):
                 assert f"${{{used}:?" in value or used == "HF_TOKEN", f"{name}: {variable} has a default"
+    assert {"MODELYARD_ADMIN_KEY", "HF_TOKEN"} <= secrets
 
 
 def test_compose_gives_the_server_only_settings_that_exist() -> None:

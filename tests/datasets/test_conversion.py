@@ -126,13 +126,23 @@ def test_the_elements_of_any_array_are_what_they_are_however_its_bytes_are_cut(
     assert found.refusal is None or not values
 
 
-@given(st.lists(st.tuples(st.text(min_size=1), st.text(min_size=1)), min_size=1, max_size=5), st.sampled_from(",;\t"))
-def test_the_cells_of_any_table_are_what_they_are(cells: list[tuple[str, str]], separator: str) -> None:
-    data = table(("prompt", "completion"), *cells, separator=separator)
-    found, stored = convert(data.replace(b"\0", b""), size=9)
-    whole = [(a.replace("\0", ""), b.replace("\0", "")) for a, b in cells]
-    if found.report is not None and found.report["converted_from"] == "csv" and not found.report["problems"]["total"]:
-        assert [tuple(json.loads(line).values()) for line in stored.splitlines()] == whole
+def test_the_cells_of_any_table_are_what_they_are() -> None:
+    compared = []
+    texts = st.text(min_size=1)
+
+    @given(st.lists(st.tuples(texts, texts), min_size=1, max_size=5), st.sampled_from(",;\t"))
+    def check(cells: list[tuple[str, str]], separator: str) -> None:
+        data = table(("prompt", "completion"), *cells, separator=separator)
+        found, stored = convert(data.replace(b"\0", b""), size=9)
+        whole = [(a.replace("\0", ""), b.replace("\0", "")) for a, b in cells]
+        report = found.report
+        is_whole = report is not None and report["converted_from"] == "csv" and not report["problems"]["total"]
+        compared.append(is_whole)
+        if is_whole:
+            assert [tuple(json.loads(line).values()) for line in stored.splitlines()] == whole
+
+    check()
+    assert sum(compared) > len(compared) / 2, "most tables have nothing that would be refused"
 
 
 def wrong(number: int, line: str) -> bytes:

@@ -117,7 +117,9 @@ async def test_a_keeper_copies_the_newest_and_removes_the_older_ones_after(stora
     assert kept.saved[-1] == 15
     assert 10 not in kept.saved
     assert await checkpoints.steps(storage, finetune_id) == [15]
-    assert all("/step-15/" in one for one in await keys(storage))
+    left = await keys(storage)
+    assert left
+    assert not [one for one in left if "/step-15/" not in one]
     keeper.offer(15, tmp_path / "checkpoints" / "step-15")
     await keeper.finish()
     assert kept.saved.count(15) == 1

@@ -22,6 +22,8 @@ TURNS = """{%- for message in messages %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\nOPENING' }}{%- endif %}"""
 CLOSED, SENTENCE = "<|channel>thought\\n<channel|>", "Here are my reasoning steps:\\n"
 THOUGHT = [user("1+1?"), says("<think>\neasy\n</think>\n\n2")]
+#: Their templates look for the tags of thoughts within answers.
+SPLITTING = ("thinking", "reasoning")
 TALKING = (
     "Use </think> to close it, always.",
     "Write <think> first and </think> last.",
@@ -122,11 +124,12 @@ def test_an_answer_that_speaks_of_tags_is_learnt_whole_or_refused(name: str, tex
         try:
             learnt = trained.learnt(messages)
         except Refused:
+            assert name in SPLITTING
             continue
         assert all(piece in learnt[0][0] for piece in pieces), learnt
 
 
-@pytest.mark.parametrize("name", ["thinking", "reasoning"])
+@pytest.mark.parametrize("name", SPLITTING)
 def test_an_answer_that_a_template_takes_apart_says_why_it_is_refused(name: str) -> None:
     for text in TALKING[:2]:
         reason = family(name).refusal([user("Which tag?"), says(text)])

@@ -46,7 +46,7 @@ def kinds(layers: Any) -> set[str]:
 def test_a_vision_tower_gets_no_adapters_and_the_language_model_all() -> None:
     needs_training()
     adapter, layers = with_adapter(model_of("gemma3"))
-    assert all(".language_model." in name for name in layers)
+    assert [".language_model." in name for name in layers] == [True] * len(layers) != []
     assert of_layers(adapter) == dict.fromkeys(layers, (4, 4))
     assert len(layers) == 7 * 4
     # Short names would also mean the tower's.

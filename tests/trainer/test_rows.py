@@ -144,7 +144,9 @@ def test_facts_count_what_there_is(desk: Desk) -> None:
 
 
 def test_ids_and_labels_are_compact_and_of_one_length(desk: Desk) -> None:
-    for one in desk.prepare(*numbered(3)).train:
+    rows = desk.prepare(*numbered(3)).train
+    assert len(rows) == 3
+    for one in rows:
         assert isinstance(one.input_ids, array)
         assert isinstance(one.labels, array)
         assert one.input_ids.itemsize == one.labels.itemsize == 4
