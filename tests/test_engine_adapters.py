@@ -28,8 +28,8 @@ from tokenizers import Tokenizer
 
 from modelyard.demo import tiny_llama
 from modelyard.deploy.engine_client import EngineClient
-from tests.deploy.test_adapters import pair, write_tensors
 from tests.fixtures import missing
+from tests.models.test_adapter_checks import pair, write_tensors
 from tests.peft_adapters import PROMPT, TOKENS
 from tests.server import Server, serving
 

@@ -21,7 +21,6 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from modelyard.deploy import model_shape
-from modelyard.deploy.adapters import check_adapter
 from modelyard.deploy.fit import fit
 from modelyard.deploy.model_shape import ModelFiles
 from modelyard.deploy.schemas import EngineOptions
@@ -31,6 +30,7 @@ from modelyard.finetune.needs import estimate
 from modelyard.finetune.schemas import HyperparametersIn
 from modelyard.hardware import GIB, Machine
 from modelyard.models import config_file, scan, selection, trainable
+from modelyard.models.adapter_checks import check_adapter
 from modelyard.models.listing import BadListing, parse
 from modelyard.models.tokenizer_child import TokenizerChildren
 from tests.hostile_tokenizers import tokenizer

@@ -282,8 +282,8 @@ class AliasTaken(Conflict):
 
     code = "alias_taken"
 
-    def __init__(self, name: str) -> None:
-        super().__init__(f"'{name}' is a model or an adapter in the store: give the alias another name.", param="name")
+    def __init__(self, name: str, *, param: str = "name") -> None:
+        super().__init__(f"'{name}' is a model or an adapter in the store: give the alias another name.", param=param)
 
 
 class NothingToRollBack(Conflict):

@@ -69,6 +69,7 @@ def test_tokens_are_those_of_the_models_own_tokenizer_and_are_kept(tmp_path: Pat
 #: Models that no training takes, with the code that says so.
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "quantised": ("not_trainable", {"quantization_config": {"quant_method": "awq"}}),
+    "harmony": ("not_trainable", {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}),
     "short": ("tokens_beyond_embedding", {"vocab_size": 200}),
 }
 

@@ -13,7 +13,7 @@ import pytest
 from modelyard.deploy import actions, admission
 from modelyard.deploy.schemas import DeployIn
 from modelyard.deploy.tables import Strategy
-from modelyard.errors import ModelNotFound, Unprocessable
+from modelyard.errors import ModelNotFound, ModelyardError, Unprocessable
 from modelyard.models import actions as models
 from tests.deploy.yard import CONFIG, DeployYard, deploy_yard, make_settings
 
@@ -102,8 +102,15 @@ async def test_a_base_that_is_named_is_held_against_the_adapters_layers(tmp_path
         await yard.add_model("org/a", config={**CONFIG, "hidden_size": 8})
         await yard.add_adapter("org/poems", "org/other")
         wish = actions.Wish("org/a", ["org/poems"], names_base=True)
-        with pytest.raises(Unprocessable, match="made for another base"):
+        with pytest.raises(Unprocessable, match="made for another base") as caught:
             await admission.check(yard.sessions, yard.settings, wish)
+        assert caught.value.param == "adapter_ids"
+        # An adapter that is asked for as a model: the fields are those that the request has it in.
+        for sent, param in (("org/a", "model_id"), ("no/such", "base_model_id")):
+            asked = DeployIn.model_validate({"model_id": "org/poems", "base_model_id": sent})
+            with pytest.raises(ModelyardError) as refused:
+                await admission.check(yard.sessions, yard.settings, admission.wish_of(asked, yard.settings))
+            assert refused.value.param == param
 
 
 async def test_adapters_want_room(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from modelyard.finetune.schemas import HyperparametersIn
 from modelyard.finetune.tables import Finetune
 from modelyard.models import adapter_facts
 from modelyard.models.schemas import TrainingOut
-from tests.deploy.test_adapters import pair, write_tensors
 from tests.finetune.rows import model
+from tests.models.test_adapter_checks import pair, write_tensors
 
 HIDDEN = 16
 CONFIG = {

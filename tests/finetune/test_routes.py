@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 
+from modelyard.errors import JobFailure
+from modelyard.finetune.errands import PARAMS
+from modelyard.finetune.request_checks import check_settings
+from modelyard.finetune.schemas import HyperparametersIn
 from modelyard.hardware import this_machine
 from tests.datasets.forms import questions
 from tests.finetune.yard import (
@@ -137,7 +141,7 @@ def test_the_source_documents_body_alone_starts_a_training(quick: Server, datase
         ({"promote": {"alias": "default"}}, 422, "invalid_value", "body"),
         ({"deploy": True, "promote": {"alias": "default", "if": "perhaps"}}, 422, "invalid_value", "promote.if"),
         ({"deploy": True, "promote": {"alias": "/", "if": "always"}}, 422, "invalid_value", "promote.alias"),
-        ({"deploy": True, "promote": {"alias": MODEL, "if": "always"}}, 409, "alias_taken", "name"),
+        ({"deploy": True, "promote": {"alias": MODEL, "if": "always"}}, 409, "alias_taken", "promote.alias"),
         ({"hyperparameters": {"epochs": 1, "max_steps": 2}}, 422, "invalid_value", "hyperparameters"),
         ({"hyperparameters": {"epochs": 0}}, 422, "invalid_value", "hyperparameters.epochs"),
         ({"hyperparameters": {"epochs": "many"}}, 422, "invalid_value", "hyperparameters.epochs"),
@@ -164,6 +168,59 @@ def test_what_cannot_be_is_refused_with_what_is_wrong(
     assert error["code"] == code
     assert param is None or error["param"] == param
     assert len(quick.get("/api/v1/jobs/?kind=FT").json()) == before
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "code", "param"),
+    [
+        ({"model_id": "no/such"}, 404, "model_not_found", "model_id"),
+        ({"dataset_id": NOBODY}, 404, "dataset_not_found", "dataset_id"),
+        ({"hyperparameters": {"rank": 65}}, 422, "invalid_value", "hyperparameters.rank"),
+        ({"hyperparameters": {"max_seq_len": 100_000}}, 422, "max_seq_len_too_long", "hyperparameters.max_seq_len"),
+        (
+            {"hyperparameters": {"target_modules": ["q_proj", "no_proj"]}},
+            422, "unknown_target_modules", "hyperparameters.target_modules",
+        ),
+        (
+            {"deploy": True, "promote": {"alias": MODEL, "if": "always"}},
+            409, "alias_taken", "promote.alias",
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_plan_is_refused_for_at_once_no_job_is_made_of(
+    quick: Server, dataset_id: str, fields: dict[str, Any], status: int, code: str, param: str
+) -> None:
+    before = len(quick.get("/api/v1/jobs/?kind=FT").json())
+    body = {"name": "x", "model_id": MODEL, "dataset_id": dataset_id, **fields}
+    started, planned = quick.post(FINETUNE, body), quick.post(f"{FINETUNE}plan/", body)
+    error = refusal(started, status)
+    assert (error["code"], error["param"]) == (code, param)
+    assert planned.json() == started.json()
+    assert len(quick.get("/api/v1/jobs/?kind=FT").json()) == before
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "code"),
+    [
+        ({"model_type": "llama4_text", "attention_chunk_size": 8192}, {"packing": True}, "packing_unsupported"),
+        ({"model_type": "llama4_text", "attention_chunk_size": 8192}, {}, None),
+        ({"model_type": "llama"}, {"packing": True}, None),
+        ({"max_position_embeddings": 64}, {"max_seq_len": 65}, "max_seq_len_too_long"),
+        ({"max_position_embeddings": 64}, {"max_seq_len": 64}, None),
+        ({"model_type": "gpt_oss"}, {"target_modules": ["experts"], "dropout": 0.1}, "experts_without_dropout"),
+        ({"model_type": "gpt_oss"}, {"target_modules": ["experts"]}, None),
+    ],
+)
+def test_settings_that_the_files_of_the_base_rule_out_are_refused_in_the_trainers_words(
+    tmp_path: Path, config: dict[str, Any], settings: dict[str, Any], code: str | None
+) -> None:
+    found = None
+    try:
+        check_settings("acme/it", tmp_path, config, HyperparametersIn(**settings), is_own_python=False)
+    except JobFailure as failure:
+        found = failure.code
+    assert found == code
+    assert code is None or PARAMS[code].startswith("hyperparameters.")
 
 
 @pytest.mark.skipif(this_machine().has_gpu, reason="here it can be done")

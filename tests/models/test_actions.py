@@ -52,6 +52,23 @@ async def test_the_same_model_makes_the_same_job_while_it_runs(database_url: str
         assert first.spec == {"model_id": "acme/tiny", "revision": "main"}
 
 
+async def test_adapters_do_not_crowd_models_out_of_what_an_error_names(database_url: str) -> None:
+    async with opened(database_url) as sessions:
+        async with sessions.begin() as session:
+            for number in range(30):
+                adapter = result(adapter=True, base_model_id="zeta/base")
+                await actions.add(session, f"acme/lora-{number:02}", "main", adapter)
+            await actions.add(session, "zeta/base", "main", result())
+            await actions.add(session, "zeta/embedder", "main", result(task="embed"))
+        async with sessions.read() as session:
+            with pytest.raises(ModelNotFound, match=r"there are: zeta/base, zeta/embedder, acme/lora-00"):
+                await actions.get(session, "no/such")
+            with pytest.raises(ModelNotFound, match=r"there are: zeta/base, zeta/embedder\."):
+                await actions.get_for_use(session, "no/such", among=actions.BASES)
+            with pytest.raises(ModelNotFound, match=r"there are: zeta/base, zeta/embedder\."):
+                await actions.request_download(session, "acme/new", base_model_id="no/such")
+
+
 async def test_the_base_that_an_adapter_is_said_to_have_may_still_be_on_its_way(database_url: str) -> None:
     async with opened(database_url) as sessions:
         with pytest.raises(ModelNotFound, match="'acme/tiny'") as caught:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,37 @@ def test_the_table_is_that_of_the_transformers_which_trains() -> None:
         missing("engine", str(error))
     found = {kind: (name,) if isinstance(name, str) else tuple(name) for kind, name in NAMES.items()}
     assert found == dict(CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("kind", "named", "is_refused"),
+    [
+        ("deepseek_v32", "DeepseekV32ForCausalLM", True), ("deepseek_v4", "DeepseekV4ForCausalLM", True),
+        ("gpt_oss", "GptOssForCausalLM", True), ("gpt_oss", "", True), ("inkling_text", "InklingForCausalLM", True),
+        ("deepseek_v3", "DeepseekV3ForCausalLM", False), ("llama", "LlamaForCausalLM", False), ("", "", False),
+    ],
+)  # fmt: skip
+def test_models_whose_chats_the_engine_renders_by_code_are_refused(kind: str, named: str, is_refused: bool) -> None:
+    config = {"model_type": kind, "architectures": [named] if named else []}
+    if not is_refused:
+        trainable.check_rendering("acme/it", config)
+        return
+    with pytest.raises(NotTrainable, match=f"acme/it is a {named or kind}, whose chats the engine renders by code"):
+        trainable.check_rendering("acme/it", config)
+
+
+def test_they_are_those_of_the_engine_itself() -> None:
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin is None:
+        missing("engine", "vllm is not installed")
+    config = (Path(spec.origin).parent / "config/model.py").read_text("utf-8")
+    chosen = config.partition('if self.tokenizer_mode == "auto":')[2].partition('if self.tokenizer_mode != "auto":')[0]
+    renderer = (Path(spec.origin).parent / "renderers/online_renderer.py").read_text("utf-8")
+    kinds = re.findall(r'use_harmony = model_config\.hf_config\.model_type == "(\w+)"', renderer)
+    found = re.findall(r'"(\w+For\w+)"', chosen)
+    assert found
+    assert kinds
+    assert {*found, *kinds} == trainable.RENDERED_BY_CODE
 
 
 def test_an_architecture_without_adapters_is_told_by_its_name() -> None:

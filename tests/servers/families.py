@@ -188,7 +188,7 @@ def serve(family: str, folder: Path) -> dict[str, Any]:
     from vllm.model_executor.models.interfaces import supports_lora
     from vllm.model_executor.models.registry import ModelRegistry
 
-    from modelyard.deploy.adapters import check_adapter
+    from modelyard.models.adapter_checks import check_adapter
 
     config_json = json.loads((folder / "model" / "config.json").read_text("utf-8"))
     if family not in OTHERS:

@@ -41,7 +41,7 @@ def test_no_family_of_both_packages_is_forgotten(forks: Forks, tmp_path: Path) -
     assert {family for family, said in found.items() if said["lora"]} - UNTRIED.keys() == SERVED.keys()
     assert {family for family, said in found.items() if not said["lora"]} - UNTRIED.keys() == OTHERS.keys()
     assert found.keys() >= UNTRIED.keys()
-    from modelyard.trainer.layers import EXPERTS_SERVED, UNSERVED
+    from modelyard.trainer.layer_names import EXPERTS_SERVED, UNSERVED
 
     assert {family for family, said in found.items() if said["experts"]} - UNTRIED.keys() == EXPERTS_SERVED
     assert UNSERVED.keys() <= SERVED.keys()

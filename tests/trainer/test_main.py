@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from modelyard.deploy.adapters import check_adapter
+from modelyard.models.adapter_checks import check_adapter
 from modelyard.trainer.spec import Mode
 from tests.trainer.runs import MODEL, Run, make_run, run_alone
 

@@ -213,7 +213,7 @@ async def get_report(
     """
     async with sessions.read() as session:
         dataset = await actions.get(session, dataset_id)
-        model = await models.get(session, model_id) if model_id is not None else None
+        model = await models.get(session, model_id, among=models.BASES) if model_id is not None else None
         named = model
         if model is not None and model.adapter and model.base_model_id is not None:
             model = await models.get(session, model.base_model_id)  # an adapter speaks its base's tokens

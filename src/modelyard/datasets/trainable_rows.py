@@ -11,6 +11,7 @@ import asyncio
 from typing import Any
 
 from modelyard.datasets.model_figures import Question, StoredModel, ask
+from modelyard.datasets.row_forms import Form
 from modelyard.datasets.tables import Dataset
 from modelyard.db import Sessions
 from modelyard.errors import JobFailure, Unprocessable
@@ -49,9 +50,11 @@ async def trains(
     """
     try:
         trainable.check_kind(named)
-        await asyncio.to_thread(
+        config = await asyncio.to_thread(
             trainable.check, model.model_id, model.folder, named.chat_template, is_own_python=is_own_python
         )
+        if dataset.format != Form.TEXT:
+            trainable.check_rendering(model.model_id, config)
     except Unprocessable as refused:
         return {"refusal": {"code": refused.code, "message": refused.message}}
     try:

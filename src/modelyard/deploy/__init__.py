@@ -7,7 +7,6 @@ job, which runs for as long as the model is in service. One `Service` per deploy
 - to start an engine: `fitting` (may it start now), `fit` (what it takes, of `hardware`), `vllm_args` (the command),
   `attempts` (each start's folder and log), `scratch` (where its socket lies), `failures` (why it failed), `promises`
   (memory that is left free for other rooms)
-- before an adapter is loaded: `adapters` (can it be served), on its base's layers (`base_layers`)
 - whether it is ready: `readiness` (its first answer)
 - while it runs: `running_engine` (its process and client), `engine_client` (asking it), `silence` (busy or dead),
   `adapter_changes` and `loading` (adapters come, checked by `adapter_probes`), `draining` (requests and adapters go)

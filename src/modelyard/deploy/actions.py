@@ -46,6 +46,8 @@ class Wish:
     pinned: Mapping[str, Any] | None = None
     #: The request says itself that the adapters belong to the model, whatever their files name as base.
     names_base: bool = False
+    #: The names that the request has for `model_id` and `adapter_ids`, where it has others.
+    params: Mapping[str, str] = field(default_factory=dict)
 
     def is_met_by(self, deployment: Deployment, path: str) -> bool:
         """Return True if a deployment serves this model in this way, from the folder that a row names."""
@@ -198,7 +200,7 @@ async def wanted_models(
         Conflict: one of them is being downloaded.
         Unprocessable: an adapter is given as the model, or does not belong to it.
     """
-    model = await models.get_for_use(session, model_id)
+    model = await models.get_for_use(session, model_id, among=models.BASES)
     if model.adapter:
         raise Unprocessable(
             f"'{model_id}' is an adapter of '{model.base_model_id or 'a base that it does not name'}': deploy its base "

@@ -17,12 +17,12 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from modelyard.db import Sessions
 from modelyard.deploy import actions, attempts, succession, without_adapters
-from modelyard.deploy.adapters import check_facts, smallest_max_rank
 from modelyard.deploy.fitting import model_files, servable_files
 from modelyard.deploy.schemas import DeployIn, EngineOptions
 from modelyard.deploy.tables import Deployment
-from modelyard.errors import JobFailure, Unprocessable
+from modelyard.errors import JobFailure, ModelyardError, Unprocessable
 from modelyard.models import adapter_rendering
+from modelyard.models.adapter_checks import check_facts, smallest_max_rank
 from modelyard.models.lost import Backups, bring_back
 from modelyard.models.stored_adapters import StoredAdapter, with_facts
 from modelyard.models.tables import Model
@@ -33,13 +33,15 @@ from modelyard.settings import Settings
 def wish_of(wanted: DeployIn, settings: Settings) -> actions.Wish:
     """Return what a request wants, with what it leaves to the settings."""
     idle_timeout_s = wanted.idle_timeout_s
-    base, adapter_ids = wanted.base_model_id or wanted.model_id, wanted.adapter_ids
+    base, adapter_ids, params = wanted.base_model_id or wanted.model_id, wanted.adapter_ids, {}
     if base != wanted.model_id:  # an adapter is asked for, with the base that it belongs to
+        params = {"model_id": "base_model_id"} | ({} if adapter_ids else {"adapter_ids": "model_id"})
         adapter_ids = [wanted.model_id, *adapter_ids]
     return actions.Wish(
         model_id=base,
         adapter_ids=adapter_ids,
         names_base=wanted.base_model_id is not None,
+        params=params,
         options=wanted.options.model_dump(exclude_none=True),
         strategy=wanted.strategy,
         keep_others=wanted.keep_others,
@@ -63,9 +65,17 @@ async def check(sessions: Sessions, settings: Settings, wish: actions.Wish, back
 
     Raises:
         ModelNotFound: the store lacks the model or an adapter.
-        Unprocessable: param `adapter_ids` or `model_id`; the message says what to do.
+        Unprocessable: param is the field that the request names it in; the message says what to do.
         ModelLost: the files of one are gone, and cannot be had back from where they are kept.
     """
+    try:
+        await _check(sessions, settings, wish, backups)
+    except ModelyardError as error:
+        error.param = wish.params.get(error.param or "", error.param)
+        raise
+
+
+async def _check(sessions: Sessions, settings: Settings, wish: actions.Wish, backups: Backups | None) -> None:
     async with sessions.read() as session:
         model, adapters = await actions.wanted_models(session, wish.model_id, wish.adapter_ids, wish.names_base)
         running = await _running(session, wish, model.path)

@@ -19,7 +19,6 @@ from modelyard.db import exclusively, utcnow
 from modelyard.deploy.tables import Alias, AliasMove
 from modelyard.errors import SHOWN_NAMES, AliasNotFound, AliasTaken, ModelNotFound, NothingToRollBack, Unprocessable
 from modelyard.models import actions as models
-from modelyard.models.tables import Model
 
 #: The built-in aliases, and the task whose current deployment each follows. `DEFAULT` does so where nothing else is
 #: asked for: a request for embeddings means the embedding one by it.
@@ -129,7 +128,7 @@ async def _check_target(session: AsyncSession, name: str, target: str, param: st
     if await models.find(session, name) is not None:
         raise AliasTaken(name)
     if await models.find(session, target) is None:
-        known = (await session.scalars(select(Model.model_id).order_by(Model.model_id).limit(SHOWN_NAMES + 1))).all()
+        known = await models.known_ids(session)
         hint = "" if param == "target" else "It is what the alias led to before: have the alias lead somewhere else."
         raise ModelNotFound(target[:200], known=known, what="model or adapter", param=param, hint=hint)
 
@@ -146,18 +145,18 @@ async def _lead(session: AsyncSession, name: str, target: str) -> Alias:
     return moved
 
 
-def check_name(name: str) -> None:
-    """Refuse what cannot be an alias's name.
+def check_name(name: str, *, param: str = "name") -> None:
+    """Refuse what cannot be an alias's name; `param` is where the request has it.
 
     Raises:
         Unprocessable: it says what a name is made of.
     """
     if name.endswith(ACTIONS):
         raise Unprocessable(f"'{name[:200]}' cannot be an alias: {name.rpartition('/')[2]} is what is asked of one.",
-                            param="name")  # fmt: skip
+                            param=param)  # fmt: skip
     if not _NAME.fullmatch(name) or _LOST.search(name):
         raise Unprocessable(
             f"'{name[:200]}' cannot be an alias: use 1 to 128 of A-Z, a-z, 0-9, '.', '_', ':', '/' and '-', with a "
             "letter or digit first, no '/' last, and between slashes neither nothing nor a '.' at the end.",
-            param="name",
+            param=param,
         )

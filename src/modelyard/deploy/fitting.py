@@ -15,7 +15,6 @@ from uuid import UUID
 
 from modelyard.db import Sessions
 from modelyard.deploy import actions, promises, succession
-from modelyard.deploy.adapters import check_facts
 from modelyard.deploy.fit import Fit, fit, gib
 from modelyard.deploy.promises import NOTHING, Promised
 from modelyard.deploy.schemas import EngineOptions
@@ -25,6 +24,7 @@ from modelyard.deploy.vllm_args import AdapterFiles, ModelFiles, engine_command
 from modelyard.errors import JobFailure, Unprocessable
 from modelyard.hardware import GIB, Machine, given_back, left_for_engines, this_machine
 from modelyard.models import config_file, kinds, store
+from modelyard.models.adapter_checks import check_facts
 from modelyard.models.architectures import MULTIMODAL
 from modelyard.models.chat_template import TemplateSource, source_of
 from modelyard.models.mistral_format import is_mistral_format

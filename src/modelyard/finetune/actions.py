@@ -29,6 +29,7 @@ from modelyard.jobs import actions as jobs
 from modelyard.jobs.tables import ACTIVE, Job, JobStatus
 from modelyard.models import actions as models
 from modelyard.models.ids import TRAINED
+from modelyard.models.kinds import Task
 from modelyard.models.tables import Model
 from modelyard.models.trainable import check_kind
 
@@ -221,7 +222,7 @@ async def trainable(session: AsyncSession, model_id: str) -> Model:
         ModelNotFound: it is not in the store.
         Unprocessable: it is an adapter, or embeds.
     """
-    model = await models.get_for_use(session, model_id)
+    model = await models.get_for_use(session, model_id, among=(~Model.adapter, Model.task == Task.GENERATE))
     check_kind(model)
     return model
 
@@ -239,12 +240,9 @@ async def _hold(session: AsyncSession, row: Finetune) -> None:
 
 
 async def _check_alias(session: AsyncSession, alias: str) -> None:
-    try:
-        aliases.check_name(alias)
-    except Unprocessable as error:
-        raise Unprocessable(error.message, param="promote.alias") from None
+    aliases.check_name(alias, param="promote.alias")
     if await models.find(session, alias) is not None:
-        raise AliasTaken(alias)
+        raise AliasTaken(alias, param="promote.alias")
 
 
 def _check_measuring(wanted: FinetuneIn, dataset: Dataset) -> None:

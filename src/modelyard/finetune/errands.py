@@ -31,6 +31,32 @@ log = logging.getLogger(__name__)
 #: Failures that may pass by themselves, or when somebody makes room.
 PASSING = frozenset({"out_of_memory", "disk_full", "no_process", "stopped"})
 RETRY_AFTER_S = 60
+#: The fields of a request that failures speak of.
+PARAMS = {
+    "max_seq_len_too_long": "hyperparameters.max_seq_len",
+    "unknown_target_modules": "hyperparameters.target_modules",
+    "experts_without_dropout": "hyperparameters.dropout",
+    "packing_unsupported": "hyperparameters.packing",
+    "quantization_needs_gpu": "hyperparameters.quantization",
+    "nothing_to_learn": "dataset_id",
+    **dict.fromkeys(
+        (
+            "bad_chat_template",
+            "bad_configuration",
+            "bad_tokenizer",
+            "bad_weights",
+            "broken_model",
+            "loads_from_elsewhere",
+            "no_stop_token",
+            "remote_code",
+            "tokens_beyond_embedding",
+            "unsupported_architecture",
+            "unsupported_quantization",
+            "unsupported_tokenizer",
+        ),
+        "model_id",
+    ),
+}
 
 STOP_TIMEOUT_S = 5.0
 LOG = "log.txt"
@@ -132,8 +158,10 @@ def refusal(failure: JobFailure) -> ModelyardError:
     error: ModelyardError
     if failure.code in PASSING:
         error = Unavailable(message, retry_after_s=RETRY_AFTER_S, code=failure.code)
+    elif failure.code == "trainer_failed":
+        error = BadGateway(message, code=failure.code)
     else:
-        error = (BadGateway if failure.code == "trainer_failed" else Unprocessable)(message, code=failure.code)
+        error = Unprocessable(message, param=PARAMS.get(failure.code), code=failure.code)
     error.evidence = failure.evidence
     return error
 

@@ -8,7 +8,7 @@ from modelyard.datasets.routes import Storage
 from modelyard.finetune.export_routes import Errands
 from modelyard.finetune.plan_schemas import FinetunePlanOut
 from modelyard.finetune.planning import plan
-from modelyard.finetune.routes import check
+from modelyard.finetune.request_checks import check
 from modelyard.finetune.schemas import FinetuneIn
 from modelyard.gateway.client_watch import unless_gone
 from modelyard.http import Sessions, Settings, documented, router

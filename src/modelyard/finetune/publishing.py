@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from modelyard.datasets.tables import Dataset
-from modelyard.deploy.adapters import check_adapter
 from modelyard.errors import JobFailure, Unprocessable
 from modelyard.finetune.schemas import HyperparametersOut
 from modelyard.finetune.tables import Finetune
 from modelyard.models import adapter_facts, config_file, store
+from modelyard.models.adapter_checks import check_adapter
 from modelyard.models.ids import folder_name
 from modelyard.models.kinds import Task
 from modelyard.models.tables import Model

@@ -10,11 +10,10 @@ from uuid import UUID
 from fastapi import Path, Query
 
 from modelyard.datasets.routes import Storage
-from modelyard.deploy import without_adapters
-from modelyard.errors import NotTrainable, Unprocessable
+from modelyard.errors import NotTrainable
 from modelyard.finetune import actions, checkpoints, curves
+from modelyard.finetune.request_checks import check
 from modelyard.finetune.schemas import FinetuneDetailOut, FinetuneIn, FinetuneOut
-from modelyard.hardware import this_machine
 from modelyard.http import Sessions, Settings, documented, router
 from modelyard.jobs import actions as jobs
 from modelyard.jobs.routes import Runner
@@ -67,53 +66,6 @@ async def start_finetune(wanted: FinetuneIn, sessions: Sessions, settings: Setti
         job = await actions.start(session, wanted)
     runner.wake()
     return JobOut.of(job)
-
-
-async def check(wanted: FinetuneIn, sessions: Sessions, settings: Settings) -> None:
-    """Refuse what the files and the settings show to be impossible.
-
-    Raises:
-        Unprocessable: param `model_id`, `deploy`, or `hyperparameters.` with `rank`, `quantization` or `max_seq_len`.
-        ModelNotFound: there is no such model.
-        ModelLost: its files are gone.
-    """
-    rank, most = wanted.hyperparameters.rank, settings.engine_max_lora_rank
-    if rank > most:
-        raise Unprocessable(
-            f"Engines have room for adapters of rank {most} at most (MODELYARD_ENGINE_MAX_LORA_RANK), and this one "
-            f"would have {rank}: train with a lower rank, or raise the setting.",
-            param="hyperparameters.rank",
-        )
-    if wanted.hyperparameters.quantization is not None and not (await asyncio.to_thread(this_machine)).has_gpu:
-        raise Unprocessable(
-            f"A base in 4 bits (quantization: {wanted.hyperparameters.quantization}) needs an NVIDIA GPU, and this "
-            "machine has none: train without quantization, or on a machine with a GPU.",
-            param="hyperparameters.quantization",
-            code="quantization_needs_gpu",
-        )
-    async with sessions.read() as session:
-        model = await actions.trainable(session, wanted.model_id)
-    await bring_back(settings.models_dir, [model], None)  # a base is not kept in the storage
-    folder = store.folder_of(settings.models_dir, model.path)
-    is_own = settings.trainer_python is not None
-    config = await asyncio.to_thread(
-        trainable.check, model.model_id, folder, model.chat_template, is_own_python=is_own
-    )  # fmt: skip
-    wanted_length, most_tokens = wanted.hyperparameters.max_seq_len, trainable.max_length(config)
-    if wanted_length is not None and most_tokens is not None and wanted_length > most_tokens:
-        raise Unprocessable(
-            f"max_seq_len is {wanted_length} tokens, but the model takes {most_tokens}. Leave max_seq_len out, or set "
-            f"it to {most_tokens} at most.",
-            param="hyperparameters.max_seq_len",
-            code="max_seq_len_too_long",
-        )
-    if wanted.deploy and (fault := without_adapters.fault(config)) is not None:
-        raise Unprocessable(
-            f"{model.model_id} {fault}: the adapter could not be put into service. Train without deploy; then "
-            f"{without_adapters.remedy('ADAPTER_ID')}",
-            param="deploy",
-            code="adapters_unsupported",
-        )
 
 
 @api.get("/", summary="List trainings, newest first", responses=documented(404, 422))

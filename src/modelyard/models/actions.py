@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import ColumnExpressionArgument, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -23,6 +23,8 @@ from modelyard.models.tables import Model
 
 DOWNLOAD = "DOWNLOAD"
 DEFAULT_REVISION = "main"
+#: The condition of what can be a base.
+BASES = (~Model.adapter,)
 #: What of a row belongs to its commit.
 PINNED = ("commit", "path", "size_bytes", "chat_template")
 #: The revision of everything from the import directory.
@@ -39,21 +41,29 @@ async def find(session: AsyncSession, model_id: str) -> Model | None:
     return (await session.scalars(select(Model).where(Model.model_id == model_id))).first()
 
 
-async def get(session: AsyncSession, model_id: str) -> Model:
+async def known_ids(session: AsyncSession, *among: ColumnExpressionArgument[bool]) -> Sequence[str]:
+    """Return what an error names: the first ids that meet the conditions, models before adapters, and one more."""
+    query = select(Model.model_id).where(*among).order_by(Model.adapter, Model.model_id).limit(SHOWN_NAMES + 1)
+    return (await session.scalars(query)).all()
+
+
+async def get(session: AsyncSession, model_id: str, *, among: Iterable[ColumnExpressionArgument[bool]] = ()) -> Model:
     """Return a model or an adapter.
 
     Raises:
-        ModelNotFound: it is not in the store; the error names what is.
+        ModelNotFound: it is not in the store; the error names what is, of those that meet the conditions `among`.
     """
     model = await find(session, model_id)
     if model is None:
-        known = (await session.scalars(select(Model.model_id).order_by(Model.model_id).limit(SHOWN_NAMES + 1))).all()
+        known = await known_ids(session, *among)
         raise ModelNotFound(model_id[:200], known=known, hint="POST /api/v1/models/add/ downloads a model.")
     return model
 
 
-async def get_for_use(session: AsyncSession, model_id: str) -> Model:
-    """Return a model that somebody wants to use now.
+async def get_for_use(
+    session: AsyncSession, model_id: str, *, among: Iterable[ColumnExpressionArgument[bool]] = ()
+) -> Model:
+    """Return a model that somebody wants to use now; `among` as `get` has it.
 
     Raises:
         ModelNotFound: as `get`.
@@ -61,7 +71,7 @@ async def get_for_use(session: AsyncSession, model_id: str) -> Model:
     """
     if await find(session, model_id) is None:
         await _refuse_while_it_arrives(session, model_id, "model_id")
-    return await get(session, model_id)
+    return await get(session, model_id, among=among)
 
 
 async def _refuse_while_it_arrives(session: AsyncSession, model_id: str, param: str) -> None:
@@ -89,12 +99,12 @@ async def get_adapter(session: AsyncSession, adapter_id: str, base_model_id: str
     adapter = await find(session, adapter_id)
     if adapter is None:
         await _refuse_while_it_arrives(session, adapter_id, "adapter_ids")
-        mine = select(Model.model_id).where(Model.adapter, Model.base_model_id == base_model_id)
+        mine = await known_ids(session, Model.adapter, Model.base_model_id == base_model_id)
         raise ModelNotFound(
             adapter_id[:200],
             what="adapter",
             where=f"of '{base_model_id}' in the store",
-            known=(await session.scalars(mine.order_by(Model.model_id).limit(SHOWN_NAMES + 1))).all(),
+            known=mine,
             hint="POST /api/v1/models/add/ downloads one.",
             param="adapter_ids",
         )
@@ -160,12 +170,10 @@ async def _check_base(session: AsyncSession, base_model_id: str) -> None:
             f"'{base_model_id}' is an adapter itself: name the model that it belongs to.", param="base_model_id"
         )
     if base is None and await jobs.find_active(session, kind=DOWNLOAD, subject=base_model_id) is None:
-        known = await session.scalars(
-            select(Model.model_id).where(~Model.adapter).order_by(Model.model_id).limit(SHOWN_NAMES + 1)
-        )
+        known = await known_ids(session, *BASES)
         raise ModelNotFound(
             base_model_id[:200],
-            known=known.all(),
+            known=known,
             hint="POST /api/v1/models/add/ downloads the base; the adapter can be added as soon as that has begun.",
             param="base_model_id",
         )

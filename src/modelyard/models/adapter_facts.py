@@ -2,7 +2,7 @@
 
 `read` looks at the configuration, at the header of the weights, and at the weights for NaN and infinity. It loads
 nothing and trusts no name in the files: `base_model_name_or_path` is often a path on the machine of the training. An
-adapter that vLLM cannot serve on any base has a `refusal`; whether it fits one base is `deploy.adapters`'s to say, from
+adapter that vLLM cannot serve on any base has a `refusal`; whether it fits one base is `adapter_checks`'s to say, from
 `layers`. Nothing here knows the database. Blocks on the disk.
 """
 

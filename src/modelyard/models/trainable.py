@@ -23,6 +23,14 @@ _OTHER_USES = (
 )  # fmt: skip
 #: Decoders whose layers are no linear ones in the sense that engines put adapters on.
 _WITHOUT_LINEAR_LAYERS = frozenset({"gpt2", "openai-gpt", "mamba", "mamba2", "rwkv"})
+#: Architectures, and one kind of model, whose chats vLLM 0.32 renders by code of its own, whatever template there is.
+RENDERED_BY_CODE = frozenset(
+    {
+        "DeepseekV32ForCausalLM", "DeepseekV41ForCausalLM", "DeepseekV4ForCausalLM",
+        "DeepseekV4ForConditionalGeneration", "InklingForCausalLM", "InklingForConditionalGeneration",
+        "KimiK3ForConditionalGeneration", "MoonshotKimiaForCausalLM", "gpt_oss",
+    }
+)  # fmt: skip
 
 
 def check_kind(model: Model) -> None:
@@ -69,6 +77,22 @@ def check(
     if fault is not None:
         raise NotTrainable(f"{model_id} {fault}", param="model_id")
     return config
+
+
+def check_rendering(model_id: str, config: config_file.Config) -> None:
+    """Refuse conversations, or the way into service, for a model whose chats the engine renders without a template.
+
+    Raises:
+        NotTrainable: with the reason, and what can be trained.
+    """
+    kind, named = config_file.names_of(config)
+    if kind in RENDERED_BY_CODE or RENDERED_BY_CODE.intersection(named):
+        raise NotTrainable(
+            f"{model_id} is a {next(iter(named), kind)}, whose chats the engine renders by code of its own instead of "
+            "a chat template: an adapter would learn from other prompts than it is then asked, and would not be put "
+            'into service. Train it on plain texts ({"text": "..."}) without deploy, or another model.',
+            param="model_id",
+        )
 
 
 def max_length(config: config_file.Config) -> int | None:

@@ -9,44 +9,20 @@ anything is trained.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from modelyard.errors import JobFailure
+from modelyard.trainer.layer_names import EXPERTS_SERVED, ROUTED, ROUTERS, is_named, is_unserved
+from modelyard.trainer.refusals import experts_without_dropout, unknown_target_modules
 
-#: Layers that choose among others (experts): engines do not take adapters on them.
-ROUTERS = frozenset(
-    {"gate", "router", "shared_expert_gate", "score", "classifier", "wg", "modality_router", "weights_proj"}
-)
-#: Latent attention: the engine multiplies this layer's weight into others once, and asks the layer only for prompts.
-_ABSORBED = ("kv_b_proj",)
-#: Layers, by the kind of model, that transformers has and vLLM 0.32 serves no adapter on: it has them under another
-#: name, in other pieces, or reads their weights past them. A test holds this against vLLM.
-UNSERVED: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("axk1", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"), _ABSORBED),
-    "hy_v4": _ABSORBED,
-    "glm4": ("gate_up_proj",),
-    "gpt_bigcode": ("c_attn",),
-    "granitemoe_swa": ("input_linear",),
-    "granitemoeshared": ("input_linear",),
-    "hy_v3": ("shared_experts",),
-    "laguna": ("shared_experts",),
-    "longcat_flash": (*_ABSORBED, "q_a_proj", "kv_a_proj_with_mqa"),
-}
-#: Kinds of model whose routed experts vLLM 0.32 serves adapters on in PEFT's form: one tensor for all of a layer. (Of
-#: others it takes one for each expert.)
-EXPERTS_SERVED = frozenset({"gpt_oss"})
 _PARTS = ("gate_up_proj", "down_proj")
 #: So many tokens are tried.
 TRIED_TOKENS = 8
-#: So many names are said of a kind.
-NAMES_SAID = 10
 _OTHER_MODEL = "Train a decoder model such as Llama, Qwen, Mistral, Gemma or Phi."
 #: PEFT's function, by its name in `peft.utils.transformers_weight_conversion`.
 _REWRITES = "convert_peft_config_for_transformers"
-_ROUTED = re.compile(r"\.experts\.\d+\.")
 
 
 def layers_to_adapt(model: Any, wanted: list[str] | None, model_id: str) -> list[str]:
@@ -70,18 +46,11 @@ def layers_to_adapt(model: Any, wanted: list[str] | None, model_id: str) -> list
     routed = [name for name, module in model.named_modules() if _is_experts(name, module)]
     is_served = str(model.config.get_text_config().model_type) in EXPERTS_SERVED
     there += routed if is_served else []
-    unknown = sorted(name for name in set(wanted) if not any(_is_named(layer, name) for layer in there))
+    unknown = sorted(name for name in set(wanted) if not any(is_named(layer, name) for layer in there))
     if unknown or not wanted:
-        named = ", ".join(f"'{name[:60]}'" for name in unknown[:NAMES_SAID]) or "no layer at all"
-        kinds = sorted({layer.rpartition(".")[2] for layer in there})
-        without = "" if is_served or not routed else " Its routed experts are served without adapters."
-        raise JobFailure(
-            "unknown_target_modules",
-            f"target_modules names {named}; the linear layers of {model_id} that can be trained are: "
-            f"{', '.join(kinds)}.{without}",
-            "Name some of these, or leave target_modules out: then all linear ones are trained.",
-        )
-    return [layer for layer in there if any(_is_named(layer, name) for name in wanted)]
+        kinds = {layer.rpartition(".")[2] for layer in there}
+        raise unknown_target_modules(model_id, unknown, kinds, has_unserved_experts=bool(routed) and not is_served)
+    return [layer for layer in there if any(is_named(layer, name) for name in wanted)]
 
 
 def trainable_layers(model: Any) -> list[str]:
@@ -96,9 +65,9 @@ def trainable_layers(model: Any) -> list[str]:
         and name
         and module is not output
         and name.rpartition(".")[2] not in ROUTERS
-        and not _ROUTED.search(name)
+        and not ROUTED.search(name)
         and not _is_read_by_a_kernel(model, name)
-        and not _is_unserved(model, name)
+        and not is_unserved(str(model.config.get_text_config().model_type), name)
     }
     reached = _reached(model, candidates) if candidates else set()
     return [name for name in candidates if name in reached]
@@ -115,11 +84,7 @@ def adapted(model: Any, config: Any, layers: list[str]) -> Any:
     routed = [name for name in layers if _is_experts(name, model.get_submodule(name))]
     linear = [name for name in layers if name not in set(routed)]
     if routed and config.lora_dropout:
-        raise JobFailure(
-            "experts_without_dropout",
-            "Adapters on experts cannot be trained with dropout.",
-            "Leave dropout out, or 'experts' out of target_modules.",
-        )
+        raise experts_without_dropout()
     ranks = dict.fromkeys(linear, config.r)
     for name in routed:
         # One matrix for all experts, one's rank after the other's; the outer of the two is that of down_proj.
@@ -281,19 +246,9 @@ def _is_read_by_a_kernel(model: Any, name: str) -> bool:
     return hasattr(parent, "A_log") and hasattr(parent, "D")
 
 
-def _is_unserved(model: Any, name: str) -> bool:
-    """Return whether vLLM serves the model with adapters, and yet none on this layer (or one that acts by half)."""
-    kinds = UNSERVED.get(str(model.config.get_text_config().model_type), ())
-    return any(f".{kind}." in f".{name}." for kind in kinds)
-
-
 def _is_experts(name: str, module: Any) -> bool:
     """Return whether a module is the routed experts of a layer, in one tensor for each of the two steps."""
     return name.endswith(".experts") and all(getattr(getattr(module, part, None), "ndim", 0) == 3 for part in _PARTS)
-
-
-def _is_named(layer: str, name: str) -> bool:
-    return layer == name or layer.endswith(f".{name}")
 
 
 def _some(names: Iterable[str]) -> str:

@@ -17,6 +17,7 @@ from modelyard.evidence import in_words
 from modelyard.models import config_file
 from modelyard.trainer.failures import is_out_of_memory
 from modelyard.trainer.layers import adapted, layers_to_adapt
+from modelyard.trainer.refusals import NO_BITSANDBYTES, NO_GPU, quantization_needs_gpu
 from modelyard.trainer.reports import Reports
 from modelyard.trainer.spec import Base, Spec
 
@@ -179,12 +180,7 @@ def _four_bits(on_gpu: bool) -> Any:
     import importlib.util
 
     if not on_gpu or importlib.util.find_spec("bitsandbytes") is None:
-        lacking = "bitsandbytes is not installed" if on_gpu else "there is none"
-        raise JobFailure(
-            "quantization_needs_gpu",
-            f"A base in 4 bits (quantization: 4bit) needs an NVIDIA GPU and bitsandbytes; here {lacking}.",
-            "Train without quantization, or on a machine with a GPU.",
-        )
+        raise quantization_needs_gpu(NO_BITSANDBYTES if on_gpu else NO_GPU)
     import torch
     from transformers import BitsAndBytesConfig
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from modelyard.errors import JobFailure
 from modelyard.trainer.batches import Rows, padded
+from modelyard.trainer.refusals import attends_in_chunks, packing_unsupported
 
 #: Tokens of the rows that it is tried on, at most.
 TRIED_TOKENS = 64
@@ -33,13 +33,13 @@ def capacity_of(model: Any, rows: Rows) -> int:
     base = model.get_base_model()
     kind = type(base).__name__
     if "position_ids" not in inspect.signature(base.forward).parameters:
-        raise _unsupported(f"{kind} takes no positions.")
+        raise packing_unsupported(f"{kind} takes no positions.")
     if getattr(base.config.get_text_config(), "attention_chunk_size", None):
-        raise _unsupported(f"{kind} attends in chunks, which rows would not begin with.")
+        raise attends_in_chunks(kind)
     dtype = str(base.dtype).removeprefix("torch.")
     from_alone, between = _apart(model, rows)
     if not (from_alone <= ALONE.get(dtype, 0.0) and between <= BETWEEN.get(dtype, 0.0)):
-        raise _unsupported(
+        raise packing_unsupported(
             f"{kind} answers otherwise to a row that has another one before it: of the largest of its logits they are "
             f"{from_alone:.2g} away from those of the row alone, and {between:.2g} from those after a third row."
         )
@@ -72,11 +72,3 @@ def _logits(model: Any, *parts: Any) -> Any:
     ids = torch.from_numpy(np.concatenate(parts).astype(np.int64))[None].to(model.device)
     positions = torch.from_numpy(np.concatenate([np.arange(len(part)) for part in parts]))[None].to(model.device)
     return model(input_ids=ids, position_ids=positions, use_cache=False).logits[0].float()
-
-
-def _unsupported(why: str) -> JobFailure:
-    return JobFailure(
-        "packing_unsupported",
-        f"Rows cannot be packed for this model: {why}",
-        "Leave packing out: rows of like length are then trained together, so that there is little padding.",
-    )

@@ -25,6 +25,7 @@ from modelyard.trainer.examples import Example, HeldOut, Kept, Prepared, Probe
 from modelyard.trainer.labels import IGNORED, Labelled, Labeller
 from modelyard.trainer.messages import as_sent, messages_of
 from modelyard.trainer.model_files import stop_ids_of
+from modelyard.trainer.refusals import max_seq_len_too_long
 from modelyard.trainer.rendering import Piece, Refused, Renderer, learnt_turns
 from modelyard.trainer.reports import Reports
 from modelyard.trainer.spec import Spec
@@ -98,11 +99,7 @@ def length_limit(wanted: int | None, max_model_len: int | None) -> int:
     if wanted is None:
         return min(max_model_len or DEFAULT_LENGTH, DEFAULT_LENGTH)
     if max_model_len is not None and wanted > max_model_len:
-        raise JobFailure(
-            "max_seq_len_too_long",
-            f"max_seq_len is {wanted} tokens, but the model takes {max_model_len}.",
-            f"Leave max_seq_len out, or set it to {max_model_len} at most.",
-        )
+        raise max_seq_len_too_long(wanted, max_model_len)
     return wanted
 
 

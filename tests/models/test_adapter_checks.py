@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from modelyard.deploy.adapters import check_adapter, smallest_max_rank
 from modelyard.errors import Unprocessable
 from modelyard.models import scan
+from modelyard.models.adapter_checks import check_adapter, smallest_max_rank
 from modelyard.models.adapter_facts import MAX_RANKS
 from tests.fixtures import missing
 

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from modelyard.deploy.base_layers import BaseLayers, base_layers, tail_of
 from modelyard.errors import Unprocessable
 from modelyard.models import adapter_facts
 from modelyard.models.adapter_facts import MAX_RANKS, AdapterFacts, Layer
+from modelyard.models.base_layers import BaseLayers, base_layers, tail_of
 
 #: Of a configuration: the language model is one part of several.
 PARTS = ("text_config", "vision_config", "audio_config", "thinker_config")
