@@ -68,7 +68,7 @@ from modelyard.gateway.routes import api as gateway_api
 from modelyard.gateway.upstream import Engines
 from modelyard.health.checks import Checks, of_database, of_models, of_storage
 from modelyard.health.routes import api as health_api
-from modelyard.http import error_response
+from modelyard.http import EitherSlashRoute, error_response
 from modelyard.jobs.feeds import FollowerLimits
 from modelyard.jobs.routes import api as jobs_api
 from modelyard.jobs.runner import JobRunner
@@ -77,6 +77,7 @@ from modelyard.models.downloads import Downloads
 from modelyard.models.routes import api as models_api
 from modelyard.models.tokenizer_child import TokenizerChildren
 from modelyard.outages import explain, first_line, is_passing
+from modelyard.parameters import not_an_id
 from modelyard.processes import Children
 from modelyard.storage import Storage
 
@@ -283,6 +284,8 @@ def describe_invalid(faults: Any) -> ModelyardError:
     if isinstance(first.get("input"), bytes) and not path:
         return Unprocessable("The body is not JSON by its type: send the header 'Content-Type: application/json'.")
     where = _where(first) or source
+    if first["type"].startswith("uuid_") and path:
+        return not_an_id(source, where, first.get("input"))
     # A value that may be of several forms has a fault for each of them, and they are all of one place.
     others = len({_where(fault) for fault in faults} - {_where(first)})
     more = f" (and {others} more)" if others else ""
@@ -300,6 +303,9 @@ async def _answer_http(request: Request, error: Exception) -> Response:
     path = request.url.path
     if error.status_code == 404:
         meant = _path_meant(request)
+        routes = [route for route in request.app.routes if isinstance(route, EitherSlashRoute)]
+        if meant is None and (wrong := next(filter(None, (route.malformed_id(path) for route in routes)), None)):
+            return error_response(wrong, path)
         instead = f": the right path is {meant}" if meant is not None else ""
         nothing = NotFound(f"There is nothing at {path}{instead}. GET /api/docs shows all paths.", code="no_such_path")
         return error_response(nothing, path)

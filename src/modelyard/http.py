@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncGenerator, Callable, Coroutine
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
 import msgspec
 from fastapi import APIRouter, Depends, Request
+from fastapi.dependencies.utils import get_flat_dependant
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field
+from starlette.convertors import UUIDConvertor
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
@@ -22,6 +24,7 @@ from starlette.types import Message, Receive, Scope, Send
 from modelyard import errors
 from modelyard.bodies import Gunzip, decompressor
 from modelyard.db import Sessions as DatabaseSessions
+from modelyard.parameters import check_query, not_an_id
 from modelyard.settings import Settings as ServerSettings
 
 BODY_TOO_LARGE = "The body is larger than the 1 MiB that this path takes."
@@ -29,12 +32,18 @@ BODY_TOO_LARGE = "The body is larger than the 1 MiB that this path takes."
 BODY_LIMIT = 1024 * 1024
 
 
+#: All below it that is not a path of OpenAI's or Anthropic's clients manages the server.
+MANAGEMENT = "/api/v1/"
 #: Here errors are a line of text: clients of the interface that these succeed know no other form.
 PLAIN_TEXT_PATHS = frozenset({"/api/generate-one", "/api/generate-batch"})
 #: Here errors have the form of Anthropic's interface, whose clients find the message nowhere else.
 ANTHROPIC_PATHS = frozenset(f"{base}/messages{end}" for base in ("/v1", "/api/v1") for end in ("", "/count_tokens"))
 #: And at every other path that only such a client asks for: /v1/messages/batches, or one after a wrong base address.
 _ANTHROPIC = re.compile(r"\A(?:/+(?:api|v1))*/+messages(?:/.*)?", re.DOTALL)
+
+
+_UUID = UUIDConvertor.regex
+_ID = re.compile(_UUID)
 
 
 class EitherSlashRoute(APIRoute):
@@ -51,7 +60,10 @@ class EitherSlashRoute(APIRoute):
         super().__init__(path, endpoint, **kwargs)
         pattern = self.path_regex.pattern.removesuffix("$").removesuffix("/")
         # A `{name:path}` takes all that it can get: it must leave the last slash, and a name is not empty.
-        self.path_regex = re.compile(pattern.replace(">.*)", ">.+?)") + "/?$")
+        pattern = pattern.replace(">.*)", ">.+?)") + "/?$"
+        self.path_regex = re.compile(pattern)
+        #: The same with anything in the place of an id; None where the path has none that must be a UUID.
+        self.any_id_regex = re.compile(pattern.replace(_UUID, "[^/]+")) if _UUID in pattern else None
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         """Return the match as starlette wants it."""
@@ -67,6 +79,14 @@ class EitherSlashRoute(APIRoute):
 
     def _is_head(self, scope: Scope) -> bool:
         return scope["method"] == "HEAD" and "GET" in (self.methods or ())
+
+    def malformed_id(self, path: str) -> errors.Unprocessable | None:
+        """Return the refusal of a path that would be one of this route's if it had an id in the place of one."""
+        found = self.any_id_regex.match(path) if self.any_id_regex is not None else None
+        for name, value in found.groupdict().items() if found else ():
+            if isinstance(self.param_convertors[name], UUIDConvertor) and not _ID.fullmatch(value):
+                return not_an_id("path", name, value)
+        return None
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return what answers a request, as FastAPI wants it."""
@@ -145,9 +165,40 @@ def _limited(receive: Receive) -> Receive:
     return receive_limited
 
 
+class ManagementRoute(EitherSlashRoute):
+    """A route of the management API, which refuses query parameters that it does not have, and one given twice.
+
+    A misspelt one would else be ignored without a word (`?drian=false`). The paths of OpenAI's and Anthropic's clients,
+    which send parameters of their own, are no routes of this class.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return what answers a request, as FastAPI wants it."""
+        handle = super().get_route_handler()
+        fields = get_flat_dependant(self.dependant).query_params
+        known = {field.alias: get_origin(field.field_info.annotation) is list for field in fields}
+
+        async def checked(request: Request) -> Response:
+            if request.scope["query_string"]:
+                check_query(request.query_params.multi_items(), known)
+            return await handle(request)
+
+        return checked
+
+
 def router(prefix: str = "", tag: str = "") -> APIRouter:
-    """Return a router whose routes answer with and without a trailing slash."""
-    return APIRouter(prefix=prefix, tags=[tag] if tag else None, route_class=EitherSlashRoute, redirect_slashes=False)
+    """Return a router whose routes answer with and without a trailing slash.
+
+    With a prefix of the management API they refuse query parameters that they do not have.
+    """
+    is_management = prefix.startswith(MANAGEMENT)
+    return APIRouter(
+        prefix=prefix,
+        tags=[tag] if tag else None,
+        route_class=ManagementRoute if is_management else EitherSlashRoute,
+        responses=documented(422) if is_management else None,
+        redirect_slashes=False,
+    )
 
 
 class ErrorBody(BaseModel):

@@ -113,6 +113,12 @@ def test_a_mapping_behind_a_large_file_is_refused_with_what_to_do(server: Server
     assert "put it in front" in answer.text
 
 
+def test_a_second_mapping_is_refused(server: Server) -> None:
+    answer = put(server, mapping(), mapping('{"prompt": "question"}'), part(jsonl(*ROWS)))
+    assert (answer.status, answer.error_code) == (400, "more_than_one_mapping")
+    assert answer.json()["error"]["param"] == "mapping"
+
+
 def test_keys_of_another_name_are_told_the_mapping_to_send(server: Server) -> None:
     answer = put(server, part(jsonl(*ROWS)))
     assert answer.status == 422

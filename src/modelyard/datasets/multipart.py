@@ -61,7 +61,7 @@ class FormFile:
         """Read up to the file, and the begin of it.
 
         Raises:
-            BadRequest: there is no such field, or the body is no form.
+            BadRequest: there is no such field, or a second mapping, or the body is no form.
             TooLarge: too much comes before it.
             Unprocessable: the file has no name, or one that is too long.
         """
@@ -138,6 +138,12 @@ class FormFile:
                     f"-F '{FIELD}=@FILE'.",
                     param=MAPPING,
                     code="mapping_after_file",
+                )
+            if self.mapping is not None:
+                raise BadRequest(
+                    f"The form has the field '{MAPPING}' more than once: put all of it into one JSON object.",
+                    param=MAPPING,
+                    code="more_than_one_mapping",
                 )
             self._text = bytearray()
         if not self._in_file:
