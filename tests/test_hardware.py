@@ -6,16 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from modelyard.hardware import GIB, Gpu, Machine, SeenGpu, left_for_engines, this_machine, visible
+from modelyard.hardware import GIB, Gpu, SeenGpu, this_machine, visible
 
-CPU = Machine(has_gpu=False, cpus=(0, 1), memory_available_bytes=20 * GIB)
 SEEN = tuple(SeenGpu(index, "A100", 40 * GIB, 39 * GIB, uuid) for index, uuid in enumerate(["GPU-aa1", "GPU-ab2"]))
-NVML = Path(__file__).with_name("nvml.c")
 
 
 def indexes(gpus: tuple[Gpu, ...]) -> list[int]:
@@ -59,38 +56,6 @@ def test_a_containers_limit_counts_inside_it(tmp_path: Path) -> None:
 )
 def test_only_the_gpus_that_cuda_would_show_are_counted(variable: str | None, left: list[int]) -> None:
     assert indexes(visible(SEEN, variable)) == left
-
-
-def test_what_starting_engines_were_promised_is_not_free() -> None:
-    assert left_for_engines(CPU, 5 * GIB, 5 * GIB, None).memory_available_bytes == 15 * GIB
-    assert left_for_engines(CPU, 25 * GIB, 25 * GIB, None).memory_available_bytes == 0
-
-
-def test_a_budget_for_all_engines_counts_those_that_run_and_those_that_start() -> None:
-    assert left_for_engines(CPU, 5 * GIB, 2 * GIB, 8 * GIB).memory_available_bytes == 3 * GIB
-    assert left_for_engines(CPU, 9 * GIB, 0, 8 * GIB).memory_available_bytes == 0
-    # A budget is no promise: what others took is not there.
-    assert left_for_engines(CPU, 0, 0, 100 * GIB).memory_available_bytes == 20 * GIB
-
-
-def test_on_gpus_promises_are_taken_off_the_freest() -> None:
-    machine = replace(
-        CPU, has_gpu=True, gpus=tuple(Gpu(i, "A100", 40 * GIB, free * GIB) for i, free in [(0, 30), (1, 40)])
-    )
-    left = left_for_engines(machine, 45 * GIB, 45 * GIB, None)
-    assert [gpu.free_bytes // GIB for gpu in left.gpus] == [25, 0]
-    assert left.memory_available_bytes == 20 * GIB
-    left = left_for_engines(machine, 10 * GIB, 0, 45 * GIB)
-    assert [gpu.free_bytes // GIB for gpu in left.gpus] == [30, 35]
-
-
-# No GPU was at hand: the real package nvidia-ml-py talks to a library with NVML's interface, compiled here.
-@pytest.fixture(scope="module")
-def nvml(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("nvml")
-    command = ["cc", "-shared", "-fPIC", "-o", str(folder / "libnvidia-ml.so.1"), str(NVML)]
-    subprocess.run(command, check=True)
-    return folder
 
 
 def read_with(folder: Path, **env: str) -> list[dict[str, object]]:

@@ -25,6 +25,8 @@ from starlette.routing import Match, Route
 import modelyard
 from modelyard import tasks
 from modelyard.auth.access import OPEN_PATHS, Access
+from modelyard.capacity import reservations
+from modelyard.capacity.one_shot import OneShotMemory
 from modelyard.datasets import actions as datasets
 from modelyard.datasets import intake
 from modelyard.datasets.routes import api as datasets_api
@@ -147,7 +149,8 @@ def create_app(foundation: Foundation) -> FastAPI:
             {finetunes.KIND: finetunes.ended, deployments.KIND: deployments.ended},
             FollowerLimits(settings.max_job_followers, settings.max_followers),
         )
-        errands = Errands(settings, children)
+        memory = OneShotMemory(sessions, supervisor.sharing_memory, settings.engine_memory_gib)
+        errands = Errands(settings, children, memory)
 
         def hang_up() -> None:
             runner.news.end()
@@ -168,6 +171,7 @@ def create_app(foundation: Foundation) -> FastAPI:
         await runner.end_deadly()
         async with sessions.begin() as session:
             await deployments.reconcile(session)
+            await reservations.release_one_shot_runs(session)
             in_use = await deployments.folders_in_use(session) | await finetunes.folders_in_use(session)
             await models.sweep(session, settings.models_dir, await finetunes.unpublished(session), in_use)
             await bring_back_forgotten(session)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 GIB = 1024**3
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
+CUDA_ORDER, CUDA_DEVICES = "CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES"
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ def this_machine(proc: Path = PROC, cgroup: Path = CGROUP) -> Machine:
         has_gpu=has_driver or bool(seen),
         cpus=tuple(sorted(os.sched_getaffinity(0))),
         memory_available_bytes=available_bytes(proc, cgroup),
-        gpus=visible(seen, os.environ.get("CUDA_VISIBLE_DEVICES")),
+        gpus=visible(seen, os.environ.get(CUDA_DEVICES)),
     )
 
 
@@ -74,41 +75,10 @@ def available_bytes(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
     return min(available, max(0, int(limit) - used + int(stat.get("inactive_file", 0))))
 
 
-def left_for_engines(machine: Machine, given_bytes: int, starting_bytes: int, budget_bytes: int | None) -> Machine:
-    """Return the machine with what engines were promised taken off its free memory.
-
-    Args:
-        machine: The machine as it looks now; on one with GPUs all figures are of their memory, and the budget bounds
-            what the next engine may take of each.
-        given_bytes: What all engines together were given, those that are still starting among them.
-        starting_bytes: What engines that are still starting were given: they have not taken it yet.
-        budget_bytes: The most that all engines together may take; None: all there is.
-    """
-    most = max(0, budget_bytes - given_bytes) if budget_bytes is not None else None
-    if not machine.has_gpu:
-        available = max(0, machine.memory_available_bytes - starting_bytes)
-        return replace(machine, memory_available_bytes=available if most is None else min(available, most))
-    gpus = []
-    # An engine takes the GPUs with most free memory: those are the ones that were promised.
-    for gpu in sorted(machine.gpus, key=lambda gpu: (-gpu.free_bytes, gpu.index)):
-        taken = min(starting_bytes, gpu.free_bytes)
-        starting_bytes -= taken
-        free = gpu.free_bytes - taken
-        gpus.append(replace(gpu, free_bytes=free if most is None else min(free, most)))
-    return replace(machine, gpus=tuple(sorted(gpus, key=lambda gpu: gpu.index)))
-
-
-def given_back(machine: Machine, size_bytes: int) -> Machine:
-    """Return the machine as it will be when engines have given that much memory back."""
-    if not machine.has_gpu:
-        return replace(machine, memory_available_bytes=machine.memory_available_bytes + size_bytes)
-    gpus = []
-    for gpu in sorted(machine.gpus, key=lambda gpu: (gpu.free_bytes, gpu.index)):
-        # Engines hold what is not free: the fullest GPUs first, as nobody wrote down which.
-        more = min(size_bytes, gpu.total_bytes - gpu.free_bytes)
-        size_bytes -= more
-        gpus.append(replace(gpu, free_bytes=gpu.free_bytes + more))
-    return replace(machine, gpus=tuple(sorted(gpus, key=lambda gpu: gpu.index)))
+def cuda_environment(indexes: Iterable[int]) -> dict[str, str]:
+    """Return the variables that show a process these GPUs alone, by their places in the order of the PCI bus."""
+    # NVML counts GPUs in that order; CUDA's own would put the fastest first.
+    return {CUDA_ORDER: "PCI_BUS_ID", CUDA_DEVICES: ",".join(map(str, sorted(indexes)))}
 
 
 @dataclass(frozen=True)

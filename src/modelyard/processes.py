@@ -149,6 +149,15 @@ class Child:
         """Return how long each of its processes has worked or waited for a processor, by pid; nothing once it ended."""
         return await asyncio.to_thread(processor_times, self.pid) if self.is_alive else {}
 
+    def variable(self, name: str) -> str | None:
+        """Return a variable of the environment that it was started with; None without, or once it ended. Blocks."""
+        with contextlib.suppress(OSError):
+            for entry in Path(f"/proc/{self.pid}/environ").read_bytes().split(b"\0"):
+                key, _, value = entry.partition(b"=")
+                if key.decode("utf-8", "replace") == name:
+                    return value.decode("utf-8", "replace")
+        return None
+
     async def _watch(self) -> Outcome:
         if self._pidfd is not None:
             loop, gone = asyncio.get_running_loop(), asyncio.Event()

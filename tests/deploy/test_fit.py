@@ -211,7 +211,7 @@ def test_on_a_gpu_the_engine_takes_its_part_of_the_gpu() -> None:
     assert found.fits
     assert found.total_bytes == 72 * GIB
     assert found.available_bytes == 79 * GIB
-    assert found.gpus == (0,)
+    assert found.gpus == {0: 72 * GIB}
     assert found.adapters_bytes is not None
     assert found.kv_cache_bytes == 72 * GIB - 16 * GIB - GPU_PROCESS_BYTES - found.adapters_bytes
     assert found.kv_cache_tokens == (found.kv_cache_bytes // (TOKEN * 16) - 1) * 16
@@ -219,7 +219,7 @@ def test_on_a_gpu_the_engine_takes_its_part_of_the_gpu() -> None:
 
 def test_a_model_is_divided_among_gpus() -> None:
     one, two = fitted(machine=GPU), fitted(machine=GPU, tensor_parallel_size=2)
-    assert two.gpus == (0, 1)
+    assert two.gpus == {0: 72 * GIB, 1: 72 * GIB}
     assert two.total_bytes == 144 * GIB
     assert two.kv_cache_tokens is not None
     assert one.kv_cache_tokens is not None

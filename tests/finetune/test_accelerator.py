@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +12,17 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from modelyard.capacity import reservations
+from modelyard.capacity.ledger import Held, Ledger, on_main_memory
+from modelyard.capacity.tables import MAIN_MEMORY, UNKNOWN_GPU, Kind, Reservation
 from modelyard.db import utcnow
-from modelyard.deploy import promises, roster
+from modelyard.deploy import roster
 from modelyard.deploy.actions import Wish
 from modelyard.deploy.plan import plan
-from modelyard.deploy.tables import Deployment, DeploymentState, MemoryPromise, Wanted
+from modelyard.deploy.tables import Deployment, DeploymentState, Wanted
 from modelyard.errors import JobFailure
 from modelyard.finetune import stand_aside
-from modelyard.finetune.accelerator import Accelerator, Share, Sight, look
+from modelyard.finetune.accelerator import Accelerator, Share, Snapshot, look
 from modelyard.finetune.needs import Need
 from modelyard.finetune.tables import Finetune, OnBusy, Phase
 from modelyard.hardware import GIB, Gpu, Machine
@@ -77,7 +80,8 @@ class Training:
 
     async def promised(self) -> int:
         async with self.yard.sessions.read() as session:
-            return (await promises.promised(session)).memory_bytes
+            found = await reservations.ledger(session, None)
+        return sum(one.memory_bytes for one in found.held if one.kind == Kind.TRAINING)
 
     async def messages(self) -> str:
         return "\n".join(event.message for event in await self.yard.events(self.context.id))
@@ -304,7 +308,7 @@ async def test_what_somebody_else_has_brought_back_is_not_doubled(tmp_path: Path
         training = asyncio.ensure_future(ft.trains(OnBusy.STOP_DEPLOYMENT, until := asyncio.Event()))
         await eventually(lambda: is_promised(ft), "it trains")
         async with ft.yard.sessions.begin() as session:
-            await promises.release(session, ft.context.id)  # as if it needed none
+            await reservations.release(session, ft.context.id)  # as if it needed none
         other = await ft.yard.deploy("org/a", options={"max_loras": 2})
         await ft.yard.becomes(other, "READY")
         until.set()
@@ -320,7 +324,7 @@ async def test_what_was_replaced_meanwhile_stays_away(tmp_path: Path) -> None:
         training = asyncio.ensure_future(ft.trains(OnBusy.STOP_DEPLOYMENT, until := asyncio.Event()))
         await eventually(lambda: is_promised(ft), "it trains")
         async with ft.yard.sessions.begin() as session:
-            await promises.release(session, ft.context.id)
+            await reservations.release(session, ft.context.id)
         await ft.yard.becomes(await ft.yard.deploy("org/b"), "READY")
         until.set()
         await training
@@ -380,7 +384,8 @@ async def test_what_comes_back_waits_for_memory_that_somebody_was_quicker_to_tak
         await eventually(lambda: is_promised(ft), "it trains")
         other = await add_training(ft.yard)
         async with ft.yard.sessions.begin() as session:
-            await promises.promise(session, other.context.id, "somebody", 2 * GIB)
+            share = on_main_memory(2 * GIB)
+            await reservations.reserve(session, other.context.id, Kind.TRAINING, "somebody", share, other.context.id)
         until.set()
 
         async def is_asked() -> bool:
@@ -395,7 +400,7 @@ async def test_what_comes_back_waits_for_memory_that_somebody_was_quicker_to_tak
         await eventually(waits, "it waits")
         assert not one.done()
         async with ft.yard.sessions.begin() as session:
-            await promises.release(session, other.context.id)
+            await reservations.release(session, other.context.id)
         ft.told(())
         await one
         assert (await back(ft)).state == "READY"
@@ -425,14 +430,34 @@ async def test_a_look_says_who_holds_what_and_who_would_leave(tmp_path: Path) ->
         assert (held["kind"], held["name"], held["memory_bytes"]) == ("deployment", "org/a", row.memory_bytes)
 
 
-def deployment(number: int, gib: float, state: DeploymentState = DeploymentState.READY, **more: Any) -> Deployment:
-    values = {"wanted": Wanted.UP, "memory_bytes": int(gib * GIB), "current_at": utcnow(), **more}
-    return Deployment(number=number, id=uuid4(), job_id=uuid4(), model_id=f"m{number}", state=state, **values)
+def deployment(
+    number: int, gib: float, state: DeploymentState = DeploymentState.READY, gpus: Sequence[int] = (), **more: Any
+) -> Deployment:
+    """Return a deployment whose engine holds so much of each of its GPUs, or of the machine's memory."""
+    values = {"wanted": Wanted.UP, "current_at": utcnow(), **more}
+    row = Deployment(number=number, id=uuid4(), job_id=uuid4(), model_id=f"m{number}", state=state, **values)
+    size = int(gib * GIB)
+    row.reservations = [
+        Reservation(run_id=row.id, kind=Kind.ENGINE, device=one, memory_bytes=size, taken_bytes=size)
+        for one in gpus or [MAIN_MEMORY]
+    ]
+    return row
 
 
-def sight(tmp_path: Path, *live: Deployment, free_gib: float = 0.0, others: Any = (), gpus: Any = ()) -> Sight:
+def snapshot(
+    tmp_path: Path, *live: Deployment, free_gib: float = 0.0, others: Sequence[Held] = (), gpus: Sequence[Gpu] = (),
+    **settings: Any,
+) -> Snapshot:  # fmt: skip
     machine = Machine(bool(gpus), (0, 1), int(free_gib * GIB), tuple(gpus))
-    return Sight(machine, make_settings(tmp_path), live, others)
+    return Snapshot(machine, make_settings(tmp_path, **settings), live, Ledger([*engines(live), *others]))
+
+
+def engines(live: Sequence[Deployment]) -> list[Held]:
+    return [
+        Held(one.id, Kind.ENGINE, one.job_id, one.model_id, part.device, part.memory_bytes, part.taken_bytes)
+        for one in live
+        for part in one.reservations
+    ]
 
 
 @pytest.mark.parametrize(
@@ -441,53 +466,57 @@ def sight(tmp_path: Path, *live: Deployment, free_gib: float = 0.0, others: Any 
 def test_as_few_leave_as_possible_and_of_those_the_smallest(
     tmp_path: Path, needed_gib: int, going: list[int] | None
 ) -> None:
-    now = sight(tmp_path, deployment(1, 2), deployment(2, 3), deployment(3, 5))
-    found = now.must_go(needed_gib * GIB)
+    now = snapshot(tmp_path, deployment(1, 2), deployment(2, 3), deployment(3, 5))
+    found = now.victims(needed_gib * GIB)
     assert (sorted(one.number for one in found) if found is not None else None) == going
 
 
 def test_what_is_leaving_anyway_is_counted_on(tmp_path: Path) -> None:
-    now = sight(tmp_path, deployment(1, 2), deployment(2, 3, wanted=Wanted.DRAINED))
-    assert now.must_go(3 * GIB) == []
-    assert [one.number for one in now.must_go(4 * GIB) or []] == [1]
+    now = snapshot(tmp_path, deployment(1, 2), deployment(2, 3, wanted=Wanted.DRAINED))
+    assert now.victims(3 * GIB) == []
+    assert [one.number for one in now.victims(4 * GIB) or []] == [1]
 
 
 def test_what_other_trainings_were_promised_is_not_free(tmp_path: Path) -> None:
-    promise = MemoryPromise(job_id=uuid4(), holder="it", memory_bytes=3 * GIB, taken_bytes=GIB)
-    now = sight(tmp_path, free_gib=4, others=[promise])
+    other = Held(uuid4(), Kind.TRAINING, uuid4(), "it", MAIN_MEMORY, 3 * GIB, GIB)
+    now = snapshot(tmp_path, free_gib=4, others=[other])
     assert now.free() == 2 * GIB
     assert now.free(alone=True) == 5 * GIB
 
 
 def test_on_gpus_a_training_gets_the_freest_and_is_told_which(tmp_path: Path) -> None:
     gpus = [Gpu(0, "a", 80 * GIB, 10 * GIB), Gpu(1, "a", 80 * GIB, 60 * GIB), Gpu(2, "a", 80 * GIB, 20 * GIB)]
-    now = sight(tmp_path, deployment(1, 70), gpus=gpus)
+    now = snapshot(tmp_path, deployment(1, 70, gpus=[0]), gpus=gpus)
     assert now.free() == 60 * GIB
     assert now.fits(50 * GIB)
     share = now.share(NEED)
     assert share.env == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "1"}
     assert share.memory_bytes == NEED.useful_bytes
-    assert [one.number for one in now.must_go(75 * GIB) or []] == [1]
+    assert [one.number for one in now.victims(75 * GIB) or []] == [1]
 
 
 @pytest.mark.parametrize(("wanted", "got", "devices"), [(2, 2, "1,2"), (8, 3, "0,1,2")])
 def test_processes_that_share_a_training_get_a_gpu_each(tmp_path: Path, wanted: int, got: int, devices: str) -> None:
     gpus = [Gpu(0, "a", 80 * GIB, 10 * GIB), Gpu(1, "a", 80 * GIB, 60 * GIB), Gpu(2, "a", 80 * GIB, 20 * GIB)]
-    settings = make_settings(tmp_path).model_copy(update={"trainer_processes": wanted})
-    now = Sight(Machine(True, (0, 1), 0, tuple(gpus)), settings, [], [])
+    now = snapshot(tmp_path, gpus=gpus, trainer_processes=wanted)
     # What the fullest of them has: each process has the whole model.
     assert now.free() == (20 if got == 2 else 10) * GIB
     share = now.share(NEED)
     assert share.processes == got
     assert share.env["CUDA_VISIBLE_DEVICES"] == devices
+    held = share.allocation(NEED.needed_bytes, has_gpu=True)
+    assert (held.gpus, set(held.devices.values())) == (tuple(map(int, devices.split(","))), {share.memory_bytes})
     # Without GPUs they share the processor.
-    assert Sight(Machine(False, (0, 1), 4 * GIB, ()), settings, [], []).share(NEED).processes == wanted
+    assert snapshot(tmp_path, free_gib=4, trainer_processes=wanted).share(NEED).processes == wanted
 
 
 def test_where_nothing_tells_about_a_gpu_one_at_a_time_is_all(tmp_path: Path) -> None:
     blind = Machine(True, (0,), 0)
-    now = Sight(blind, make_settings(tmp_path), [deployment(1, 70)], [])
+    one = deployment(1, 70, gpus=[UNKNOWN_GPU])
+    now = Snapshot(blind, make_settings(tmp_path), [one], Ledger(engines([one])))
     assert now.free() is None
     assert not now.fits(GIB)
-    assert [one.number for one in now.must_go(GIB) or []] == [1]
-    assert Sight(blind, make_settings(tmp_path), [], []).share(NEED) == Share(None)
+    assert [one.number for one in now.victims(GIB) or []] == [1]
+    share = Snapshot(blind, make_settings(tmp_path), [], Ledger()).share(NEED)
+    assert share == Share(None)
+    assert share.allocation(5 * GIB, has_gpu=True).devices == {UNKNOWN_GPU: 5 * GIB}

@@ -39,6 +39,7 @@ are optional:
   ignore_sigterm    true: SIGTERM does nothing
   grandchild        true: it starts a process in its group that ignores SIGTERM, SIGINT and SIGHUP
   allocate_mib      memory that it takes and touches
+  takes             {"folder": path, "bytes": N}: it takes N bytes of each of its GPUs from the imitation of NVML
 
 Adapters are as in vLLM: unloading takes the name away, and what has begun ends whole; no more than --max-loras of them
 generate at the same time, and a request for another one waits until one has nothing to do.
@@ -741,6 +742,10 @@ def main(argv: list[str]) -> int:
         if number := death.get("signal"):
             os.kill(os.getpid(), number)
         return int(death.get("exit_code", 1))
+    if takes := engine.plan.get("takes"):
+        gpus = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+        lines = "".join(f"{gpu} {takes['bytes']}\n" for gpu in gpus)
+        Path(takes["folder"], f"taken-{os.getpid()}").write_text(lines, "utf-8")
     ballast = bytearray(b"\1") * (engine.plan.get("allocate_mib", 0) << 20)
     asyncio.run(serve(engine))
     del ballast

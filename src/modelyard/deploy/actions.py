@@ -11,6 +11,7 @@ from uuid import UUID
 from sqlalchemy import ColumnElement, and_, delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from modelyard.capacity import reservations
 from modelyard.db import exclusively, utcnow
 from modelyard.deploy import succession
 from modelyard.deploy.tables import LIVE, Deployment, DeploymentModel, DeploymentState, Strategy, Wanted
@@ -288,7 +289,7 @@ async def is_wanted(session: AsyncSession, deployment: Deployment) -> bool:
 
 def no_engine() -> dict[str, Any]:
     """Return what a deployment without an engine has in the columns that tell of one."""
-    return {"engine_url": None, "memory_bytes": None, "loaded": []}
+    return {"engine_url": None, "loaded": []}
 
 
 async def of_job(session: AsyncSession, job_id: UUID) -> Deployment:
@@ -387,4 +388,5 @@ async def _write_off(session: AsyncSession, deployment: Deployment) -> None:
     deployment.ended_at = utcnow()
     for name, value in no_engine().items():
         setattr(deployment, name, value)
+    await reservations.release(session, deployment.id)
     await release(session, deployment.id)

@@ -10,13 +10,13 @@ is None. A hint's value has been tried with the same arithmetic: with it, the mo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from modelyard.deploy import model_shape
 from modelyard.deploy.model_shape import DTYPE_BYTES, ModelFiles
 from modelyard.deploy.schemas import EngineOptions
-from modelyard.hardware import GIB, Machine
+from modelyard.hardware import GIB, Gpu, Machine
 
 # Measured for vLLM 0.32.0 on a CPU: its three processes take 1.5 GiB before any weight and cache, and 0.1 to 0.5 GiB
 # more when models of 0.7 and 580 million weights are compiled and work.
@@ -38,8 +38,8 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 class Fit:
     """The memory that an engine takes of a machine, and whether the machine has it. All memory in bytes.
 
-    On a GPU `total_bytes` is all that vLLM takes on its GPUs together (`gpus`: their indexes), and `available_bytes`
-    what is free on those. A sequence is one request of full length. None: nothing tells.
+    On a GPU `total_bytes` is all that vLLM takes on its GPUs together (`gpus`: their indexes, each with its bytes), and
+    `available_bytes` what is free on those. A sequence is one request of full length. None: nothing tells.
     """
 
     fits: bool
@@ -54,7 +54,7 @@ class Fit:
     available_bytes: int | None
     message: str
     hints: tuple[str, ...] = ()
-    gpus: tuple[int, ...] = ()
+    gpus: Mapping[int, int] = field(default_factory=dict)
 
 
 def fit(model: ModelFiles, options: EngineOptions, machine: Machine, adapters_rank: int = 0) -> Fit:
@@ -63,7 +63,7 @@ def fit(model: ModelFiles, options: EngineOptions, machine: Machine, adapters_ra
     Args:
         model: The model in the store.
         options: How the engine runs, the settings already counted in.
-        machine: What is free for engines (`hardware.left_for_engines`).
+        machine: What is free for engines (`capacity.ledger`).
         adapters_rank: The highest rank of the adapters that are wanted; 0 for none.
     """
     need = _Need(model, options, machine, adapters_rank)
@@ -178,7 +178,7 @@ class _Need:
             )
         available = sum(gpu.free_bytes for gpu in gpus)
         found = self._fit(fits, message, processes, cache * parts, tokens, sum(taken), available)
-        return replace(found, gpus=tuple(sorted(gpu.index for gpu in gpus)))
+        return replace(found, gpus={gpu.index: part for gpu, part in sorted(zip(gpus, taken, strict=True), key=_index)})
 
     def _parts(self, processes: int) -> str:
         adapters = f", {gib(self.adapters)} for adapters" if self.adapters else ""
@@ -261,6 +261,10 @@ def dtype_argument(model: ModelFiles, options: EngineOptions, machine: Machine) 
     dtype = options.dtype or "auto"
     # Rounded to 16 bits, vectors on a CPU differ from what their model was made for.
     return "float32" if dtype == "auto" and model.task == "embed" and not machine.has_gpu else dtype
+
+
+def _index(gpu_and_bytes: tuple[Gpu, int]) -> int:
+    return gpu_and_bytes[0].index
 
 
 def _in_tokens(tokens: int | None) -> str:

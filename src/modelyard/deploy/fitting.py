@@ -1,8 +1,7 @@
-"""The decision to start a deployment's engine, and its command: the fit check on what others were given.
+"""The decision to start a deployment's engine, and its command: the fit check on what others hold.
 
-Reads the machine, the model's files and the tables. The supervisor holds a lock from `room` until the engine's share is
-written to the row (`memory_bytes`), so that two engines never count on the same memory. What is promised to jobs of
-other rooms is left free for them.
+Reads the machine, the model's files and the tables. The supervisor holds a lock from `room` until the engine's memory
+is reserved, so that two engines never count on the same memory.
 """
 
 from __future__ import annotations
@@ -13,16 +12,18 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from uuid import UUID
 
+from modelyard.capacity import reservations
+from modelyard.capacity.ledger import Allocation, Ledger, on_gpus, on_main_memory
+from modelyard.capacity.tables import MAIN_MEMORY, ONE_SHOT, Kind
 from modelyard.db import Sessions
-from modelyard.deploy import actions, promises, succession
+from modelyard.deploy import actions, succession
 from modelyard.deploy.fit import Fit, fit, gib
-from modelyard.deploy.promises import NOTHING, Promised
 from modelyard.deploy.schemas import EngineOptions
 from modelyard.deploy.steps import Room
-from modelyard.deploy.tables import LIVE, Deployment, DeploymentState, Strategy, Wanted
+from modelyard.deploy.tables import LIVE, Deployment, Strategy, Wanted
 from modelyard.deploy.vllm_args import AdapterFiles, ModelFiles, engine_command
 from modelyard.errors import JobFailure, Unprocessable
-from modelyard.hardware import GIB, Machine, given_back, left_for_engines, this_machine
+from modelyard.hardware import CUDA_DEVICES, Machine, this_machine
 from modelyard.models import config_file, kinds, store
 from modelyard.models.adapter_checks import check_facts
 from modelyard.models.architectures import MULTIMODAL
@@ -31,12 +32,12 @@ from modelyard.models.mistral_format import is_mistral_format
 from modelyard.models.stored_adapters import StoredAdapter, with_facts
 from modelyard.models.tables import Model
 from modelyard.models.tokenizer_child import TokenizerChildren
-from modelyard.processes import Command
+from modelyard.processes import Child, Command
 from modelyard.settings import Settings
 from modelyard.trainer.model_files import BOS, PLAIN_TEMPLATE
 
-#: States in which an engine has taken its memory, so that it will give it back.
-HOLDING = (DeploymentState.READY, DeploymentState.DRAINING, DeploymentState.STOPPING)
+#: Runs of other rooms for which engines leave memory free.
+OTHER_KINDS = (Kind.TRAINING, *ONE_SHOT)
 
 
 class Fitting:
@@ -61,26 +62,27 @@ class Fitting:
             live = await succession.live(session)
             replaced = await succession.replaced_by(session, row)
             model, rows = await actions.model_rows(session, row)
-            promised = await promises.promised(session)
+            ledger = await reservations.ledger(session, self._settings.engine_memory_gib)
         if row.strategy == Strategy.REPLACE and any(one.state in LIVE and one.wanted != Wanted.UP for one in replaced):
             return Room.COMING
         adapters = await with_facts(self._sessions, self._settings.models_dir, rows)
         now = await asyncio.to_thread(this_machine)
-        machine = left(now, row, live, self._settings, promised)
-        found = await asyncio.to_thread(self.fit, row, model, adapters, machine)
-        self.message = f"{found.message} {in_words(promised)}".rstrip()
-        # Where nothing tells how much memory a GPU has, one engine at a time is all that is safe.
-        others = promised.memory_bytes or any(one.memory_bytes for one in live if one.id != row.id)
-        is_blind = machine.has_gpu and not machine.gpus and others
-        if found.fits and not is_blind:
+
+        async def fits(gone: Collection[UUID] = ()) -> Fit:
+            machine = ledger.left(now, but=[row.id], gone=gone)
+            return await asyncio.to_thread(self.fit, row, model, adapters, machine)
+
+        found = await fits()
+        self.message = f"{found.message} {in_words(ledger)}".rstrip()
+        if found.fits and not is_blind(ledger, now, row.id):
             return Room.THERE
         if any(one.wanted != Wanted.UP and one.id != row.id for one in live):
             return Room.COMING
+        if (short := ledger.runs(ONE_SHOT)) and (await fits(short)).fits:
+            return Room.COMING  # a request waits for those: they end soon
         staying = {one.id for one in replaced if one.wanted == Wanted.UP and one.state in LIVE}
-        if staying and row.strategy == Strategy.AUTO:
-            alone = left_when_gone(now, row, live, staying, self._settings, promised)
-            if (await asyncio.to_thread(self.fit, row, model, adapters, alone)).fits:
-                return Room.TO_BE_MADE
+        if staying and row.strategy == Strategy.AUTO and (await fits(staying)).fits:
+            return Room.TO_BE_MADE
         if row.has_served:
             return Room.COMING  # it has served before: what lacks is not the model's fault, and may come back
         # Nobody leaves for what then cannot start all the same: the command refuses it, with the numbers.
@@ -99,20 +101,19 @@ class Fitting:
             template = await tokenizers.tried(model.model_id, folder)
             self._templates[folder] = PLAIN_TEMPLATE.replace(BOS, "") if template is None else template
 
-    async def command(self, row: Deployment, python: Path, scratch: Path) -> tuple[Command, int]:
-        """Return the engine's command, and the bytes of memory that it gets. `try_tokenizer` comes before.
+    async def command(self, row: Deployment, python: Path, scratch: Path) -> tuple[Command, Allocation]:
+        """Return the engine's command, and the memory that it gets. `try_tokenizer` comes before.
 
         Raises:
             JobFailure: it does not fit, or the files cannot be read or served.
         """
         async with self._sessions.read() as session:
-            live = await succession.live(session)
             model, rows = await actions.model_rows(session, row)
-            promised = await promises.promised(session)
+            ledger = await reservations.ledger(session, self._settings.engine_memory_gib)
         adapters = await with_facts(self._sessions, self._settings.models_dir, rows)
 
-        def make() -> tuple[Command, int]:
-            machine = left(this_machine(), row, live, self._settings, promised)
+        def make() -> tuple[Command, Allocation]:
+            machine = ledger.left(this_machine(), but=[row.id])
             files, adapter_files = servable_files(self._settings, model), self._adapter_files(model, adapters)
             options = EngineOptions(**row.options).over(self._settings)
             cache = self._settings.data_dir / "cache"
@@ -125,11 +126,11 @@ class Fitting:
             try:
                 command = engine_command(python, files, adapter_files, options, machine, scratch, cache, template)
             except JobFailure as failure:
-                if failure.code == "not_enough_memory" and promised.memory_bytes:
-                    failure.message = f"{failure.message} {in_words(promised)}"
+                if failure.code == "not_enough_memory" and in_words(ledger):
+                    failure.message = f"{failure.message} {in_words(ledger)}"
                     failure.hint = f"Wait for it to end. {failure.hint}"
                 raise
-            return command, self.fit(row, model, adapters, machine).total_bytes
+            return command, allocation(self.fit(row, model, adapters, machine), machine)
 
         return await asyncio.to_thread(make)
 
@@ -142,6 +143,16 @@ class Fitting:
         rank = max((one.rank for one in self._adapter_files(model, adapters)), default=0)
         options = EngineOptions(**row.options).over(self._settings)
         return fit(servable_files(self._settings, model), options, machine, rank)
+
+    def held_by_engine(self, child: Child, row: Deployment) -> Allocation | None:
+        """Return what a running engine holds, where the ledger does not tell of which GPUs; None where it does. Blocks.
+
+        The version before this one did not write them down: the engine's own environment tells.
+        """
+        if {one.device for one in row.reservations} != {MAIN_MEMORY} or not this_machine().has_gpu:
+            return None
+        indexes = [int(one) for one in (child.variable(CUDA_DEVICES) or "").split(",") if one.isdecimal()]
+        return on_gpus(indexes, (row.memory_bytes or 0) // max(1, len(indexes)))
 
     def _adapter_files(self, model: Model, adapters: Sequence[StoredAdapter]) -> list[AdapterFiles]:
         files = model_files(self._settings, model)
@@ -193,31 +204,18 @@ def servable_files(settings: Settings, model: Model) -> ModelFiles:
     return files
 
 
-def left(
-    machine: Machine, row: Deployment | None, live: Sequence[Deployment], settings: Settings,
-    promised: Promised = NOTHING,
-) -> Machine:  # fmt: skip
-    """Return what a machine has left for one deployment's engine, beside those of others and what is promised."""
-    others = [one for one in live if row is None or one.id != row.id]
-    given = sum(one.memory_bytes or 0 for one in others) + promised.memory_bytes
-    starting = sum(one.memory_bytes or 0 for one in others if one.state == DeploymentState.STARTING)
-    budget_gib = settings.engine_memory_gib
-    return left_for_engines(
-        machine, given, starting + promised.not_taken_bytes, int(budget_gib * GIB) if budget_gib else None
-    )
+def allocation(found: Fit, machine: Machine) -> Allocation:
+    """Return the memory that an engine takes by the fit, device by device."""
+    if not machine.has_gpu:
+        return on_main_memory(found.total_bytes)
+    return Allocation(found.gpus) if found.gpus else on_gpus((), found.total_bytes)
 
 
-def left_when_gone(
-    machine: Machine, row: Deployment | None, live: Sequence[Deployment], gone: Collection[UUID], settings: Settings,
-    promised: Promised = NOTHING,
-) -> Machine:  # fmt: skip
-    """Return what a machine will have left for one deployment's engine when others have given their memory back."""
-    held = sum(one.memory_bytes or 0 for one in live if one.id in gone and one.state in HOLDING)
-    return left(given_back(machine, held), row, [one for one in live if one.id not in gone], settings, promised)
+def is_blind(ledger: Ledger, machine: Machine, *but: UUID, gone: Collection[UUID] = ()) -> bool:
+    """True if nothing tells how much memory the GPUs have, and another run is on them: one at a time is safe."""
+    return machine.has_gpu and not machine.gpus and bool(ledger.on_accelerator(machine, but=[*but, *gone]))
 
 
-def in_words(promised: Promised) -> str:
-    """Return to whom how much is promised, as a sentence; empty if nothing is."""
-    if not promised.memory_bytes:
-        return ""
-    return f"{gib(promised.memory_bytes)} is promised to {' and '.join(promised.holders)}."
+def in_words(ledger: Ledger) -> str:
+    """Return to which trainings, plans and merges how much is promised, as a sentence; empty if nothing is."""
+    return ledger.in_words(gib, OTHER_KINDS)

@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 from uuid import UUID
 
+from modelyard.capacity import reservations
+from modelyard.capacity.ledger import Ledger
 from modelyard.db import Sessions
-from modelyard.deploy import actions, promises, succession
+from modelyard.deploy import actions, succession
 from modelyard.deploy.fit import Fit
-from modelyard.deploy.fitting import Fitting, in_words, left, left_when_gone, servable_files
-from modelyard.deploy.promises import Promised
+from modelyard.deploy.fitting import Fitting, in_words, is_blind, servable_files
 from modelyard.deploy.schemas import EngineOptions
 from modelyard.deploy.tables import Deployment, Strategy
 from modelyard.deploy.vllm_args import check_length
@@ -70,12 +71,10 @@ async def plan(sessions: Sessions, settings: Settings, wish: actions.Wish) -> Pl
     """
     row, model, adapters, live, leaving = await _decided(sessions, wish)
     async with sessions.read() as session:
-        promised = await promises.promised(session)
+        ledger = await reservations.ledger(session, settings.engine_memory_gib)
     fitting = Fitting(settings, sessions)
     stored = await with_facts(sessions, settings.models_dir, adapters)
-    return await asyncio.to_thread(
-        _worked_out, fitting, settings, row, model, adapters, stored, live, leaving, promised
-    )
+    return await asyncio.to_thread(_worked_out, fitting, settings, row, model, adapters, stored, live, leaving, ledger)
 
 
 async def _decided(
@@ -101,9 +100,9 @@ async def _decided(
 
 def _worked_out(
     fitting: Fitting, settings: Settings, row: Deployment, model: Model, adapters: Sequence[Model],
-    stored: Sequence[StoredAdapter], live: Sequence[Deployment], leaving: Sequence[Leaving], promised: Promised,
+    stored: Sequence[StoredAdapter], live: Sequence[Deployment], leaving: Sequence[Leaving], ledger: Ledger,
 ) -> Plan:  # fmt: skip
-    look = _Look(this_machine(), live, row, settings, promised)
+    look = _Look(this_machine(), row, ledger)
     is_same = any(one.id == row.id for one in live)
     way: Way = "in_place" if is_same else "side_by_side"
     found, fits, fits_beside, failure = None, False, False, None
@@ -124,7 +123,7 @@ def _worked_out(
                 way, machine, found, fits = "replace", alone, instead, instead.fits
                 leaving = [replace(one, first=True) for one in leaving]
         if not fits:
-            message = f"{found.message} {in_words(promised)}".rstrip()
+            message = f"{found.message} {in_words(ledger)}".rstrip()
             failure = JobFailure("not_enough_memory", message, " ".join(found.hints))
     except JobFailure as error:
         failure = error
@@ -138,7 +137,7 @@ def _worked_out(
         fit=found,
         fits=fits,
         fits_beside=fits_beside,
-        free_bytes=_free(left(look.machine, row, live, settings, promised)),
+        free_bytes=_free(ledger.left(look.machine, but=[row.id])),
         free_after_bytes=after,
         disk_free_bytes=shutil.disk_usage(settings.data_dir).free,
         leaving=leaving,
@@ -147,27 +146,21 @@ def _worked_out(
 
 
 class _Look:
-    """A machine as it is now, with the deployments that hold a part of it."""
+    """A machine as it is now, and who holds how much of it."""
 
-    def __init__(
-        self, machine: Machine, live: Sequence[Deployment], row: Deployment, settings: Settings, promised: Promised
-    ) -> None:
+    def __init__(self, machine: Machine, row: Deployment, ledger: Ledger) -> None:
         self.machine = machine
-        self._promised = promised
-        self._live = live
         self._row = row
-        self._settings = settings
+        self._ledger = ledger
 
     def without(self, leaving: Sequence[Leaving]) -> Machine:
         """Return what is left for the deployment when others have given their memory back, and its own engine too."""
-        gone = {self._row.id, *(one.deployment_id for one in leaving)}
-        return left_when_gone(self.machine, self._row, self._live, gone, self._settings, self._promised)
+        return self._ledger.left(self.machine, gone={self._row.id, *(one.deployment_id for one in leaving)})
 
     def is_blind(self, leaving: Sequence[Leaving]) -> bool:
-        """True if nothing tells how much memory the GPUs have, and another engine is on them."""
-        gone = {self._row.id, *(one.deployment_id for one in leaving if one.first)}
-        others = any(one.memory_bytes for one in self._live if one.id not in gone)
-        return self.machine.has_gpu and not self.machine.gpus and (others or self._promised.memory_bytes > 0)
+        """True if nothing tells how much memory the GPUs have, and another run is on them."""
+        gone = [one.deployment_id for one in leaving if one.first]
+        return is_blind(self._ledger, self.machine, self._row.id, gone=gone)
 
 
 def _free(machine: Machine) -> int | None:

@@ -28,6 +28,11 @@ class PlannedMemory(BaseModel):
         description="Requests of that length that can be worked on at the same time.", examples=[3.98]
     )
     total_bytes: int = Field(description="All of this; a GPU gives its whole part to the engine.", examples=[23 * GIB])
+    gpus: list[int] = Field(
+        description="The GPUs that it would get now, by their places in the order of the PCI bus; empty without, or "
+        "where nothing tells.",
+        examples=[[0]],
+    )
     free_bytes: int | None = Field(
         description="What engines may take now, beside those that run; null: nothing tells.", examples=[50 * GIB]
     )
@@ -100,6 +105,7 @@ class PlanOut(BaseModel):
                 request_tokens=fit.sequence_tokens,
                 full_length_requests=requests,
                 total_bytes=fit.total_bytes,
+                gpus=list(fit.gpus),
                 free_bytes=plan.free_bytes,
                 free_after_bytes=plan.free_after_bytes,
             )

@@ -18,10 +18,13 @@ from uuid import UUID
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from modelyard.capacity import reservations
+from modelyard.capacity.ledger import Allocation
+from modelyard.capacity.tables import Kind
 from modelyard.db import Sessions, exclusively, utcnow
 from modelyard.deploy import actions, succession
 from modelyard.deploy.loading import AdapterRefused
-from modelyard.deploy.tables import MOVES, Deployment, DeploymentState, Wanted
+from modelyard.deploy.tables import HOLDING, MOVES, Deployment, DeploymentState, Wanted
 from modelyard.errors import JobFailure
 from modelyard.jobs import actions as jobs
 from modelyard.jobs import survival
@@ -104,6 +107,32 @@ class Record:
             await self._move(session, to, reason, **values)
 
     @patient
+    async def begin_attempt(self, reason: str, allocation: Allocation, **values: object) -> None:
+        """Write that an engine is about to start with this memory."""
+        async with self._written() as session:
+            row = await self._move(session, DeploymentState.STARTING, reason, **values)
+            await self._reserve(session, row, allocation)
+
+    @patient
+    async def hold(self, allocation: Allocation) -> None:
+        """Write what a running engine holds, where that was not known."""
+        async with self._written() as session:
+            self.row = row = await self._of(session)
+            await self._reserve(session, row, allocation)
+            if row.state in HOLDING:
+                await reservations.note_all_taken(session, row.id)
+
+    @patient
+    async def engine_is_gone(self, to: DeploymentState | None = None, reason: str = "", **values: object) -> None:
+        """Write a state, if one is given, and give the engine's memory back."""
+        async with self._written() as session:
+            if to is None:
+                self.row = await self._of(session)
+            else:
+                await self._move(session, to, reason, **values)
+            await self._release(session, self.row)
+
+    @patient
     async def become_ready(self, reason: str, **values: object) -> bool:
         """Let requests in, and have those leave that it replaces; return False if it is not wanted any more."""
         async with self._written() as session:
@@ -113,6 +142,7 @@ class Record:
                 return False
             row = await self._move(session, DeploymentState.READY, reason, wake_requested=False, **values)
             await succession.let_go_of_replaced(session, row)
+            await reservations.note_all_taken(session, row.id)
             # Whoever sees it serve may kill the server: that is never counted against it.
             await survival.note_survival(session, [row.job_id], for_good=True)
         self._stir()
@@ -156,11 +186,12 @@ class Record:
     @patient
     async def end(self, to: DeploymentState, reason: str, wanted: Wanted, failure: JobFailure | None = None) -> None:
         """Write the end with its cause, and let go of the models."""
-        values = {"wanted": wanted, "ended_at": utcnow(), **actions.no_engine()}
+        values = {"wanted": wanted, "ended_at": utcnow()}
         async with self._written() as session:
             # In one transaction, and with no wish beside it: else what has ended would hold models for ever.
             await exclusively(session, actions.KIND)
             row = await self._move(session, to, reason, **values)
+            await self._release(session, row)
             await actions.release(session, row.id)
             if failure is not None:
                 # The runner does so too; a server that ends before it comes to that would forget the cause.
@@ -196,6 +227,17 @@ class Record:
         async with self._sessions.begin() as session:
             event.listen(session.sync_session, "after_commit", lambda _: self._changed(), once=True)
             yield session
+
+    async def _reserve(self, session: AsyncSession, row: Deployment, allocation: Allocation) -> None:
+        await reservations.reserve(session, row.id, Kind.ENGINE, row.model_id, allocation, row.job_id)
+        await session.refresh(row, ["reservations"])
+
+    async def _release(self, session: AsyncSession, row: Deployment) -> None:
+        for name, value in actions.no_engine().items():
+            setattr(row, name, value)
+        await reservations.release(session, row.id)
+        await session.flush()
+        await session.refresh(row, ["reservations"])
 
     async def _of(self, session: AsyncSession) -> Deployment:
         return await actions.of_job(session, self.row.job_id)

@@ -184,6 +184,11 @@ class DeployOut(BaseModel):
     memory_bytes: int | None = Field(
         description="Memory that its engine was given; null while it has none.", examples=[4_294_967_296]
     )
+    gpus: list[int] = Field(
+        description="Its engine's GPUs, by their places in the order of the PCI bus, as nvidia-smi shows them; empty "
+        "without an engine, or where nothing tells.",
+        examples=[[0]],
+    )
 
     @classmethod
     def of(cls, deployment: Deployment) -> DeployOut:
@@ -212,6 +217,7 @@ class DeployOut(BaseModel):
             strategy=Strategy(deployment.strategy),
             idle_timeout_s=deployment.idle_timeout_s,
             memory_bytes=deployment.memory_bytes,
+            gpus=deployment.gpus,
         )
 
 

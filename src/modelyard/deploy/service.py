@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelyard.db import utcnow
-from modelyard.deploy import actions, attempts, cures, loading, scratch
+from modelyard.deploy import attempts, cures, loading, scratch
 from modelyard.deploy.adapter_changes import AdapterChanges
 from modelyard.deploy.draining import Requests
 from modelyard.deploy.engine_client import Health
@@ -130,7 +130,7 @@ class Service:
             self.requests.asked()
         elif step == Step.REST:
             await self._stop_engine()
-            await self.record.move(DeploymentState.IDLE, "nobody asked for a while", **actions.no_engine())
+            await self.record.engine_is_gone(DeploymentState.IDLE, "nobody asked for a while")
             await self.context.event("Resting: the engine has ended, and the next request starts one.")
             self.yard.stir()
         elif step == Step.WAKE:
@@ -203,12 +203,15 @@ class Service:
             self.requests.leave(
                 name for name in await self.engine.client.names() or [] if "@" in name and name not in kept
             )
+            held = await asyncio.to_thread(self.fitting.held_by_engine, child, self.row)
+            if held is not None:
+                await self.record.hold(held)
             await self.context.event("Adopted the running engine after a restart of the server.")
             return
         await asyncio.to_thread(scratch.remove, self.row.engine_url)
         if self.row.state in (DeploymentState.READY, DeploymentState.DRAINING):
             await self.record.move(DeploymentState.STARTING, ENGINE_GONE)
-        await self.record.write(**actions.no_engine())
+        await self.record.engine_is_gone()
 
     def _talk_to(self, url: str) -> None:
         self.requests.of_engine(url, self.engine.connect(url))
@@ -231,12 +234,9 @@ class Service:
             if await self._room() != Room.THERE:  # another one was quicker
                 return
             python = self.settings.engine_python or Path(sys.executable)
-            command, memory_bytes = await self.context.patiently(
-                lambda: self.fitting.command(self.row, python, private)
-            )
-            await self.record.move(
-                DeploymentState.STARTING, f"attempt {number}", engine_url=url, memory_bytes=memory_bytes, loaded=[],
-                chat_template=self.fitting.template_source,
+            command, allocation = await self.context.patiently(lambda: self.fitting.command(self.row, python, private))
+            await self.record.begin_attempt(
+                f"attempt {number}", allocation, engine_url=url, loaded=[], chat_template=self.fitting.template_source,
             )  # fmt: skip
         self.plugins = command.env["VLLM_PLUGINS"].split(",")
         try:
@@ -259,7 +259,7 @@ class Service:
         self.engine.started_at = self.told_at = time.monotonic()
         self.readiness = Readiness(self.row.model_id, self.row.task)
         self.said_waiting = False
-        data = {"attempt": number, "memory_bytes": memory_bytes}
+        data = {"attempt": number, "memory_bytes": allocation.total_bytes, "gpus": list(allocation.gpus)}
         if number == 1 and "--language-model-only" in command.argv:
             message = (
                 f"{self.row.model_id} also sees or hears, and is served for text alone: torchvision is not installed."
@@ -369,7 +369,7 @@ class Service:
         await self._stop_engine()
         self.engine.silence.end()
         restarts = self.row.restarts + (0 if is_forgiven else 1)
-        await self.record.move(DeploymentState.BACKOFF, cause.code, restarts=restarts, **actions.no_engine())
+        await self.record.engine_is_gone(DeploymentState.BACKOFF, cause.code, restarts=restarts)
         self.delay_until = time.monotonic() + delay_s
         await self.context.event(
             f"{cause.message} The engine is started again in {delay_s:.0f} s "

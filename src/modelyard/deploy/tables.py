@@ -7,9 +7,10 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, Index, String, Uuid
-from sqlalchemy.orm import Mapped, mapped_column
+from sqlalchemy import JSON, ForeignKey, Index, String, Uuid
+from sqlalchemy.orm import Mapped, foreign, mapped_column, relationship
 
+from modelyard.capacity.tables import Reservation
 from modelyard.db import Base, Number, UtcDateTime, utcnow
 from modelyard.states import Moves
 
@@ -58,6 +59,8 @@ MOVES: Moves = {
 }
 #: States of deployments that have not ended: they hold an engine, or may soon.
 LIVE = (_State.STARTING, _State.READY, _State.BACKOFF, _State.DRAINING, _State.IDLE, _State.STOPPING)
+#: States in which an engine has taken its memory, so that it will give it back.
+HOLDING = (_State.READY, _State.DRAINING, _State.STOPPING)
 
 
 class Wanted(StrEnum):
@@ -85,7 +88,8 @@ class Deployment(Base):
     """A model in service, or one that was. `task` is what it does: generate or embed.
 
     Requests write what is wanted: `adapter_ids`, `wanted`, `wake_requested`, `current_at` and what is fixed at the
-    beginning. The supervisor writes what is: `state`, `loaded`, `engine_url`, `restarts`, `memory_bytes`, the times.
+    beginning. The supervisor writes what is: `state`, `loaded`, `engine_url`, `restarts`, the times, and in
+    the ledger what its engine holds (`reservations`).
     It also takes a wish back that cannot be fulfilled: `adapter_ids`, with the cause in `adapter_failure`.
     """
 
@@ -122,8 +126,6 @@ class Deployment(Base):
     loaded: Mapped[list[dict[str, Any]]] = mapped_column(JSON(), default=list)
     #: Why the last change of adapters was taken back: `{"adapter_id", "code", "message", "hint"}`.
     adapter_failure: Mapped[dict[str, str] | None] = mapped_column(JSON())
-    #: Memory that its engine was given by the fit check.
-    memory_bytes: Mapped[int | None] = mapped_column(BigInteger())
     #: Restarts since the engine last stood for a while.
     restarts: Mapped[int] = mapped_column(default=0)
     #: Where the engine listens: `unix:PATH`. It changes with every start.
@@ -131,6 +133,21 @@ class Deployment(Base):
     created_at: Mapped[datetime] = mapped_column(UtcDateTime(), default=utcnow)
     ready_at: Mapped[datetime | None] = mapped_column(UtcDateTime())
     ended_at: Mapped[datetime | None] = mapped_column(UtcDateTime())
+    #: Memory that its engine was given by the fit check, by device. Written by `capacity.reservations`.
+    reservations: Mapped[list[Reservation]] = relationship(
+        primaryjoin=lambda: foreign(Reservation.run_id) == Deployment.id,
+        order_by=Reservation.device, lazy="selectin", viewonly=True,
+    )  # fmt: skip
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Return the memory that its engine holds of all devices; None without an engine."""
+        return sum(one.memory_bytes for one in self.reservations) or None
+
+    @property
+    def gpus(self) -> list[int]:
+        """Return the numbers of its engine's GPUs, in the order of the PCI bus; empty without, or if nothing tells."""
+        return [one.device for one in self.reservations if one.device >= 0]
 
     @property
     def has_served(self) -> bool:
@@ -162,19 +179,6 @@ class AliasMove(Base):
     at: Mapped[datetime] = mapped_column(UtcDateTime(), default=utcnow)
     #: When it was taken back.
     undone_at: Mapped[datetime | None] = mapped_column(UtcDateTime())
-
-
-class MemoryPromise(Base):
-    """Memory that a job of another room was promised: engines leave it free for as long as that job runs."""
-
-    __tablename__ = "memory_promises"
-
-    job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
-    #: Whose it is, in words.
-    holder: Mapped[str] = mapped_column(String(300))
-    memory_bytes: Mapped[int] = mapped_column(BigInteger())
-    #: How much of it the job has taken, so that the machine does not count it as free any more.
-    taken_bytes: Mapped[int] = mapped_column(BigInteger(), default=0)
 
 
 class DeploymentModel(Base):

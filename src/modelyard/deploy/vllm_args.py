@@ -16,7 +16,7 @@ from modelyard.deploy.fit import CPU_SEQUENCES, GPU_UTILIZATION, MAX_LORAS, dtyp
 from modelyard.deploy.model_shape import AdapterFiles, ModelFiles, longest
 from modelyard.deploy.schemas import EngineOptions
 from modelyard.errors import JobFailure
-from modelyard.hardware import Machine
+from modelyard.hardware import Machine, cuda_environment
 from modelyard.processes import Command, child_environment
 
 __all__ = ["AdapterFiles", "ModelFiles", "check_length", "engine_command", "plugins", "socket_path"]
@@ -107,8 +107,8 @@ def engine_command(
         argv += ["--tensor-parallel-size", str(options.tensor_parallel_size or 1)]
         argv += ["--max-num-seqs", str(options.max_num_seqs)] if options.max_num_seqs else []
         if taken.gpus:
-            # Those with most free memory: vLLM would take the first. NVML counts them in the order of the bus.
-            env |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(map(str, taken.gpus))}
+            # Those with most free memory: vLLM would take the first.
+            env |= cuda_environment(taken.gpus)
     else:
         argv += ["--max-num-seqs", str(options.max_num_seqs or CPU_SEQUENCES)]
         argv += ["--kv-cache-memory-bytes", str(taken.kv_cache_bytes)]

@@ -13,30 +13,30 @@ import asyncio
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from itertools import combinations
 from typing import Any
 from uuid import UUID
 
 from sqlalchemy import update
 
+from modelyard.capacity import ledger, reservations
+from modelyard.capacity.ledger import Allocation, Held, Ledger, on_gpus, on_main_memory
+from modelyard.capacity.tables import ONE_SHOT, Kind
 from modelyard.db import Sessions
-from modelyard.deploy import promises, succession
+from modelyard.deploy import succession
 from modelyard.deploy.fit import gib
-from modelyard.deploy.fitting import left_when_gone
-from modelyard.deploy.promises import Promised
-from modelyard.deploy.tables import Deployment, MemoryPromise, Wanted
+from modelyard.deploy.tables import Deployment, Wanted
 from modelyard.errors import JobFailure
 from modelyard.finetune import stand_aside
 from modelyard.finetune.into_service import Told
 from modelyard.finetune.needs import Need
 from modelyard.finetune.tables import Finetune, OnBusy, Phase
-from modelyard.hardware import Gpu, Machine, given_back, this_machine
+from modelyard.hardware import Gpu, Machine, cuda_environment, this_machine
 from modelyard.jobs.runner import JobContext, JobInterrupted
 from modelyard.settings import Settings
 
 LOOK_EVERY_S = 0.5
-#: More deployments than that are not tried in every combination.
-MOST_TRIED = 10
+#: Words for the kinds of run that hold memory beside engines.
+WORDS = {Kind.TRAINING: "training", Kind.PLAN: "plan", Kind.MERGE: "merge"}
 
 
 @dataclass(frozen=True)
@@ -48,19 +48,28 @@ class Share:
     env: dict[str, str] = field(default_factory=dict)
     #: That share the training, each with a GPU of its own and so much memory of it.
     processes: int = 1
+    #: The places of its GPUs in the order of the PCI bus.
+    gpus: tuple[int, ...] = ()
+
+    def allocation(self, needed_bytes: int, *, has_gpu: bool) -> Allocation:
+        """Return what it holds of each device; `needed_bytes` where nothing tells how much there is."""
+        memory_bytes = needed_bytes if self.memory_bytes is None else self.memory_bytes
+        return on_gpus(self.gpus, memory_bytes) if has_gpu else on_main_memory(memory_bytes)
 
 
 @dataclass(frozen=True)
-class Sight:
+class Snapshot:
     """The accelerator at one moment. Memory in bytes; None where nothing tells how much a GPU has."""
 
     machine: Machine
     settings: Settings
     live: Sequence[Deployment]
-    others: Sequence[MemoryPromise]
+    ledger: Ledger
+    #: The run whose own reservation does not count.
+    but: tuple[UUID, ...] = ()
 
     def free(self, gone: Collection[UUID] = (), *, alone: bool = False) -> int | None:
-        """Return what a training may take, once deployments are gone, and other trainings too (`alone`)."""
+        """Return what a training may take, once deployments are gone, and other runs too (`alone`)."""
         machine = self._left(gone, alone=alone)
         if not machine.has_gpu:
             return machine.memory_available_bytes
@@ -79,41 +88,46 @@ class Sight:
         return [one for one in self.live if one.memory_bytes]
 
     @property
+    def others(self) -> list[Held]:
+        """Return what trainings, plans and merges hold of the accelerator."""
+        held = self.ledger.on_accelerator(self.machine, but=self.but)
+        return [one for one in held if one.kind != Kind.ENGINE]
+
+    @property
     def leaving(self) -> list[UUID]:
-        """Those of them that are about to give it back."""
+        """Those deployments that are about to give their memory back."""
         return [one.id for one in self.holding if one.wanted != Wanted.UP]
 
-    def must_go(self, needed_bytes: int, *, alone: bool = False) -> list[Deployment] | None:
+    def victims(self, needed_bytes: int, *, alone: bool = False) -> list[Deployment] | None:
         """Return which deployments would have to leave: as few as possible, and of those the smallest.
 
         None: even without any of them there would not be enough.
         """
-        gone = self.leaving
-        staying = sorted(
-            (one for one in self.holding if one.id not in gone), key=lambda one: (one.memory_bytes or 0, one.number)
+        leaving = self.leaving
+        staying = [one for one in self.holding if one.id not in leaving]
+        found = ledger.victims(
+            [ledger.Candidate(one.id, one.memory_bytes or 0, one.number) for one in staying],
+            lambda gone: self.fits(needed_bytes, [*leaving, *gone], alone=alone),
         )
-        for count in range(min(len(staying), MOST_TRIED) + 1):
-            ways = [
-                way for way in combinations(staying[-MOST_TRIED:] if count > 1 else staying, count)
-                if self.fits(needed_bytes, [*gone, *(one.id for one in way)], alone=alone)
-            ]  # fmt: skip
-            if ways:
-                return list(min(ways, key=lambda way: sum(one.memory_bytes or 0 for one in way)))
-        everything = [*gone, *(one.id for one in staying)]
-        return staying if self.fits(needed_bytes, everything, alone=alone) else None
+        return [one for one in staying if one.id in found] if found is not None else None
 
     def held_by(self) -> list[dict[str, Any]]:
         """Return who holds what, as JSON has it."""
         engines: list[dict[str, Any]] = [
             {"kind": "deployment", "id": str(one.id), "job_id": str(one.job_id), "name": one.model_id,
-             "memory_bytes": one.memory_bytes, "leaving": one.wanted != Wanted.UP}
+             "memory_bytes": one.memory_bytes, "gpus": one.gpus, "leaving": one.wanted != Wanted.UP}
             for one in self.holding
         ]  # fmt: skip
-        return engines + [
-            {"kind": "training", "id": None, "job_id": str(one.job_id), "name": one.holder,
-             "memory_bytes": one.memory_bytes, "leaving": False}
-            for one in self.others
-        ]  # fmt: skip
+        runs: dict[UUID, dict[str, Any]] = {}
+        for one in self.others:
+            run = runs.setdefault(
+                one.run_id,
+                {"kind": WORDS[one.kind], "id": None, "job_id": str(one.job_id) if one.job_id else None,
+                 "name": one.holder, "memory_bytes": 0, "gpus": [], "leaving": False},
+            )  # fmt: skip
+            run["memory_bytes"] += one.memory_bytes
+            run["gpus"] += [one.device] if one.device >= 0 else []
+        return engines + list(runs.values())
 
     def in_words(self, need: Need) -> str:
         """Return what is wanted, what is free, and who holds what."""
@@ -129,10 +143,8 @@ class Sight:
         memory_bytes = min(need.useful_bytes, free) if free is not None else None
         if not machine.gpus:
             return Share(memory_bytes, processes=self.settings.trainer_processes)
-        taken = sorted(gpu.index for gpu in self._freest(machine))
-        # NVML counts GPUs in the order of the bus.
-        env = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(map(str, taken))}
-        return Share(memory_bytes, env, len(taken))
+        taken = tuple(sorted(gpu.index for gpu in self._freest(machine)))
+        return Share(memory_bytes, cuda_environment(taken), len(taken), taken)
 
     def _freest(self, machine: Machine) -> list[Gpu]:
         """Return as many GPUs as a training is to have, or all that there are."""
@@ -140,21 +152,16 @@ class Sight:
         return freest[: self.settings.trainer_processes]
 
     def _left(self, gone: Collection[UUID], *, alone: bool = False) -> Machine:
-        others = () if alone else self.others
-        given = sum(one.memory_bytes for one in others)
-        promised = Promised(given, sum(max(0, one.memory_bytes - one.taken_bytes) for one in others))
-        machine = self.machine
-        if alone:
-            machine = given_back(machine, sum(min(one.taken_bytes, one.memory_bytes) for one in self.others))
-        return left_when_gone(machine, None, self.live, gone, self.settings, promised)
+        others = [one.run_id for one in self.others] if alone else []
+        return self.ledger.left(self.machine, but=self.but, gone=[*gone, *others])
 
 
-async def sight(sessions: Sessions, settings: Settings, *, but: UUID | None = None) -> Sight:
-    """Look at the accelerator now; `but` is the job whose own promise does not count."""
+async def take_snapshot(sessions: Sessions, settings: Settings, *, but: UUID | None = None) -> Snapshot:
+    """Look at the accelerator now; `but` is the run whose own reservation does not count."""
     async with sessions.read() as session:
         live = await succession.live(session)
-        others = [one for one in await promises.all_promises(session) if one.job_id != but]
-    return Sight(await asyncio.to_thread(this_machine), settings, live, others)
+        held = await reservations.ledger(session, settings.engine_memory_gib)
+    return Snapshot(await asyncio.to_thread(this_machine), settings, live, held, (but,) if but is not None else ())
 
 
 async def look(sessions: Sessions, settings: Settings, need: Need) -> dict[str, Any]:
@@ -164,9 +171,9 @@ async def look(sessions: Sessions, settings: Settings, need: Need) -> dict[str, 
         `{"busy", "needed_bytes", "free_bytes", "held_by", "would_stop", "message"}`: `would_stop` are the ids of the
         deployments that `stop_deployment` would drain, None if even that would not be enough.
     """
-    now = await sight(sessions, settings)
+    now = await take_snapshot(sessions, settings)
     fits = now.fits(need.needed_bytes)
-    going = [] if fits else now.must_go(need.needed_bytes)
+    going = [] if fits else now.victims(need.needed_bytes)
     return {
         "busy": not fits and bool(now.holding or now.others),
         "needed_bytes": need.needed_bytes,
@@ -217,7 +224,7 @@ class Accelerator:
         To be called, too, by whoever goes on with a training whose trainer has ended already.
         """
         async with self._sessions.begin() as session:
-            await promises.release(session, context.id)
+            await reservations.release(session, context.id)
         self._told(())
         return await stand_aside.bring_back(
             context, self._sessions, self._told, finetune_id, self._settings.engine_start_timeout_s
@@ -226,7 +233,7 @@ class Accelerator:
     async def note_taken(self, context: JobContext, taken_bytes: int) -> None:
         """Note how much memory the trainer has taken, so that it is not counted twice."""
         async with self._sessions.begin() as session:
-            await promises.note_taken(session, context.id, taken_bytes)
+            await reservations.note_taken(session, context.id, taken_bytes)
 
     async def _wait_for(
         self, context: JobContext, finetune_id: UUID, need: Need, on_busy: OnBusy, holder: str
@@ -236,17 +243,19 @@ class Accelerator:
             if context.interrupted.is_set():
                 raise JobInterrupted
             async with self._sharing_memory:
-                now = await sight(self._sessions, self._settings, but=context.id)
+                now = await take_snapshot(self._sessions, self._settings, but=context.id)
                 async with self._sessions.read() as session:
                     gone = await stand_aside.are_gone(session, finetune_id)
                     before = await stand_aside.owed_before(session, finetune_id)
                 fits = now.fits(need.needed_bytes) or not (now.holding or now.others)
+                # Plans and merges end soon: nobody is refused or has to leave for these.
+                waits = not fits and now.fits(need.needed_bytes, now.ledger.runs(ONE_SHOT))
                 if gone and fits and not before:
                     return await self._take(context, now, need, holder)
-                going = now.must_go(need.needed_bytes)
+                going = [] if waits else now.victims(need.needed_bytes)
                 if on_busy == OnBusy.FAIL and (going != [] or before):
                     raise _busy(now, need, before)
-                if going is None and now.must_go(need.needed_bytes, alone=True) is None:
+                if going is None and now.victims(need.needed_bytes, alone=True) is None:
                     raise _hopeless(now, need)
                 if not said:
                     said = True
@@ -255,16 +264,19 @@ class Accelerator:
                     await self._have_them_leave(context, finetune_id, going)
             await _pause(context)
 
-    async def _take(self, context: JobContext, now: Sight, need: Need, holder: str) -> Share:
+    async def _take(self, context: JobContext, now: Snapshot, need: Need, holder: str) -> Share:
         share = now.share(need)
         async with self._sessions.begin() as session:
-            await promises.promise(session, context.id, holder, share.memory_bytes or need.needed_bytes)
+            allocation = share.allocation(need.needed_bytes, has_gpu=now.machine.has_gpu)
+            await reservations.reserve(session, context.id, Kind.TRAINING, holder, allocation, context.id)
         if not now.fits(need.needed_bytes):
             # An estimate is no reason to refuse what disturbs nobody: the trainer finds out.
             await context.event(f"It may be short of memory. {now.in_words(need)}", level="warning")
         return share
 
-    async def _say(self, context: JobContext, finetune_id: UUID, now: Sight, need: Need, before: Sequence[str]) -> None:
+    async def _say(
+        self, context: JobContext, finetune_id: UUID, now: Snapshot, need: Need, before: Sequence[str]
+    ) -> None:
         async with self._sessions.begin() as session:
             await session.execute(update(Finetune).where(Finetune.id == finetune_id).values(phase=Phase.WAITING))
         data = {"needed_bytes": need.needed_bytes, "free_bytes": now.free(), "held_by": now.held_by()}
@@ -289,7 +301,7 @@ def _first(before: Sequence[str]) -> str:
     return f" Deployments that left for the training {' and '.join(before)} come back first."
 
 
-def _busy(now: Sight, need: Need, before: Sequence[str]) -> JobFailure:
+def _busy(now: Snapshot, need: Need, before: Sequence[str]) -> JobFailure:
     return JobFailure(
         "accelerator_busy",
         now.in_words(need) + _first(before),
@@ -298,7 +310,7 @@ def _busy(now: Sight, need: Need, before: Sequence[str]) -> JobFailure:
     )
 
 
-def _hopeless(now: Sight, need: Need) -> JobFailure:
+def _hopeless(now: Snapshot, need: Need) -> JobFailure:
     everything = [one.id for one in now.holding]
     most = now.free(everything, alone=True)
     return JobFailure(

@@ -2,7 +2,8 @@
 
 An errand has a folder of its own below `jobs/errands`, which is gone when the errand is over, however that is: the one
 who leaves the `errand` block ends its child and removes it, and what a killed server left is swept at the next start.
-They run one at a time, in the order in which they came: each takes as much memory as a training.
+They run one at a time, in the order in which they came: each takes as much memory as a training, and holds it in the
+ledger (`capacity`) while its child runs.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import os
 import shutil
 import signal
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from modelyard import evidence
+from modelyard.capacity.one_shot import OneShotMemory
 from modelyard.errors import BadGateway, JobFailure, ModelNotFound, ModelyardError, Unavailable, Unprocessable
 from modelyard.finetune import attempts
 from modelyard.processes import Child, Children, Outcome
@@ -64,12 +67,21 @@ LOG = "log.txt"
 LAST_LINES, LAST_BYTES = 5, 4096
 
 
-class Errands:
-    """Runs errands for the server that has `children`, until `close`."""
+@dataclass(frozen=True)
+class Work:
+    """The work of one errand: what its child is told, and by which variables it sees its accelerator."""
 
-    def __init__(self, settings: Settings, children: Children) -> None:
+    spec: Spec
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+class Errands:
+    """Runs errands for the server that has `children`, until `close`. `memory` is for what they hold."""
+
+    def __init__(self, settings: Settings, children: Children, memory: OneShotMemory) -> None:
         self._settings = settings
         self._children = children
+        self.memory = memory
         self._folder = settings.jobs_dir / "errands"
         self._turn = asyncio.Lock()
         self._running: set[asyncio.Task[Any]] = set()
@@ -100,14 +112,11 @@ class Errands:
         finally:
             await _surely(asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True))
 
-    async def run(
-        self, folder: Path, spec: Callable[[Path], Spec], env: Mapping[str, str] | None = None
-    ) -> dict[str, Any]:
-        """Have the trainer do what the spec of the folder says, when it is its turn, and return its result.
+    async def run(self, folder: Path, turn: Callable[[], AbstractAsyncContextManager[Work]]) -> dict[str, Any]:
+        """Have the trainer do the work that `turn` gives when it is its turn, and return its result.
 
-        `env` says which accelerator is its.
-
-        Cancelling it ends the child and waits until nothing of it is left.
+        The block of `turn`, which holds the memory, lasts until the child has ended. Cancelling it ends the child and
+        waits until nothing of it is left.
 
         Raises:
             ModelNotFound: the model or the adapter was deleted meanwhile.
@@ -115,14 +124,14 @@ class Errands:
         """
         if self._is_ending:
             raise _stopping()
-        wanted = spec(folder)
-        task = asyncio.create_task(self._run(folder, wanted, env or {}), name=f"errand {folder.name}")
+        begun: list[Spec] = []
+        task = asyncio.create_task(self._run(folder, turn, begun), name=f"errand {folder.name}")
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         try:
             return await asyncio.shield(task)
         except JobFailure as failure:
-            if (deleted := await asyncio.to_thread(_deleted, wanted)) is not None:
+            if begun and (deleted := await asyncio.to_thread(_deleted, begun[0])) is not None:
                 raise ModelNotFound(deleted, hint="It was deleted while the trainer read it.") from failure
             raise refusal(failure) from failure
         except asyncio.CancelledError:
@@ -133,10 +142,13 @@ class Errands:
             await _surely(asyncio.gather(task, return_exceptions=True))
             raise
 
-    async def _run(self, folder: Path, spec: Spec, env: Mapping[str, str]) -> dict[str, Any]:
-        async with self._turn:
-            await asyncio.to_thread(spec.write, folder / "training.json")
-            command = attempts.command(self._settings, folder, env)
+    async def _run(
+        self, folder: Path, turn: Callable[[], AbstractAsyncContextManager[Work]], begun: list[Spec]
+    ) -> dict[str, Any]:
+        async with self._turn, turn() as work:
+            begun.append(work.spec)
+            await asyncio.to_thread(work.spec.write, folder / "training.json")
+            command = attempts.command(self._settings, folder, work.env)
             try:
                 child = await self._children.start(folder, command, log=folder / LOG, stop_timeout_s=STOP_TIMEOUT_S)
             except RuntimeError as error:
@@ -149,7 +161,7 @@ class Errands:
             except asyncio.CancelledError:
                 await _surely(child.stop())
                 raise
-            return await asyncio.to_thread(_result, child, outcome, Path(spec.result))
+            return await asyncio.to_thread(_result, child, outcome, Path(work.spec.result))
 
 
 def refusal(failure: JobFailure) -> ModelyardError:

@@ -18,10 +18,12 @@ from pathlib import Path
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from modelyard.capacity.ledger import Allocation, Ledger, on_main_memory
+from modelyard.capacity.tables import Kind
 from modelyard.errors import Conflict, JobFailure, ModelNotFound, Unprocessable
 from modelyard.finetune.archive import Entry, files_below, length
-from modelyard.finetune.errands import Errands, refusal
-from modelyard.hardware import GIB, this_machine
+from modelyard.finetune.errands import Errands, Work, refusal
+from modelyard.hardware import GIB, Machine
 from modelyard.models import actions as models
 from modelyard.models import store
 from modelyard.models.store import bytes_below
@@ -137,38 +139,42 @@ async def merged(errands: Errands, settings: Settings, adapter: Model, base: Mod
         ModelyardError: there is no memory or no room on the disk for it, or the child failed, with the cause.
     """
     base_dir = store.folder_of(settings.models_dir, base.path)
-    await asyncio.to_thread(_check_room, base_dir, settings)
+    size_bytes = await asyncio.to_thread(bytes_below, base_dir)
+    await asyncio.to_thread(_check_disk, size_bytes, settings)
     async with errands.folder() as folder:
 
-        def spec(folder: Path) -> Spec:
-            return Spec(
-                mode=Mode.MERGE,
-                name=adapter.model_id,
-                model_id=base.model_id,
-                model_dir=str(base_dir),
-                adapter_id=adapter.model_id,
-                data="",
-                max_line_bytes=0,
-                hyperparameters=NO_HYPERPARAMETERS,
-                work_dir=str(folder / "work"),
-                progress=str(folder / "progress.jsonl"),
-                result=str(folder / "result.json"),
-                disk_reserve_bytes=int(settings.disk_reserve_gib * GIB),
-                adapter_dir=str(store.folder_of(settings.models_dir, adapter.path)),
-                merged_dir=str(folder / "merged"),
-            )
+        @asynccontextmanager
+        async def turn() -> AsyncIterator[Work]:
+            holder = f"the merge of {adapter.model_id}"
+            async with errands.memory.held(Kind.MERGE, holder, lambda *now: _room(size_bytes, *now)):
+                yield Work(spec)
 
-        result = await errands.run(folder, spec)
+        spec = Spec(
+            mode=Mode.MERGE,
+            name=adapter.model_id,
+            model_id=base.model_id,
+            model_dir=str(base_dir),
+            adapter_id=adapter.model_id,
+            data="",
+            max_line_bytes=0,
+            hyperparameters=NO_HYPERPARAMETERS,
+            work_dir=str(folder / "work"),
+            progress=str(folder / "progress.jsonl"),
+            result=str(folder / "result.json"),
+            disk_reserve_bytes=int(settings.disk_reserve_gib * GIB),
+            adapter_dir=str(store.folder_of(settings.models_dir, adapter.path)),
+            merged_dir=str(folder / "merged"),
+        )
+        result = await errands.run(folder, turn)
         model_dir = await asyncio.to_thread(inside, folder, Path(result["model_dir"]))
         entries = await asyncio.to_thread(files_below, model_dir)
         yield Archive(entries, length(entries))
 
 
-def _check_room(base_dir: Path, settings: Settings) -> None:
-    """Refuse a merge that cannot end well before it has begun."""
-    size = bytes_below(base_dir)
-    needed = int(size * MEMORY_FACTOR) + MEMORY_MARGIN
-    available = this_machine().memory_available_bytes
+def _room(size_bytes: int, machine: Machine, ledger: Ledger) -> Allocation:
+    """Return the memory that a merge takes of the machine's own, or refuse a merge that would not end well."""
+    needed = int(size_bytes * MEMORY_FACTOR) + MEMORY_MARGIN
+    available = ledger.left(machine).memory_available_bytes
     if available < needed:
         raise refusal(
             JobFailure(
@@ -177,14 +183,19 @@ def _check_room(base_dir: Path, settings: Settings) -> None:
                 "Take a deployment out of service or wait for the training that runs, and try again.",
             )
         )
+    return on_main_memory(needed)
+
+
+def _check_disk(size_bytes: int, settings: Settings) -> None:
+    """Refuse a merge for which there is no room on the disk before it has begun."""
     reserve = int(settings.disk_reserve_gib * GIB)
     free = shutil.disk_usage(settings.jobs_dir).free
-    if free - reserve < size:
+    if free - reserve < size_bytes:
         raise refusal(
             JobFailure(
                 "disk_full",
-                f"The merged model takes {size / GIB:.1f} GiB of disk, and {max(0, free - reserve) / GIB:.1f} GiB are "
-                f"free beside the reserve of {reserve / GIB:g} GiB (MODELYARD_DISK_RESERVE_GIB).",
+                f"The merged model takes {size_bytes / GIB:.1f} GiB of disk, and {max(0, free - reserve) / GIB:.1f} "
+                f"GiB are free beside the reserve of {reserve / GIB:g} GiB (MODELYARD_DISK_RESERVE_GIB).",
                 "Free some space on the disk of the data folder, and try again.",
             )
         )

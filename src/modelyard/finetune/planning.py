@@ -8,26 +8,28 @@ nobody has to leave: while the accelerator is taken, the plan says by whom, and 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from modelyard.capacity.ledger import Allocation, Ledger, on_main_memory
+from modelyard.capacity.tables import Kind
 from modelyard.datasets import reading
 from modelyard.db import Sessions
-from modelyard.deploy import without_adapters
+from modelyard.deploy import succession, without_adapters
 from modelyard.deploy.fitting import model_files
 from modelyard.errors import JobFailure, StorageUnavailable
 from modelyard.finetune import accelerator, actions, checkpoints
-from modelyard.finetune.errands import Errands, refusal
+from modelyard.finetune.errands import Errands, Work, refusal
 from modelyard.finetune.needs import estimate as need_of
 from modelyard.finetune.schemas import FinetuneIn
 from modelyard.finetune.tables import Finetune
 from modelyard.finetune.trainings import TEMPLATE_TOKENS
-from modelyard.hardware import GIB, this_machine
+from modelyard.hardware import GIB, Machine, this_machine
 from modelyard.models import store
 from modelyard.models.tokenizer_child import TokenizerChildren
 from modelyard.paths import below
@@ -79,8 +81,6 @@ async def plan(
         await tokenizers.tried(model.model_id, below(settings.models_dir, model.path))
     except JobFailure as failure:
         raise refusal(failure) from failure
-    now = await accelerator.sight(sessions, settings)
-    share = now.share(need)
     async with errands.folder() as folder:
         data = folder / "data.jsonl"
         try:
@@ -89,28 +89,42 @@ async def plan(
             raise StorageUnavailable(
                 f"The file of the dataset {dataset.id} in the storage is not the one that came: upload it again."
             ) from None
+        spec = Spec(
+            mode=Mode.PLAN,
+            name=wanted.name,
+            model_id=model.model_id,
+            model_dir=str(store.folder_of(settings.models_dir, model.path)),
+            adapter_id="",
+            data=str(data),
+            max_line_bytes=settings.dataset_line_mib * MIB,
+            hyperparameters=hyperparameters,
+            work_dir=str(folder / "work"),
+            progress=str(folder / "progress.jsonl"),
+            result=str(folder / "result.json"),
+            disk_reserve_bytes=int(settings.disk_reserve_gib * GIB),
+            history=past,
+        )
 
-        def spec(folder: Path) -> Spec:
-            return Spec(
-                mode=Mode.PLAN,
-                name=wanted.name,
-                model_id=model.model_id,
-                model_dir=str(store.folder_of(settings.models_dir, model.path)),
-                adapter_id="",
-                data=str(data),
-                max_line_bytes=settings.dataset_line_mib * MIB,
-                hyperparameters=hyperparameters,
-                work_dir=str(folder / "work"),
-                progress=str(folder / "progress.jsonl"),
-                result=str(folder / "result.json"),
-                # Only what is measured is held to the share: on a machine that is full, rows are prepared all the same.
-                memory_bytes=share.memory_bytes if now.fits(need.needed_bytes) else None,
-                disk_reserve_bytes=int(settings.disk_reserve_gib * GIB),
-                history=past,
-                measure=now.fits(need.needed_bytes),
-            )
+        @asynccontextmanager
+        async def turn() -> AsyncIterator[Work]:
+            async with sessions.read() as session:
+                live = await succession.live(session)
+            work = [Work(spec)]
 
-        found: dict[str, Any] = (await errands.run(folder, spec, share.env))["plan"]
+            def decide(machine: Machine, ledger: Ledger) -> Allocation:
+                now = accelerator.Snapshot(machine, settings, live, ledger)
+                if not now.fits(need.needed_bytes):
+                    # Nothing is measured; on a machine that is full, rows are prepared all the same.
+                    work[0] = Work(replace(spec, measure=False))
+                    return on_main_memory(need.processes_bytes + need.dataset_bytes)
+                share = now.share(need)
+                work[0] = Work(replace(spec, memory_bytes=share.memory_bytes, measure=True), share.env)
+                return share.allocation(need.needed_bytes, has_gpu=machine.has_gpu)
+
+            async with errands.memory.held(Kind.PLAN, f"the plan of {wanted.name}", decide):
+                yield work[0]
+
+        found: dict[str, Any] = (await errands.run(folder, turn))["plan"]
     # With the rows prepared, the longest is known in tokens.
     need = await asyncio.to_thread(needed, int(found["prepared"]["longest"]))
     if found["estimate"] is not None:
