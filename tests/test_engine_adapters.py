@@ -338,8 +338,8 @@ def test_layers_that_the_engine_would_pass_over_are_refused_by_the_server_and_by
     assert "a name that its base does not have" in answer.text
     # Of a model that also sees only the engine knows the names.
     said = asyncio.run(load_directly(server, name, imports / name))
-    of = "14 of the adapter's 14" if name == "inside" else "7 of the adapter's 14"
-    assert f"{of} layers are none of the model's and would be passed over" in said
+    lacking = 14 if name == "inside" else 7
+    assert f"of the adapter's 14 layers the model lacks {lacking}, which would be passed over" in said
     assert name not in engine_names(server)
 
 

@@ -64,6 +64,8 @@ import errno
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from modelyard.plurals import counted
+
 
 def storable(text: str) -> str:
     """Return a text that UTF-8 and every database can hold: without half surrogates and NUL."""
@@ -356,7 +358,7 @@ class RangeNotSatisfiable(ModelyardError):
     code = "range_not_satisfiable"
 
     def __init__(self, size_bytes: int) -> None:
-        super().__init__(f"There is no such part: the file has {size_bytes} bytes.", param="Range")
+        super().__init__(f"There is no such part: the file has {counted(size_bytes, 'byte')}.", param="Range")
         self.size_bytes = size_bytes
 
 
@@ -460,7 +462,7 @@ class TooManyConnections(Unavailable):
 
     def __init__(self, limit: int) -> None:
         super().__init__(
-            f"All {limit} connections that this server takes are in use: close some. "
+            f"This server takes {counted(limit, 'connection')} at a time, and all are in use: close some. "
             "MODELYARD_MAX_CONNECTIONS and the limit of open files (ulimit -n) set how many there are."
         )
 
@@ -480,7 +482,7 @@ class TooManyUploads(Unavailable):
 
     def __init__(self, limit: int) -> None:
         super().__init__(
-            f"{limit} uploads go on already, as many as MODELYARD_MAX_UPLOADS allows: upload it when one has ended."
+            f"MODELYARD_MAX_UPLOADS allows {counted(limit, 'upload')} at a time: upload it when one has ended."
         )
 
 

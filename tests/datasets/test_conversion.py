@@ -208,7 +208,8 @@ def zipped(data: bytes) -> bytes:
         (wide_window(jsonl(*ROWS)), "archive_damaged", "needs more than 128 MiB to unpack (--long or --ultra)"),
         (zipped(zipped(b"{}")), "not_jsonl", "In the gzip archive: the file is a gzip file"),
         (zipped(b"%PDF-1.7"), "not_jsonl", "In the gzip archive: the file is a PDF document"),
-        (zipped(b""), "dataset_empty", "The file is empty"),
+        (zipped(b""), "dataset_empty", "What is in the gzip archive is empty."),
+        (zipped(b"[]"), "dataset_empty", "What is in the gzip archive is a JSON array without elements."),
         (ARRAY[:-9], "array_damaged", "ends early, after 39 whole elements"),
         (ARRAY[:-1], "array_damaged", "ends early, after 40 whole elements"),
         (ARRAY[:-1] + b",]", "array_damaged", "has a comma before its end: take that out (after 40 whole elements)"),
@@ -218,9 +219,14 @@ def zipped(data: bytes) -> bytes:
         (ARRAY.replace(b"mill 7", b"mill \xff"), "array_damaged", "byte 0xff"),
         (b"[" * 100_000, "array_damaged", "nested too deeply"),
         (LONG, "array_damaged", "Element 1 of the JSON array is longer than"),
-        (b"[]", "dataset_empty", "The file is empty"),
+        (b"[]", "dataset_empty", "The file is a JSON array without elements."),
+        (b" [\n] ", "dataset_empty", "The file is a JSON array without elements."),
+        (ARRAY.partition(b",")[0] + b"}", "array_damaged", "ends early, after 1 whole element:"),
         (b"a,b,a\n1,2,3\n", "bad_table", "the column 'a' more than once"),
-        (b"prompt,completion\n", "dataset_empty", "The file is empty"),
+        *[
+            (b"prompt,completion" + end, "dataset_empty", "The file is a table with a header and no rows.")
+            for end in (b"", b"\n", b"\r\n", b"\n\n")
+        ],
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("size", [11, 100_000])

@@ -195,7 +195,7 @@ def test_another_kind_of_file_is_told_by_its_beginning(data: bytes, said: str) -
 
 
 @pytest.mark.parametrize(
-    ("data", "said"), [(b"", "is empty"), (b"\xef\xbb\xbf", "empty"), (b"\n \r\n", "2 lines, and all")]
+    ("data", "said"), [(b"", "is empty"), (b"\xef\xbb\xbf", "empty"), (b"\n \r\n", "2 blank lines")]
 )
 def test_a_file_with_nothing_in_it_says_so(data: bytes, said: str) -> None:
     error = refusal(data)
@@ -287,7 +287,7 @@ def test_a_file_with_too_many_problems_is_refused_with_what_was_found_so_far() -
     good = questions(20_000).splitlines(keepends=True)
     data = b"".join(line + b"x\n" for line in good)
     refused = refusal(data)
-    assert "Too much is wrong with it: 10001 problems in its first 20002 lines" in str(refused)
+    assert "Too much is wrong with it: 10,001 problems up to line 20,002." in str(refused)
     assert refused.report is not None
     assert (refused.report["stopped_at_line"], refused.report["lines"], refused.report["rows"]) == (20002, 20002, 10001)
     assert refused.report["problems"]["total"] == 10001

@@ -89,12 +89,24 @@ def _converted(blocks: Iterator[bytes], conversion: Conversion, put: Callable[[b
             for item, line in _items(kind, head, blocks, mapping, conversion):
                 sink.take(item, line)
         sink.flush()
+        if sink.is_empty:
+            raise InvalidDataset(_nothing_in(kind, [*kinds]), code="dataset_empty")
         found = found_by(validation)
     finally:
         validation.close()
     if found.report is not None:
         found.report |= {"converted_from": "+".join(kinds), "mapping": conversion.mapping}
     return found
+
+
+def _nothing_in(kind: FileKind, kinds: list[str]) -> str:
+    """Return the words for a file that is whole and has no row."""
+    what = f"What is in the {kinds[0]} archive" if kinds[0] in ARCHIVES else "The file"
+    if kind is FileKind.ARRAY:
+        return f"{what} is a JSON array without elements."
+    if kind in (FileKind.TABLE, FileKind.PARQUET):
+        return f"{what} is a table with {'columns' if kind is FileKind.PARQUET else 'a header'} and no rows."
+    return f"{what} is empty."
 
 
 def _items(
@@ -223,6 +235,11 @@ class _Sink:
         """Take a piece of a file that is JSONL already."""
         self._hand_on(block)
         self._validation.feed(block)
+
+    @property
+    def is_empty(self) -> bool:
+        """True if nothing was handed on."""
+        return self._left == self._max_bytes
 
     def flush(self) -> None:
         """Validate and hand on what was collected."""

@@ -17,6 +17,7 @@ import msgspec
 from modelyard.datasets.faults import Fault, Kind
 from modelyard.datasets.row_forms import FORMS, MARKS, Meaning
 from modelyard.errors import InvalidDataset
+from modelyard.plurals import counted
 
 #: Columns whose cells are JSON, and those that are true and false or 1 and 0.
 JSON_COLUMNS = frozenset(
@@ -78,8 +79,7 @@ class Table:
                 fault = _read_values(row, special) if special else None
                 yield (row if fault is None else fault), line
             elif cells:
-                cell_or_cells = "1 cell" if len(cells) == 1 else f"{len(cells)} cells"
-                reason = f"has {cell_or_cells}, but the header names {width} columns"
+                reason = f"has {counted(len(cells), 'cell')}, but the header names {counted(width, 'column')}"
                 yield Fault(Kind.BAD_TABLE, "$", reason), line
 
     def _fault(self, said: str, line: int) -> Fault:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 
 from modelyard.errors import InvalidDataset
+from modelyard.plurals import counted
 
 #: Least characters that are read at once.
 _STEP = 64 * 1024
@@ -131,10 +132,11 @@ class _Text:
 
 def _early(number: int) -> InvalidDataset:
     return InvalidDataset(
-        f"The JSON array ends early, after {number} whole elements: the rest of it is missing. Send the whole file.",
+        f"The JSON array ends early, after {counted(number, 'whole element')}: the rest of it is missing. Send the "
+        "whole file.",
         code="array_damaged",
     )
 
 
 def _wrong(what: str, number: int) -> InvalidDataset:
-    return InvalidDataset(f"The JSON array {what} (after {number} whole elements).", code="array_damaged")
+    return InvalidDataset(f"The JSON array {what} (after {counted(number, 'whole element')}).", code="array_damaged")

@@ -94,6 +94,13 @@ _YAML_BEGINS = re.compile(
 )
 _OLD_MAC_LINE = re.compile(rb"\A[^\x00-\x08\x0e-\x1f\r]+\r\s*[^\s\x00-\x08\x0e-\x1f]")
 _ONE_NAME = re.compile(rb"\A\"?([A-Za-z_][\w.-]{1,63})\"?\r?\n(?=[^{\s])")
+#: A header without a line after it.
+_NAMES_ALONE = re.compile(rb"[A-Za-z_][\w.-]{0,63}(?:[,;\t|][A-Za-z_][\w.-]{0,63}){1,99}\r?")
+#: A list of objects in an object, with nothing but plain values before it.
+_ROWS_WITHIN = re.compile(
+    rb"\{\s*(?:\"[^\"\\]{1,64}\"\s*:\s*(?:\"[^\"\\]{0,1000}\"|[\w.+-]{1,40})\s*,\s*){0,20}"
+    rb"\"([\w.-]{1,64})\"\s*:\s*\[\s*\{"
+)
 _SEPARATORS = ",;\t|"
 
 
@@ -125,7 +132,10 @@ def separator_of(head: bytes) -> str | None:
     """Return what is between the cells of a table that begins like this; None if it is none of two columns."""
     text = head.removeprefix(BYTE_ORDER_MARK)
     line, end, rest = text.partition(b"\n")
-    if not end or b"{" in line or text.lstrip()[:1] in (b"[", b"<") or rest.lstrip()[:1] == b"{":
+    rest = rest.strip(b"\r\n") and rest
+    if not (end or _NAMES_ALONE.fullmatch(line)):
+        return None
+    if b"{" in line or text.lstrip()[:1] in (b"[", b"<") or rest.lstrip()[:1] == b"{":
         return None
     try:
         header = line.decode().rstrip("\r")
@@ -194,10 +204,15 @@ def _named_text(text: bytes) -> tuple[str, str] | None:
 
 def _spread(text: bytes) -> str:
     """Return how to convert an object over several lines: its rows may be a list within it."""
-    found = re.match(rb"\{\s*\"([\w.-]{1,64})\"\s*:\s*\[\s*\{", text)
+    found = _ROWS_WITHIN.match(text)
     if found is not None and found[1] not in (b"messages", b"conversations", b"tools"):
-        return f"convert it: jq -c '.[\"{found[1].decode('ascii', 'replace')}\"][]' FILE > train.jsonl"
+        return f"convert it: {rows_within(found[1].decode('ascii', 'replace'))}"
     return "convert it: jq -c . FILE > train.jsonl"
+
+
+def rows_within(name: str) -> str:
+    """Return the command that makes JSONL of the objects in a list of this name, within one object or in each line."""
+    return f"jq -c '.[\"{name}\"][]' FILE > train.jsonl"
 
 
 def _is_array(text: bytes) -> bool:

@@ -6,6 +6,7 @@ value is decoded only where its key means something. Nothing is checked that `co
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import msgspec
@@ -27,6 +28,7 @@ from modelyard.datasets.raw_values import (
     is_null,
     shown,
 )
+from modelyard.datasets.recognition import rows_within
 from modelyard.datasets.row_forms import (
     FORMS,
     FORMS_HINT,
@@ -42,6 +44,8 @@ from modelyard.datasets.row_forms import (
 )
 from modelyard.datasets.tool_calls import Tools, canonical_tools
 
+#: A name that may stand in a command as it is.
+_PLAIN_NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _tools: msgspec.json.Decoder[list[Any] | str | None] = msgspec.json.Decoder(list[Any] | str | None)
 _history: msgspec.json.Decoder[list[tuple[str, str]]] = msgspec.json.Decoder(list[tuple[str, str]])
 
@@ -75,7 +79,18 @@ def object_of(line: bytes) -> tuple[Form, Fields]:
         if 0 < len(missing) < len(spec.needs):
             other = next(names[0] for names in spec.needs if names[0] in fields)
             raise Faults([Fault(Kind.MISSING_FIELD, f"$.{missing[0]}", f"is missing beside '{other}'")])
+    if not keys:
+        raise Faults([Fault(Kind.UNKNOWN_FORM, "$", f"has no keys; {FORMS_HINT}")])
+    if (within := next((name for name in fields if _is_list_of_rows(name, fields[name])), None)) is not None:
+        said = f"if the objects in '{within}' are the rows, convert the file: {rows_within(within)}"
+        raise Faults([Fault(Kind.UNKNOWN_FORM, "$", f"has the keys {quoted(keys)}, no form's: {said}")])
     raise Faults([Fault(Kind.UNKNOWN_FORM, "$", f"has the keys {quoted(keys)}; {FORMS_HINT}")])
+
+
+def _is_list_of_rows(name: str, value: msgspec.Raw) -> bool:
+    """Return True for a list of objects under a name that a shell takes as it is."""
+    begins = bytes(memoryview(value)[:1024]).translate(None, b" \t\r\n")
+    return begins.startswith(b"[{") and _PLAIN_NAME.fullmatch(name) is not None
 
 
 def _advice(line: bytes) -> str | None:

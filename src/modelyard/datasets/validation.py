@@ -22,6 +22,7 @@ from modelyard.datasets.raw_values import UNREADABLE
 from modelyard.datasets.recognition import BYTE_ORDER_MARK, HEAD_BYTES, recognise
 from modelyard.datasets.row_forms import Form
 from modelyard.errors import InvalidDataset
+from modelyard.plurals import counted
 
 LISTED_PROBLEMS = 1000
 LISTED_LINES = 20
@@ -181,7 +182,9 @@ class Validation:
         if not self._lines:
             raise InvalidDataset("The file is empty.", code="dataset_empty")
         if not self._rows and not self._bad_lines:
-            raise InvalidDataset(f"The file has {self._lines} lines, and all of them are blank.", code="dataset_empty")
+            raise InvalidDataset(
+                f"The file has nothing but {counted(self._lines, 'blank line')}.", code="dataset_empty"
+            )
         return self._report()
 
     def close(self) -> None:
@@ -331,8 +334,8 @@ class Validation:
         number = self._lines
         first = self._problems[0]
         raise InvalidDataset(
-            f"Too much is wrong with it: {sum(self._kinds.values())} problems in its first {number} lines. The rest "
-            f"was not looked at. The first: line {first['line']}: {first['path']}: {first['reason']}.",
+            f"Too much is wrong with it: {counted(sum(self._kinds.values()), 'problem')} up to line {number:,}. The "
+            f"rest was not looked at. The first: line {first['line']}: {first['path']}: {first['reason']}.",
             report=self._report() | {"stopped_at_line": number},
         )
 

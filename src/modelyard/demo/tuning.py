@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 from modelyard.demo.client import Call, Client, DemoFailed
 from modelyard.demo.terminal import Terminal, Waiting
+from modelyard.plurals import counted
 
 DATASET = Path(__file__).with_name("lindholm.jsonl")
 NAME = "Lindholm"
@@ -56,7 +57,7 @@ class Tuning:
         report = Call("GET", f"/api/v1/datasets/{dataset_id}/report")
         self.terminal.command(self.client.curl(report))
         found = self.client.json(report)
-        self.terminal.note(f"{found['rows']} rows to learn from, none refused. The first one:")
+        self.terminal.note(f"{counted(found['rows'], 'row')} to learn from, none refused. The first one:")
         self.terminal.note(DATASET.read_text("utf-8").splitlines()[0], "dim")
         return dataset_id
 

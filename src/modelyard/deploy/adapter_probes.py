@@ -20,6 +20,7 @@ from typing import Any
 
 from modelyard.deploy.engine_client import Answer, EngineClient, Prompt
 from modelyard.errors import JobFailure
+from modelyard.plurals import counted
 
 FILE = "probes.json"
 MOST_BYTES = 16 * 1024**2
@@ -141,8 +142,9 @@ async def _acts(
     if not changed and largest <= max(LEAST_CHANGE, TIMES_NOISE * noise):
         raise JobFailure(
             "adapter_does_not_act",
-            f"With {adapter_id} the engine answers {len(prompts)} prompts just as without it: no token is another one, "
-            f"and log probabilities differ by {largest:.2g} at most (without it, asked twice, by {noise:.2g}).",
+            f"With {adapter_id} the engine answers {counted(len(prompts), 'prompt')} just as without it: no token is "
+            f"another one, and log probabilities differ by {largest:.2g} at most (without it, asked twice, by "
+            f"{noise:.2g}).",
             "Train it longer or with a higher learning rate, or choose a later checkpoint; if its weights are not "
             "zero, tell us: the engine does not use it.",
         )
@@ -191,7 +193,7 @@ def _differ(adapter_id: str, number: int, probe: Probe, ids: Sequence[int]) -> J
         "tokens_differ",
         f"The engine tokenises prompts otherwise than the training of {adapter_id} did: prompt {number} ('{shown}') "
         f"differs at position {where}, where the training had {at(probe.token_ids)} and the engine has {at(ids)} "
-        f"({len(probe.token_ids)} tokens and {len(ids)}).",
+        f"({counted(len(probe.token_ids), 'token')} and {len(ids)}).",
         "Its base has another tokenizer or chat template now than when it was trained: train it again.",
     )
 

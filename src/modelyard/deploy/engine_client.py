@@ -20,6 +20,7 @@ from typing import Any
 
 from modelyard import evidence
 from modelyard.errors import is_out_of_files
+from modelyard.plurals import counted
 
 HEALTH_TIMEOUT_S = 5.0
 MESSAGE_CHARACTERS = 500
@@ -182,7 +183,9 @@ class EngineClient:
         except (LookupError, TypeError, ValueError):
             return Wrong("its answer has no tokens with their probabilities", is_final=True)
         if len(answers) != len(prompts):
-            return Wrong(f"it gave {len(answers)} answers to {len(prompts)} prompts", is_final=True)
+            return Wrong(
+                f"it gave {counted(len(answers), 'answer')} to {counted(len(prompts), 'prompt')}", is_final=True
+            )
         return answers
 
     async def names(self) -> list[str] | None:

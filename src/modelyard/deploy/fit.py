@@ -17,6 +17,7 @@ from modelyard.deploy import model_shape
 from modelyard.deploy.model_shape import DTYPE_BYTES, ModelFiles
 from modelyard.deploy.schemas import EngineOptions
 from modelyard.hardware import GIB, Gpu, Machine
+from modelyard.plurals import counted
 
 # Measured for vLLM 0.32.0 on a CPU: its three processes take 1.5 GiB before any weight and cache, and 0.1 to 0.5 GiB
 # more when models of 0.7 and 580 million weights are compiled and work.
@@ -158,7 +159,7 @@ class _Need:
         lacking = [gpu for gpu, part in zip(gpus, taken, strict=True) if gpu.free_bytes < part]
         fits = False
         if len(gpus) < parts:
-            message = f"{self.model.model_id} is to run on {parts} GPUs, but only {len(gpus)} can be used."
+            message = f"{self.model.model_id} is to run on {counted(parts, 'GPU')}, but only {len(gpus)} can be used."
         elif lacking:
             message = (
                 f"The engine is to take {utilization:g} of each GPU, but GPU {lacking[0].index} ({lacking[0].name}) "

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from modelyard.deploy.cures import cure
+from modelyard.plurals import counted
 
 #: Each takes the inputs, the slots' weights, the output and the slot of each row, in this order.
 OPERATIONS = ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice")
@@ -143,8 +144,8 @@ def passed_over(layers: Any, manager: Any) -> str:
     kinds = {name.rpartition(".")[2] for name in unknown}
     alike = sorted(name for name in known if name.rpartition(".")[2] in kinds) or sorted(known)
     return (
-        f"{len(unknown)} of the adapter's {len(layers)} layers are none of the model's and would be passed over, such "
-        f"as {_some(sorted(unknown))}; the model has {_some(alike)}"
+        f"of the adapter's {counted(len(layers), 'layer')} the model lacks {len(unknown)}, which would be passed over, "
+        f"such as {_some(sorted(unknown))}; the model has {_some(alike)}"
     )
 
 

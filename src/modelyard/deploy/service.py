@@ -33,6 +33,7 @@ from modelyard.errors import JobFailure
 from modelyard.jobs.runner import JobContext, JobInterrupted
 from modelyard.models import store
 from modelyard.models.chat_template import GUESSED_HINT, GUESSED_WARNING, TemplateSource
+from modelyard.plurals import counted
 
 if TYPE_CHECKING:
     from modelyard.deploy.supervisor import Supervisor
@@ -350,7 +351,7 @@ class Service:
         open_requests = await self.requests.look_whether_drained()
         if self.requests.drained and open_requests:
             await self.context.event(
-                f"{open_requests} requests did not end within {self.settings.engine_drain_timeout_s:.0f} s "
+                f"{counted(open_requests, 'request')} did not end within {self.settings.engine_drain_timeout_s:.0f} s "
                 "(MODELYARD_ENGINE_DRAIN_TIMEOUT_S) and are cut off.",
                 level="warning", data={"open_requests": open_requests},
             )  # fmt: skip

@@ -32,6 +32,7 @@ from modelyard.models.ids import TRAINED
 from modelyard.models.kinds import Task
 from modelyard.models.tables import Model
 from modelyard.models.trainable import check_kind
+from modelyard.plurals import counted
 
 KIND = "FT"
 #: An adapter's id is this long at most, without what tells it from another of the name.
@@ -257,7 +258,7 @@ def _check_measuring(wanted: FinetuneIn, dataset: Dataset) -> None:
         asked, without = "hyperparameters.early_stopping", "leave early_stopping out"
     if asked is None:
         return
-    why = f"of {dataset.rows} rows none is held back" if split is None else f"validation_split is {split:g}"
+    why = f"of {counted(dataset.rows, 'row')} none is held back" if split is None else f"validation_split is {split:g}"
     more = "" if dataset.rows > 1 else ", on a dataset of more than one row"
     raise Unprocessable(
         f"There would be nothing to measure by: {why}. Set hyperparameters.validation_split, to 0.1 for example{more}, "

@@ -25,6 +25,7 @@ from modelyard.hardware import GIB
 from modelyard.jobs import actions as jobs
 from modelyard.jobs import survival
 from modelyard.jobs.runner import JobContext
+from modelyard.plurals import counted
 
 log = logging.getLogger(__name__)
 
@@ -217,7 +218,7 @@ def _prepared(facts: Mapping[str, Any]) -> str:
     counts = (("rows", "to learn from"), ("held_out_rows", "held back"), ("truncated_rows", "truncated"),
               ("left_out_rows", "left out"))  # fmt: skip
     words = [f"{facts[name]} {what}" for name, what in counts if facts.get(name)]
-    tokens = f", {facts['tokens']} tokens" if facts.get("tokens") else ""
+    tokens = f", {counted(facts['tokens'], 'token')}" if facts.get("tokens") else ""
     return f"The rows are prepared: {', '.join(words) or 'none'}{tokens}."
 
 

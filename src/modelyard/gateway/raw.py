@@ -31,6 +31,7 @@ from modelyard.gateway.raw_turns import Turn
 from modelyard.gateway.raw_work import Work
 from modelyard.gateway.relay import BROKEN_OFF, CLIENT_GONE, Endpoint, Gateway, Target, check_target, engine_ended
 from modelyard.gateway.upstream import EngineBrokeOff
+from modelyard.plurals import counted
 from modelyard.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -210,7 +211,7 @@ class RawLane:
         """Refuse more texts than one request may have an engine work on, each beam being one."""
         most = self._settings.request_max_prompts
         if texts * beams > most:
-            asked = f"{texts} prompts with {beams} beams each" if beams > 1 else f"{texts} prompts"
+            asked = f"{counted(texts, 'prompt')} with {beams} beams each" if beams > 1 else counted(texts, "prompt")
             raise BadRequest(
                 f"The request has {asked}; {most} texts are allowed, each beam being one "
                 "(MODELYARD_REQUEST_MAX_PROMPTS). Send fewer at a time.",

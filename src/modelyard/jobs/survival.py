@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from modelyard.errors import JobFailure
 from modelyard.jobs.tables import Job, JobStatus
+from modelyard.plurals import counted
 
 #: So many deaths of the server during one job, one after the other, are no accident.
 MOST_DEATHS = 2
@@ -52,8 +53,8 @@ def failure(job: Job) -> JobFailure:
     """Return why such a job is not resumed."""
     return JobFailure(
         "server_died",
-        f"The server died {job.deaths} times while this job ran, each time soon after the job was begun or resumed; it "
-        "is not resumed again by itself.",
+        f"The server died {counted(job.deaths, 'time')} while this job ran, each time soon after the job was "
+        "begun or resumed; it is not resumed again by itself.",
         "See how the server ended (its own log, dmesg for lack of memory). If the job was not the cause, start it "
         "again: a download goes on with what has arrived, a training resumes from its last checkpoint "
         "(POST /api/v1/finetune/<id>/resume/), a deployment is made by another deploy.",

@@ -20,6 +20,7 @@ from modelyard.models.adapter_facts import AdapterFacts
 from modelyard.models.ids import check_model_id, check_revision, is_local, is_trained
 from modelyard.models.kinds import Source
 from modelyard.models.tables import Model
+from modelyard.plurals import counted
 
 DOWNLOAD = "DOWNLOAD"
 DEFAULT_REVISION = "main"
@@ -80,7 +81,7 @@ async def _refuse_while_it_arrives(session: AsyncSession, model_id: str, param: 
         return
     arrived = "nothing of it has arrived yet"
     if job.progress_total:
-        arrived = f"{job.progress_done or 0} of {job.progress_total} bytes have arrived"
+        arrived = f"{job.progress_done or 0:,} of {counted(job.progress_total, 'byte')} have arrived"
     raise Conflict(
         f"{model_id} is being downloaded: {arrived}. Ask again when its job {job.id} is FINISHED: "
         f"GET /api/v1/jobs/{job.id}/status/ tells how far it is.",

@@ -28,6 +28,7 @@ from modelyard.errors import JobFailure
 from modelyard.evidence import in_words
 from modelyard.models.listing import BadListing, Entry, decompressed, is_size, parse, refused
 from modelyard.models.transfer import NETWORK_HINT, SourceFile, TryAgain
+from modelyard.plurals import counted
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ class HubSource:
                 yield block
             # Some of its failures are an end without an error.
             if missing > 0:
-                raise EOFError(f"{missing} bytes are missing")
+                raise EOFError(f"the last {counted(missing, 'byte')} did not come")
         except Exception as error:  # hf_xet raises what it likes, and there is another way
             log.warning("xet failed for %s (%s): going on by plain HTTP", file.path, error)
             self._xet = False

@@ -19,6 +19,7 @@ from typing import Any
 from modelyard.errors import JobFailure
 from modelyard.models import config_file, references
 from modelyard.models.ids import is_model_id, repository_of
+from modelyard.plurals import counted
 
 MAX_CONFIG_BYTES = 64 * 1024 * 1024
 MAX_HEADER_BYTES = 100 * 1024 * 1024
@@ -125,10 +126,10 @@ def scan_safetensors(path: Path, name: str, max_header_bytes: int = MAX_HEADER_B
     with open(path, "rb") as file:
         start = file.read(8)
         if len(start) < 8:
-            raise _bad_weights(name, f"has {size} bytes, too few for a header")
+            raise _bad_weights(name, f"has {counted(size, 'byte')}, too few for a header")
         (length,) = struct.unpack("<Q", start)
         if length > max_header_bytes or length + 8 > size:
-            raise _bad_weights(name, f"declares a header of {length} bytes in a file of {size}")
+            raise _bad_weights(name, f"declares a header of {counted(length, 'byte')} in a file of {size:,}")
         raw = file.read(length)
     return check_header(name, raw, size - 8 - length)
 
@@ -165,7 +166,7 @@ def check_header(name: str, raw: bytes, data_bytes: int) -> frozenset[str]:
             raise _bad_weights(name, f"has an overlap or a hole before {tensor[:80]!r} (byte {begin}, not {expected})")
         expected = end
     if expected != data_bytes:
-        raise _bad_weights(name, f"describes {expected} bytes of tensors and has {data_bytes}")
+        raise _bad_weights(name, f"describes {counted(expected, 'byte')} of tensors and has {data_bytes:,}")
     return frozenset(tensor for _, _, tensor in spans)
 
 
@@ -183,7 +184,9 @@ def _span(name: str, tensor: str, entry: object) -> tuple[int, int]:
     if bits is None:
         raise _bad_weights(name, f"has an unknown number format {str(dtype)[:20]!r} at {shown}")
     if math.prod(shape) * bits != (end - begin) * 8:
-        raise _bad_weights(name, f"has {shown} of {end - begin} bytes, which do not match its shape and {dtype}")
+        raise _bad_weights(
+            name, f"has {shown} of {counted(end - begin, 'byte')}, which do not match its shape and {dtype}"
+        )
     return begin, end
 
 

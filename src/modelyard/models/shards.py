@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 
 from modelyard.errors import JobFailure
+from modelyard.plurals import counted
 
 INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"^(.+)-(\d{1,6})-of-(\d{1,6})\.safetensors")
@@ -42,7 +43,7 @@ def check_shards(weight_map: Mapping[str, str], present: Collection[str]) -> lis
     if missing:
         raise JobFailure(
             "bad_index",
-            f"{INDEX} names {len(named)} files, of which {len(missing)} are not in the repository: "
+            f"{INDEX} names {counted(len(named), 'file')}, of which the repository lacks {len(missing)}: "
             f"{listed(missing)}. The model is not whole.",
             "Wait until its authors have uploaded all of it, or try another revision; for a folder of your own, copy "
             "the rest.",
@@ -66,11 +67,10 @@ def check_tensors(promise: Collection[str], shard: str, tensors: Collection[str]
     """
     missing = sorted(set(promise).difference(tensors))
     if missing:
+        more = f" and {counted(len(missing) - 3, 'tensor')} more" if len(missing) > 3 else ""
         raise JobFailure(
             "bad_index",
-            f"{INDEX} says that {shard} holds {listed(missing)}"
-            f"{f' and {len(missing) - 3} tensors more' if len(missing) > 3 else ''}, and it does not. "
-            "The model is not whole.",
+            f"{INDEX} says that {shard} holds {listed(missing)}{more}, and it does not. The model is not whole.",
             _OTHER_REVISION,
         )
 

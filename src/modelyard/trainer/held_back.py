@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from modelyard.errors import JobFailure
+from modelyard.plurals import counted
 from modelyard.trainer.examples import Kept
 from modelyard.trainer.reports import Reports
 from modelyard.trainer.spec import Spec
@@ -44,7 +45,7 @@ def notes(kept: Sequence[Kept], lines: set[int], duplicates: int, spec: Spec, re
         return []
     cut = sum(row.is_cut for row in kept)
     reasons = [f"{duplicates} have a copy among the others"] * bool(duplicates) + [f"{cut} are truncated"] * bool(cut)
-    why = f"Of {len(kept)} rows none can be held back to measure by"
+    why = f"Of {counted(len(kept), 'row')} none can be held back to measure by"
     why += f": {' and '.join(reasons)}." if is_wanted and reasons else "."
     asked = [f"early_stopping {settings.early_stopping}"] * (settings.early_stopping is not None)
     if settings.validation_split:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from modelyard.errors import JobFailure
+from modelyard.plurals import counted
 from modelyard.trainer.layer_names import EXPERTS_SERVED, ROUTED, ROUTERS, is_named, is_unserved
 from modelyard.trainer.refusals import experts_without_dropout, unknown_target_modules
 
@@ -116,9 +117,9 @@ def check(model: Any, ranks: Mapping[str, int]) -> None:
     other = sorted(name for name in ranks.keys() & found.keys() if found[name] != {ranks[name]})
     if missing or more or other:
         said = [
-            f"{len(missing)} layers have none ({_some(missing)})" if missing else "",
-            f"{len(more)} others have one ({_some(more)})" if more else "",
-            f"{len(other)} have another rank ({_some(other)})" if other else "",
+            f"{counted(len(missing), 'layer')} without one ({_some(missing)})" if missing else "",
+            f"{counted(len(more), 'other layer')} with one ({_some(more)})" if more else "",
+            f"{counted(len(other), 'layer')} with another rank ({_some(other)})" if other else "",
         ]
         raise JobFailure(
             "adapter_not_as_asked",

@@ -19,6 +19,7 @@ from typing import Any
 from modelyard.datasets.canonical import Row
 from modelyard.datasets.lines import rows_of
 from modelyard.errors import JobFailure
+from modelyard.plurals import counted
 from modelyard.trainer import cutting, held_back, texts
 from modelyard.trainer.default_template import default_template, processors_template
 from modelyard.trainer.examples import Example, HeldOut, Kept, Prepared, Probe
@@ -166,7 +167,7 @@ class Reading:
             )
         return JobFailure(
             "nothing_to_learn",
-            f"None of the dataset's {self.left_out} rows can be learnt from with this model.",
+            f"Of the dataset's {counted(self.left_out, 'row')} none can be learnt from with this model.",
             "Change the rows, or choose another model: see the reasons.",
             [f"line {one['line']}: {one['reason']}" for one in self.listed],
         )

@@ -18,6 +18,7 @@ import torch
 
 from modelyard.errors import JobFailure
 from modelyard.evidence import in_words
+from modelyard.plurals import counted
 from modelyard.trainer import memory, ranks
 from modelyard.trainer.batches import Micro, Rows, collate, in_lines
 from modelyard.trainer.checkpoints import sync
@@ -85,7 +86,7 @@ class Sizing:
         self._set(0, rows)
         if self._asked is None:
             self._report.note(
-                f"Steps have {rows_per_step} rows, {rows} at most in a forward pass.",
+                f"Steps have {counted(rows_per_step, 'row')}, {rows} at most in a forward pass.",
                 rows_per_step=rows_per_step,
                 batch_size=rows,
             )
@@ -97,8 +98,8 @@ class Sizing:
             raise self._too_large(rows, error)
         self._set(step, max(1, rows // 2))
         self._report.note(
-            f"Memory did not suffice for {rows} rows in a forward pass: {max(1, rows // 2)} from step {step + 1} on. "
-            "Steps have the same rows as before.",
+            f"Memory did not suffice for {counted(rows, 'row')} in a forward pass: {max(1, rows // 2)} from step "
+            f"{step + 1} on. Steps have the same rows as before.",
             "WARNING",
             batch_size=max(1, rows // 2),
         )
@@ -151,8 +152,9 @@ class Sizing:
         words = " or ".join(f"{name} {value}" for name, value in fitting.items())
         return JobFailure(
             "out_of_memory",
-            f"A forward pass of {rows} rows of up to {longest} tokens takes about {size(needed)}, and of the "
-            f"{size(allowed.total_bytes)} that this training may take {size(allowed.free_bytes)} are free.",
+            f"A forward pass of {counted(rows, 'row')} of up to {counted(longest, 'token')} takes about "
+            f"{size(needed)}, and of the {size(allowed.total_bytes)} that this training may take "
+            f"{size(allowed.free_bytes)} are free.",
             (f"What should fit: {words}. " if words else "Train a smaller model, or give it more memory. ")
             + ("With batch_size auto it looks by itself for what fits." if self._asked else ""),
             [in_words(error)],
