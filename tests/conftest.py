@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import signal
 from typing import Any
 
 import pytest
 
 pytest_plugins = ["tests.fixtures"]
+
+# Tests run beside one another: the threads of several tests would wait, busily, for one another's core. What a test
+# starts inherits it, servers and their engines aside, which have an environment of their own (tests/server.py).
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_configure() -> None:
