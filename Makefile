@@ -28,11 +28,12 @@ serve:  ## The server alone, on http://127.0.0.1:8080
 
 test:  ## All tests: those with real vLLM beside the fast ones, and the slowest of both; ARGS= goes to pytest
 	$(INSTALL) server engine train dev clients
-	@# The ones with vLLM mostly wait for one thread; what they print comes last, whole.
+	@# The ones with vLLM mostly wait for one thread; what they print comes last, whole. A worker that takes tests from
+	@# another's end leaves those of a module together, whose servers and trainers start once.
 	@log=$$(mktemp); status=0; \
 	$(PYTEST) -m engine $(SLOWEST) $(ARGS) > "$$log" 2>&1 & engine=$$!; \
 	trap 'kill -INT $$engine 2>/dev/null; wait $$engine; rm -f "$$log"' EXIT; trap 'exit 130' INT TERM; \
-	$(PYTEST) -n 3 -m "not engine" $(SLOWEST) $(ARGS) || status=$$?; \
+	$(PYTEST) -n 3 --dist worksteal -m "not engine" $(SLOWEST) $(ARGS) || status=$$?; \
 	wait $$engine || status=$$?; \
 	cat "$$log"; \
 	exit $$status
