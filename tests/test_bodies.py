@@ -113,10 +113,10 @@ def test_whole_characters_and_other_faults_are_left_alone(body: bytes) -> None:
 @pytest.mark.parametrize("part", [rb"\ud83d\ude00", b"\\\\", b"a", rb"\u"])
 def test_looking_for_halves_takes_one_pass(part: bytes) -> None:
     body = b'{"a": "' + part * (4 * MIB // len(part)) + rb'\ud83d"}'
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(InvalidJson, match="The body has half"):
         refuse_half_characters(body)
-    assert time.monotonic() - began < 2.0
+    assert time.process_time() - began < 2.0
 
 
 def test_each_route_with_a_body_takes_it_packed_and_in_another_encoding(server: Server) -> None:

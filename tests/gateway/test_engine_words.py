@@ -92,10 +92,10 @@ def test_every_name_of_ours_is_there() -> None:
 
 
 def test_a_long_message_is_looked_at_quickly() -> None:
-    began = time.monotonic()
+    began = time.process_time()
     for part in ("-", "--a", "VLLM_", "--tool-call-parser "):
         explain(part * (256 * 1024 // len(part)))
-    assert time.monotonic() - began < 1.0
+    assert time.process_time() - began < 1.0
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/api/v1/messages/count_tokens"])

@@ -191,10 +191,10 @@ def test_large_fields_are_refused_quickly() -> None:
     ]
     for body in map(json.dumps, bodies):
         envelope = parse(body.encode())
-        began = time.monotonic()
+        began = time.process_time()
         with pytest.raises(BadRequest):
             DEFAULT_LIMITS.check(envelope)
-        assert time.monotonic() - began < 1.0
+        assert time.process_time() - began < 1.0
 
 
 def test_a_text_far_beyond_the_models_length_is_not_tokenised(gateway: Running) -> None:

@@ -155,7 +155,7 @@ def test_a_grammar_costs_by_its_repeats(text: str, times: int) -> None:
     "part", ["(", ")", "[", "[a-", "[^", "{", "{1", "a{9}", "\\", "\\p{", "(a{2}", "|", "]", ".*", "~ 1", "~", " "]
 )
 def test_the_cost_is_counted_in_one_pass(part: str) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     pattern_ms(part * (8192 // len(part)))
     grammar_ms("{" + part * (200_000 // len(part)))
-    assert time.monotonic() - began < 2.0
+    assert time.process_time() - began < 2.0
