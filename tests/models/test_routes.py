@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -115,6 +117,59 @@ async def test_the_base_of_an_adapter_can_be_named_when_it_is_added_or_later(
         job = await yard.ended(UUID(answer.json()["id"]))
         assert job.failure is not None
         assert job.failure.code == "not_an_adapter"
+
+
+def tensors(**shapes: list[int]) -> bytes:
+    """Return weights of zeros with these shapes; a name's dots are written as two underscores."""
+    header, at = {}, 0
+    for name, shape in shapes.items():
+        end = at + 4 * shape[0] * shape[1]
+        header[name.replace("__", ".")] = {"dtype": "F32", "shape": shape, "data_offsets": [at, end]}
+        at = end
+    raw = json.dumps(header).encode()
+    return struct.pack("<Q", len(raw)) + raw + bytes(at)
+
+
+def lora(layer: str, inputs: int) -> dict[str, bytes]:
+    place = f"base_model__model__model__layers__0__self_attn__{layer}"
+    matrices = {f"{place}__lora_A__weight": [4, inputs], f"{place}__lora_B__weight": [16, 4]}
+    config = adapter(None, r=4, lora_alpha=8, target_modules=[layer])
+    return {**config, "adapter_model.safetensors": tensors(**matrices)}
+
+
+async def test_a_base_that_an_adapter_does_not_fit_is_refused_when_it_is_added(hub: Hub, tmp_path: Path) -> None:
+    base = {"model.safetensors": tensors(model__layers__0__self_attn__q_proj__weight=[16, 8])}
+    hub.add("acme/tiny", {**llama(), **base})
+    loras = {"acme/fits": lora("q_proj", 8), "acme/wide": lora("q_proj", 32), "acme/other": lora("c_attn", 8)}
+    for name, files in loras.items():
+        hub.add(name, files)
+    async with client_of(tmp_path, hub) as (client, yard):
+        await bring(client, yard, "acme/tiny")
+        await bring(client, yard, "acme/fits", base_model_id="acme/tiny")
+        for is_there in (False, True):
+            for name, words in (
+                ("acme/wide", "leads from 32 to 16 numbers at"), ("acme/other", "its base has no 'c_attn'"),
+            ):  # fmt: skip
+                params = {"model_id": name, "base_model_id": "acme/tiny"}
+                if is_there:
+                    params["revision"] = await bring_at(client, yard, name)
+                answer = await client.post("/models/add/", params=params)
+                job = await yard.ended(UUID(answer.json()["id"]))
+                assert job.failure is not None, (name, is_there)
+                assert job.failure.code == "unsupported_adapter"
+                assert words in job.failure.message
+                assert "base_model_id" in job.failure.hint
+                found = await yard.model(name)
+                assert (found is not None) == is_there
+                assert found is None or found.base_model_id is None
+
+
+async def bring_at(client: httpx2.AsyncClient, yard: Yard, model_id: str) -> str:
+    """Add a model without a word on its base, and return the commit that is there."""
+    await bring(client, yard, model_id)
+    model = await yard.model(model_id)
+    assert model is not None
+    return model.commit
 
 
 async def test_models_are_added_listed_shown_and_deleted(hub: Hub, tmp_path: Path) -> None:

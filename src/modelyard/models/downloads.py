@@ -20,11 +20,15 @@ from typing import Any
 
 from modelyard import evidence
 from modelyard.db import Sessions
-from modelyard.errors import JobFailure
+from modelyard.errors import JobFailure, Unprocessable
 from modelyard.jobs.runner import JobContext, JobInterrupted
-from modelyard.models import actions, adapter_rendering, store
+from modelyard.models import actions, adapter_facts, adapter_rendering, config_file, store
+from modelyard.models.adapter_checks import check_facts
+from modelyard.models.adapter_facts import AdapterFacts
 from modelyard.models.chat_template import GUESSED_HINT, GUESSED_WARNING, TemplateSource
 from modelyard.models.download_spec import GIB, Spec
+from modelyard.models.mistral_format import is_mistral_format
+from modelyard.models.stored_adapters import with_facts
 from modelyard.models.tables import Model
 from modelyard.models.tokenizer_child import TokenizerChildren
 from modelyard.processes import Child, Children, Command, child_environment
@@ -90,6 +94,8 @@ class Downloads:
             )
             return
         _refuse_base_of_a_model(job, result["adapter"])
+        if "base_model_id" in job.spec and (facts := adapter_facts.from_json(result.get("adapter_facts"))) is not None:
+            await self._check_base(job, facts)
         result["base_model_id"] = _base_of(job, result, before)
         async with self._sessions.begin() as session:
             await actions.add(session, model_id, revision, result)
@@ -122,9 +128,33 @@ class Downloads:
     async def _name_base(self, job: JobContext, adapter: bool) -> None:
         _refuse_base_of_a_model(job, adapter)
         base = job.spec.get("base_model_id")
-        if base is not None:
-            async with self._sessions.begin() as session:
-                await actions.name_base(session, await actions.get(session, job.spec["model_id"]), base)
+        if base is None:
+            return
+        async with self._sessions.read() as session:
+            row = await actions.get(session, job.spec["model_id"])
+        [stored] = await with_facts(self._sessions, self._settings.models_dir, [row])
+        await self._check_base(job, stored.facts)
+        async with self._sessions.begin() as session:
+            await actions.name_base(session, await actions.get(session, job.spec["model_id"]), base)
+
+    async def _check_base(self, job: JobContext, facts: AdapterFacts) -> None:
+        """Refuse a base that the request names and the adapter does not fit, as a deploy would.
+
+        A base that is still on its way is left to the deploy, and so is an adapter that fits none.
+        """
+        async with self._sessions.read() as session:
+            base = await actions.find(session, job.spec["base_model_id"])
+        if base is None or base.adapter or facts.refusal is not None:
+            return
+        folder = store.folder_of(self._settings.models_dir, base.path)
+        try:
+            await asyncio.to_thread(_check_fits, facts, folder, job.spec["model_id"])
+        except Unprocessable as refused:
+            raise JobFailure(
+                refused.code,
+                f"It does not fit {base.model_id}, which base_model_id names. {refused.message}",
+                "Name the model that it was trained on, or add it without base_model_id.",
+            ) from refused
 
     async def _attempts(self, job: JobContext, *, asks_only: bool = False) -> dict[str, Any]:
         """Run children until one brings the model, or nothing helps any more.
@@ -287,6 +317,11 @@ def _base_of(job: JobContext, result: dict[str, Any], before: Model | None) -> s
     if said is None and before is not None and (hint is None or result["commit"] == before.commit):
         return before.base_model_id
     return said or hint
+
+
+def _check_fits(facts: AdapterFacts, base: Path, adapter_id: str) -> None:
+    if base.is_dir() and not is_mistral_format(base):
+        check_facts(facts, config_file.read(base), adapter_id=adapter_id, base_folder=base)
 
 
 def _leave_if_interrupted(job: JobContext) -> None:
