@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -87,7 +88,7 @@ async def measure(url: str, root: Path, jobs: int, requests: int) -> dict[str, t
         gc.collect()
         gc.freeze()
         app = FastAPI()
-        app.state.sessions, app.state.runner = sessions, JobRunner(sessions, {}, {}, root)
+        app.state.services = SimpleNamespace(sessions=sessions, runner=JobRunner(sessions, {}, {}, root))
         app.include_router(api)
         with socket.create_server(("127.0.0.1", 0)) as listening:
             server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off"))

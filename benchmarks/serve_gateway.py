@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import uvicorn
 from fastapi import FastAPI
@@ -83,7 +84,8 @@ def main() -> None:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engines = Engines()
         sweeping = asyncio.create_task(sweep())
-        app.state.gateway = Gateway(Only(given.model, given.engine), engines, Metrics(CollectorRegistry()), 32 << 20)
+        gateway = Gateway(Only(given.model, given.engine), engines, Metrics(CollectorRegistry()), 32 << 20)
+        app.state.services = SimpleNamespace(gateway=gateway)
         yield
         sweeping.cancel()
         await engines.close()

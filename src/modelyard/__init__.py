@@ -7,6 +7,7 @@ down:
 cli, doctor, demo   the command line; demo is a client like any other
 server              the process: a listening socket, an event loop, an end in good order
 app                 wires everything: routes, middleware, lifespan, answers to errors
+services            what routes share, made by the application when it starts
 health              /health, /ready, /metrics
 finetune            trainings: from a dataset and a model to an adapter in service that is known to be better
 gateway             the OpenAI-compatible API: requests to engines, bytes back; raw prompts, continued by request id
@@ -34,6 +35,7 @@ private_files       the data folder closed to other users: umask and modes
 hardware            GPUs, processors, and the memory that the machine or the container has left
 log_limits          a bound on log lines that clients cause
 evidence            lines of a log that may be shown: no secrets, no paths
+signals             who is called after a commit, by what it wrote
 errors              every error that a client can see
 
 A request writes what is wanted; one background task per thing makes it so and writes what is; requests read it.

@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
-from uuid import UUID
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -81,6 +80,7 @@ from modelyard.models.tokenizer_child import TokenizerChildren
 from modelyard.outages import explain, first_line, is_passing
 from modelyard.parameters import not_an_id
 from modelyard.processes import Children
+from modelyard.services import Services
 from modelyard.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -128,21 +128,13 @@ def create_app(foundation: Foundation) -> FastAPI:
         tokenizers = TokenizerChildren()
         supervisor = Supervisor(settings, sessions, children, routing, tokenizers)
         storage = foundation.storage
-
-        def told(job_ids: Iterable[UUID]) -> None:
-            routing.changed()
-            supervisor.stir()
-            runner.wake()
-            for job_id in job_ids:
-                runner.news.tell(job_id)
-
-        accelerator = Accelerator(settings, sessions, supervisor.sharing_memory, told)
+        accelerator = Accelerator(settings, sessions, supervisor.sharing_memory)
         runner = JobRunner(
             sessions,
             {
                 models.DOWNLOAD: Downloads(sessions, children, settings, tokenizers).run,
                 deployments.KIND: supervisor.serve,
-                finetunes.KIND: Trainings(settings, sessions, storage, children, accelerator, tokenizers, told).run,
+                finetunes.KIND: Trainings(settings, sessions, storage, children, accelerator, tokenizers).run,
             },
             {models.DOWNLOAD: settings.max_downloads, finetunes.KIND: settings.max_finetunes},
             settings.jobs_dir,
@@ -151,23 +143,11 @@ def create_app(foundation: Foundation) -> FastAPI:
         )
         memory = OneShotMemory(sessions, supervisor.sharing_memory, settings.engine_memory_gib)
         errands = Errands(settings, children, memory)
-
-        def hang_up() -> None:
-            runner.news.end()
-            errands.end()
-
-        app.state.errands = errands
-        app.state.sessions = sessions
-        app.state.storage = storage
-        app.state.tokenizer_children = tokenizers
-        app.state.runner = runner
-        app.state.hang_up = hang_up
-        app.state.routing = routing
-        app.state.gateway = Gateway(
-            routing, engines, Metrics(app.state.registry), settings.max_body_mib * MIB, Limits.of(settings)
-        )
-        app.state.raw_lane = RawLane(app.state.gateway, sessions, settings)
-        await app.state.raw_lane.kept.learn()
+        registry = _registry()
+        limits = Limits.of(settings)
+        gateway = Gateway(routing, engines, Metrics(registry), settings.max_body_mib * MIB, limits)
+        raw_lane = RawLane(gateway, sessions, settings)
+        await raw_lane.kept.learn()
         await runner.end_deadly()
         async with sessions.begin() as session:
             await deployments.reconcile(session)
@@ -180,7 +160,7 @@ def create_app(foundation: Foundation) -> FastAPI:
         await children.end_strays(keep)
         await errands.sweep()
         await supervisor.check_before_serving()
-        app.state.backups = backups = AdapterBackups(settings.models_dir, sessions, storage)
+        backups = AdapterBackups(settings.models_dir, sessions, storage)
         # Engines that start would do without a lost one; but a store that is away keeps no server from starting.
         restoring = tasks.spawn("lost adapters", backups.restore_lost())
         await asyncio.wait({restoring}, timeout=RESTORE_PATIENCE_S)
@@ -188,13 +168,26 @@ def create_app(foundation: Foundation) -> FastAPI:
         task = tasks.spawn(
             "job runner", runner.run(), eternal=True, on_end=lambda: foundation.fail("The job runner ended.")
         )
-        app.state.checks = Checks(
-            [of_database(foundation.url), of_storage(storage), of_models(sessions, settings.models_dir)]
+        checks = Checks([of_database(foundation.url), of_storage(storage), of_models(sessions, settings.models_dir)])
+        app.state.services = Services(
+            settings=settings,
+            sessions=sessions,
+            storage=storage,
+            runner=runner,
+            tokenizers=tokenizers,
+            backups=backups,
+            uploads=intake.Uploads(settings.max_uploads),
+            routing=routing,
+            gateway=gateway,
+            raw_lane=raw_lane,
+            errands=errands,
+            checks=checks,
+            registry=registry,
+            complaints=lambda: [
+                *foundation.complaints(),
+                *(["The job runner has stopped; the server is ending."] if task.done() else []),
+            ],
         )
-        app.state.complaints = lambda: [
-            *foundation.complaints(),
-            *(["The job runner has stopped; the server is ending."] if task.done() else []),
-        ]
         follower = tasks.spawn("routing", routing.follow())
         # Not waited for: a store that is away must not keep the server from starting.
         sweep = tasks.spawn("sweep of datasets", intake.sweep(sessions, storage, forgotten))
@@ -204,9 +197,9 @@ def create_app(foundation: Foundation) -> FastAPI:
         finally:
             await errands.close()
             await tasks.end(task, sweep, look, follower, restoring, storing)
-            await app.state.raw_lane.kept.close()
+            await raw_lane.kept.close()
             await routing.close()
-            await app.state.checks.close()
+            await checks.close()
             await engines.close()
             await storage.close()
             await sessions.close()
@@ -223,9 +216,6 @@ def create_app(foundation: Foundation) -> FastAPI:
         lifespan=lifespan,
         generate_unique_id_function=lambda route: route.name,
     )
-    app.state.settings = settings
-    app.state.registry = _registry()
-    app.state.uploads = intake.Uploads(settings.max_uploads)
     # The gateway comes first: it answers OpenAI's clients at an address that the models room has too. An export's path
     # would be a model's.
     apis = (

@@ -1,9 +1,9 @@
 """The database: one declarative base, one way to open a transaction, one way to migrate.
 
-`Sessions.begin()` is a transaction that writes, `Sessions.read()` a snapshot to read from. Both run on SQLite
-(WAL, one writing connection, `BEGIN IMMEDIATE`) and on PostgreSQL (psycopg 3). SQLAlchemy's defaults for
-SQLite lose updates without an error: its driver opens the transaction only at the first write, after the row was
-read. Hence the pragmas and the explicit BEGIN below.
+`Sessions.begin()` is a transaction that writes, whose commit notifies those who wait for what it wrote (`signals`);
+`Sessions.read()` is a snapshot to read from. Both run on SQLite (WAL, one writing connection, `BEGIN IMMEDIATE`) and on
+PostgreSQL (psycopg 3). SQLAlchemy's defaults for SQLite lose updates without an error: its driver opens the transaction
+only at the first write, after the row was read. Hence the pragmas and the explicit BEGIN below.
 
 Rooms declare their tables on `Base`; this module knows none of them.
 """
@@ -11,19 +11,23 @@ Rooms declare their tables on `Base`; this module knows none of them.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from uuid import UUID
 
 from sqlalchemy import BigInteger, DateTime, Dialect, Integer, MetaData, create_engine, event, make_url, text
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
-from sqlalchemy.orm import DeclarativeBase
+from sqlalchemy.orm import DeclarativeBase, ORMExecuteState, Session
 from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.sql.expression import UpdateBase
 from sqlalchemy.types import TypeDecorator
+
+from modelyard.signals import NOTIFIES, ROW_ID, Signals, Topic, Topics
 
 BUSY_TIMEOUT_MS = 15_000
 READERS = 4
@@ -38,6 +42,8 @@ _LOST_CONNECTIONS = {
 class Base(DeclarativeBase):
     """Base of every table; the naming convention lets Alembic name what it drops, on both databases."""
 
+    #: What a write to a row of the table notifies; nothing: nobody waits for it.
+    TOPICS: ClassVar[Topics] = ()
     metadata = MetaData(
         naming_convention={
             "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -88,18 +94,24 @@ def database_url(configured: str, data_dir: Path) -> URL:
 class Sessions:
     """Opens transactions. Use as `async with sessions.begin() as session`.
 
-    Objects stay usable after the transaction closed (`expire_on_commit=False`).
+    Objects stay usable after the transaction closed (`expire_on_commit=False`). `signals` has those who wait for what
+    transactions write.
     """
 
     def __init__(self, url: URL) -> None:
         self.url = url
+        self.signals = Signals()
         self._writer, self._reader = _engines(url)
-        self._write = async_sessionmaker(self._writer, expire_on_commit=False)
+        self._write = async_sessionmaker(
+            self._writer, expire_on_commit=False, sync_session_class=_Writing, info={_SIGNALS: self.signals}
+        )
         self._read = async_sessionmaker(self._reader, expire_on_commit=False)
 
     @asynccontextmanager
     async def begin(self) -> AsyncIterator[AsyncSession]:
         """One transaction that may write; commits at the end of the block, rolls back on an exception.
+
+        Its commit notifies those who wait for what it wrote.
 
         On SQLite it is the only one. On PostgreSQL others run beside it: read what the new value depends on
         `with_for_update()`, or hold `exclusively`.
@@ -120,6 +132,58 @@ class Sessions:
         """Close every connection."""
         await self._writer.dispose()
         await self._reader.dispose()
+
+
+#: In a session's `info`: where its commit notifies, and what it has written so far.
+_SIGNALS, _WRITTEN = "signals", "written"
+
+
+class _Writing(Session):
+    """A session that notes the topics of all that it writes, and notifies after its commit.
+
+    Not after the block of its transaction: others read what was written while the connection goes back to its pool.
+    """
+
+
+def _note(session: Session, notified: Iterable[tuple[Topic, UUID | None]]) -> None:
+    session.info.setdefault(_WRITTEN, {}).update(dict.fromkeys(notified))
+
+
+@event.listens_for(_Writing, "after_flush")
+def _note_rows(session: Session, _context: object) -> None:
+    for row in (*session.new, *session.deleted, *(one for one in session.dirty if session.is_modified(one))):
+        for topic, column in row.TOPICS if isinstance(row, Base) else ():
+            _note(session, [(topic, getattr(row, column) if column is not None else None)])
+
+
+@event.listens_for(_Writing, "do_orm_execute")
+def _note_statement(state: ORMExecuteState) -> None:
+    if not isinstance(state.statement, UpdateBase):  # an INSERT, UPDATE or DELETE
+        return
+    declared = state.execution_options.get(NOTIFIES)
+    if declared is not None:
+        _note(state.session, declared)
+        return
+    row_id = state.execution_options.get(ROW_ID)
+    for mapper in Base.registry.mappers:
+        # By name: the statement has a copy of its own.
+        if mapper.class_.__tablename__ == getattr(state.statement.table, "name", None):
+            topics: Topics = mapper.class_.TOPICS
+            # Which rows it finds only the database knows: where the statement does not say, all of them.
+            _note(state.session, [(topic, row_id if column == "id" else None) for topic, column in topics])
+
+
+@event.listens_for(_Writing, "after_commit")
+def _notify(session: Session) -> None:
+    if session.in_nested_transaction():
+        return  # a savepoint: nobody else reads what it wrote
+    for topic, row_id in session.info.pop(_WRITTEN, {}):
+        session.info[_SIGNALS].notify(topic, row_id)
+
+
+@event.listens_for(_Writing, "after_rollback")
+def _forget(session: Session) -> None:
+    session.info.pop(_WRITTEN, None)
 
 
 async def exclusively(session: AsyncSession, what: str) -> None:

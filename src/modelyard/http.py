@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncGenerator, Callable, Coroutine
-from typing import Annotated, Any, Literal, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
 
 import msgspec
 from fastapi import APIRouter, Depends, Request
@@ -26,6 +26,9 @@ from modelyard.bodies import Gunzip, decompressor
 from modelyard.db import Sessions as DatabaseSessions
 from modelyard.parameters import check_query, not_an_id
 from modelyard.settings import Settings as ServerSettings
+
+if TYPE_CHECKING:
+    from modelyard.services import Services
 
 BODY_TOO_LARGE = "The body is larger than the 1 MiB that this path takes."
 #: The most that a management request may say. FastAPI holds it in memory whole before it looks at it.
@@ -376,14 +379,19 @@ def error_response(error: errors.ModelyardError, path: str = "") -> Response:
     )
 
 
-def _sessions(request: Request) -> DatabaseSessions:
-    found: DatabaseSessions = request.app.state.sessions
+def services_of(scope: Scope) -> Services:
+    """Return what the application made for its routes when it started; a request has it in `request.scope`."""
+    found: Services = scope["app"].state.services
     return found
 
 
-def _settings(request: Request) -> ServerSettings:
-    found: ServerSettings = request.app.state.settings
-    return found
+# Coroutines, though they wait for nothing: FastAPI calls a plain function in another thread.
+async def _sessions(request: Request) -> DatabaseSessions:
+    return services_of(request.scope).sessions
+
+
+async def _settings(request: Request) -> ServerSettings:
+    return services_of(request.scope).settings
 
 
 Sessions = Annotated[DatabaseSessions, Depends(_sessions)]

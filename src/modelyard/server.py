@@ -143,7 +143,7 @@ class _WithoutAWord:
 
     def hang_up(self) -> None:
         """End what is followed without end."""
-        self._app.state.hang_up()
+        self._app.state.services.hang_up()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":

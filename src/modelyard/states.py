@@ -19,6 +19,7 @@ from sqlalchemy.sql import ColumnElement
 
 from modelyard.db import Base, Number, UtcDateTime, utcnow
 from modelyard.errors import IllegalMove
+from modelyard.signals import ROW_ID
 
 Moves = Mapping[Any, frozenset[Any]]
 
@@ -58,7 +59,8 @@ async def move(
     """
     legal: ColumnElement[bool] = getattr(row, column).in_(sources(moves, to))
     result = await session.execute(
-        update(row).where(row.id == row_id, legal).values({column: to, **values}).returning(row.id)
+        update(row).where(row.id == row_id, legal).values({column: to, **values}).returning(row.id),
+        execution_options={ROW_ID: row_id},
     )
     if result.first() is None:
         raise IllegalMove(f"{row.__tablename__} {row_id} cannot become {to} now.")

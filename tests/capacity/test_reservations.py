@@ -39,7 +39,7 @@ async def held(yard: DeployYard) -> dict[int, tuple[int, int]]:
 
 
 async def test_a_reservation_counts_for_as_long_as_its_job_has_not_ended(tmp_path: Path) -> None:
-    async with deploy_yard(tmp_path) as yard:
+    async with deploy_yard(tmp_path, {"FT": until_interrupted}) as yard:
         async with yard.sessions.begin() as session:
             job = await add_job(session)
             await reservations.reserve(session, job.id, Kind.TRAINING, "it", on_gpus([0, 1], 5 * GIB), job.id)
@@ -58,7 +58,7 @@ async def test_a_reservation_counts_for_as_long_as_its_job_has_not_ended(tmp_pat
 
 
 async def test_what_one_shot_runs_of_a_killed_server_held_is_given_back_at_the_next_start(tmp_path: Path) -> None:
-    async with deploy_yard(tmp_path) as yard:
+    async with deploy_yard(tmp_path, {"FT": until_interrupted}) as yard:
         async with yard.sessions.begin() as session:
             job = await add_job(session)
             await reservations.reserve(session, uuid4(), Kind.PLAN, "a plan", on_main_memory(3 * GIB))

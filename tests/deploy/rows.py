@@ -15,6 +15,7 @@ from modelyard.deploy.routing import Routing
 from modelyard.deploy.tables import Alias, Deployment, DeploymentState
 from modelyard.foundation import Foundation
 from modelyard.jobs.tables import Job, JobStatus
+from modelyard.signals import Topic
 from tests.deploy.yard import make_settings
 from tests.eventually import PATIENCE_S
 
@@ -23,7 +24,7 @@ NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
 
 
 class Rows:
-    """The table, and the routing that reads it. `stirs` counts the calls of its `stir`.
+    """The table, and the routing that reads it. `signals` counts what others than the test wrote.
 
     The database is never away here: on a busy machine a read may take longer than the server would wait for it.
     """
@@ -31,12 +32,12 @@ class Rows:
     def __init__(self, sessions: Sessions, wake_timeout_s: float) -> None:
         self.sessions = sessions
         self.routing = Routing(sessions, wake_timeout_s, patience_s=PATIENCE_S)
-        self.stirs = 0
-        self.routing.stir = self._stirred
+        self.signals = 0
+        self.sessions.signals.subscribe(Topic.DEPLOYMENTS, self._count_signal)
         self.count = 0
 
-    def _stirred(self) -> None:
-        self.stirs += 1
+    def _count_signal(self) -> None:
+        self.signals += 1
 
     async def add(
         self,
@@ -64,7 +65,7 @@ class Rows:
             await session.flush()
             row = Deployment(job_id=job.id, model_id=model_id, state=state, **values)
             session.add(row)
-        self.routing.changed()
+        self.signals -= 1
         return row.id
 
     async def change(self, deployment_id: UUID, **columns: Any) -> None:
@@ -72,7 +73,7 @@ class Rows:
             row = await roster.get(session, deployment_id)
             for name, value in columns.items():
                 setattr(row, name, value)
-        self.routing.changed()
+        self.signals -= 1
 
     async def row(self, deployment_id: UUID) -> Deployment:
         async with self.sessions.read() as session:
@@ -87,7 +88,6 @@ class Rows:
                 session.add(Alias(name=name, target=target))
             else:
                 row.target = target
-        self.routing.changed()
 
     async def url(self, name: str | None, task: str = "generate") -> str:
         return (await self.routing.resolve(name, task)).url

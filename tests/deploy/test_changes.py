@@ -18,6 +18,7 @@ from modelyard.errors import Conflict, EngineStarting, ModelInUse, ModelNotFound
 from modelyard.jobs import actions as jobs
 from modelyard.jobs.tables import JobStatus
 from modelyard.models import actions as models
+from modelyard.signals import Topic
 from tests.deploy.yard import DeployYard, deploy_yard
 from tests.eventually import eventually
 
@@ -399,7 +400,7 @@ async def test_requests_end_whole_if_the_wish_to_drain_comes_while_the_row_is_re
             return found
 
         monkeypatch.setattr(Record, "look", look_as_the_wish_comes)
-        yard.supervisor.stir()
+        yard.sessions.signals.notify(Topic.DEPLOYMENTS)
         assert (await answer)[0] == 200
         assert said.is_set()
         assert (await yard.ended(job_id)).status == JobStatus.KILLED
@@ -514,7 +515,6 @@ async def test_an_adapter_whose_wish_was_taken_back_can_be_deleted_while_its_mod
         async with yard.sessions.begin() as session:  # both wishes are there before the task looks
             await actions.deploy(session, actions.Wish("org/a", ["org/poems"]))
             await actions.deploy(session, actions.Wish("org/a"))
-        yard.told()
         await eventually(lambda: deleted("org/poems"), "what was wanted for a moment is not held any more")
         assert (await yard.deployment(job_id)).state == "READY"
 

@@ -24,6 +24,7 @@ from modelyard.errors import EngineStarting
 from modelyard.jobs import survival
 from modelyard.jobs.runner import JobContext
 from modelyard.jobs.tables import Job
+from modelyard.signals import Topic
 from tests.deploy.yard import DeployYard, deploy_yard
 from tests.deploy.yard_process import _ask
 from tests.eventually import eventually
@@ -139,11 +140,11 @@ async def test_an_outage_of_the_database_leaves_a_healthy_engine_as_it_is(tmp_pa
 
         await asyncio.to_thread(outage.go)
         for _ in range(10):
-            yard.supervisor.stir()
-            yard.runner.wake()
+            yard.sessions.signals.notify(Topic.DEPLOYMENTS)
+            yard.sessions.signals.notify(Topic.JOBS)
             await asyncio.sleep(outage.seconds / 10)
         await asyncio.to_thread(outage.come_back)
-        yard.supervisor.stir()
+        yard.sessions.signals.notify(Topic.DEPLOYMENTS)
 
         # Whoever looks at its row takes up wishes again: one is fulfilled, by the same engine.
         await yard.add_adapter("org/poems", "org/tiny")
@@ -211,8 +212,7 @@ async def test_outages_in_any_order_with_deaths_and_requests_touch_no_healthy_en
             for _ in range(3):
                 await asyncio.to_thread(outage.go)
                 for _ in range(chance.randrange(4)):
-                    yard.supervisor.stir()
-                    yard.routing.changed()
+                    yard.sessions.signals.notify(Topic.DEPLOYMENTS)
                     await asyncio.sleep(chance.random() * 0.4)
                 if chance.random() < 0.7:
                     with contextlib.suppress(ProcessLookupError):
@@ -271,12 +271,10 @@ async def test_an_engine_that_has_drained_gets_no_request_of_a_gateway_whose_rea
         assert not any(wrong), wrong
 
 
-async def test_requests_find_what_is_written_from_its_commit_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_requests_find_what_is_written_from_its_commit_on(tmp_path: Path) -> None:
     async with deploy_yard(tmp_path / "data") as yard:
         await yard.add_model("org/tiny")
-        out, told = 0, []
+        out, told = 0, list[int]()
         writer = yard.sessions._writer.sync_engine
 
         @event.listens_for(writer, "checkout")
@@ -289,13 +287,7 @@ async def test_requests_find_what_is_written_from_its_commit_on(
             nonlocal out
             out -= 1
 
-        changed = yard.routing.changed
-
-        def noted() -> None:
-            told.append(out)
-            changed()
-
-        monkeypatch.setattr(yard.routing, "changed", noted)
+        yard.sessions.signals.subscribe(Topic.DEPLOYMENTS, lambda: told.append(out))
         job_id = await yard.deploy("org/tiny")
         await yard.becomes(job_id, "READY")
         # Others read it while the connection goes back to its pool: requests must be told before that.

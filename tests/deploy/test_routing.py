@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import event
 
+from modelyard.db import Sessions
 from modelyard.deploy.routing import Routing
 from modelyard.deploy.tables import Wanted
 from modelyard.errors import EngineStarting, ModelNotFound
@@ -252,7 +253,8 @@ async def test_answers_come_from_memory(tmp_path: Path) -> None:
 async def test_what_another_process_changed_is_seen_after_a_second(tmp_path: Path) -> None:
     async with rows(tmp_path) as table:
         await table.add("org/a")
-        other = Routing(table.sessions, patience_s=PATIENCE_S)
+        sessions = Sessions(table.sessions.url)
+        other = Routing(sessions, patience_s=PATIENCE_S)
         assert (await other.resolve("default", "generate")).model_id == "org/a"
         await table.add("org/b")
 
@@ -260,6 +262,8 @@ async def test_what_another_process_changed_is_seen_after_a_second(tmp_path: Pat
             return (await other.resolve("default", "generate")).model_id == "org/b"
 
         await eventually(so, "the other process sees it, and nobody told it")
+        await other.close()
+        await sessions.close()
 
 
 async def test_a_change_during_a_read_is_not_missed(tmp_path: Path) -> None:
@@ -347,7 +351,7 @@ async def test_a_request_wakes_an_idle_deployment_and_is_answered(tmp_path: Path
             return (await table.row(one)).wake_requested
 
         await eventually(is_wished, "the wish is in the row")
-        await eventually(lambda: table.stirs, "the supervisor is told")
+        await eventually(lambda: table.signals, "the supervisor is told")
         # As its supervisor does it: the wish is taken back as soon as it is acted on.
         await table.change(one, state=State.STARTING, wake_requested=False, engine_url="unix:/new", loaded=[])
         late = asyncio.create_task(table.routing.resolve("org/a", "generate"))
@@ -358,7 +362,7 @@ async def test_a_request_wakes_an_idle_deployment_and_is_answered(tmp_path: Path
         targets = await asyncio.gather(*asking, late)
         assert {target.url for target in targets} == {"unix:/new"}
         assert {target.served_name for target in targets} == {"org/a", "org/poems@1"}
-        assert table.stirs == 1, "one of them wrote the wish"
+        assert table.signals == 1, "one of them wrote the wish"
 
 
 async def test_looking_at_a_name_wakes_nothing(tmp_path: Path) -> None:
@@ -369,7 +373,7 @@ async def test_looking_at_a_name_wakes_nothing(tmp_path: Path) -> None:
         assert way.deployment.id == one
         await table.routing.listing()
         assert not (await table.row(one)).wake_requested
-        assert table.stirs == 0
+        assert table.signals == 0
 
 
 async def test_an_idle_current_deployment_stays_the_current_one(tmp_path: Path) -> None:
@@ -405,7 +409,7 @@ async def test_a_waiting_request_is_told_when_the_engine_does_not_come_back(tmp_
     async with rows(tmp_path) as table:
         one = await table.add("org/a", State.IDLE)
         asking = asyncio.create_task(table.routing.resolve("org/a", "generate"))
-        await eventually(lambda: table.stirs, "the wish is written")
+        await eventually(lambda: table.signals, "the wish is written")
         await table.change(one, state=State.FAILED, wanted=Wanted.DOWN)
         with pytest.raises(
             EngineStarting, match=r"org/a was idle, and its engine has not come back: GET /api/v1/jobs/"
@@ -419,7 +423,7 @@ async def test_a_waiting_request_goes_to_another_engine_that_takes_over(tmp_path
     async with rows(tmp_path) as table:
         one = await table.add("org/a", State.IDLE)
         asking = asyncio.create_task(table.routing.resolve("default", "generate"))
-        await eventually(lambda: table.stirs, "the wish is written")
+        await eventually(lambda: table.signals, "the wish is written")
         await table.add("org/b")
         await table.change(one, wanted=Wanted.DOWN)
         assert (await asking).model_id == "org/b"
@@ -435,7 +439,7 @@ async def test_a_client_that_leaves_does_not_take_the_wish_of_others_with_it(tmp
             with pytest.raises(asyncio.CancelledError):
                 await leaving
         staying = asyncio.create_task(table.routing.resolve("org/a", "generate"))
-        await eventually(lambda: table.stirs, "the wish is written")
+        await eventually(lambda: table.signals, "the wish is written")
         await table.change(one, state=State.READY, engine_url="unix:/new")
         assert (await staying).url == "unix:/new"
 
@@ -445,4 +449,4 @@ async def test_an_engine_that_starts_for_the_first_time_is_not_waited_for(tmp_pa
         await table.add("org/a", State.STARTING)
         with pytest.raises(EngineStarting, match="org/a is starting"):
             await table.routing.resolve("org/a", "generate")
-        assert table.stirs == 0
+        assert table.signals == 0

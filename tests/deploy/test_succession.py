@@ -39,7 +39,6 @@ async def wish_at_once(yard: DeployYard, *wishes: actions.Wish) -> list[UUID]:
     """Take several wishes before the supervisor comes to the first."""
     async with yard.sessions.begin() as session:
         job_ids = [(await actions.deploy(session, wish))[0].id for wish in wishes]
-    yard.told()
     return job_ids
 
 

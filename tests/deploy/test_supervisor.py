@@ -176,7 +176,6 @@ async def test_an_interrupt_before_the_engine_starts_clears_the_deployment(tmp_p
         async with yard.sessions.begin() as session:  # both wishes are there before the runner looks
             job, _ = await actions.deploy(session, actions.Wish("org/tiny"))
             await succession.take_down(session, await actions.current(session))
-        yard.runner.wake()
         assert (await yard.ended(job.id)).status == JobStatus.KILLED
         assert (await yard.deployment(job.id)).state == "STOPPED"
         assert yard.record("org/tiny") == []
@@ -574,7 +573,6 @@ async def test_the_private_folder_of_an_engine_that_was_about_to_start_is_not_le
         async with yard.sessions.begin() as session:  # as a server leaves it that was killed before it started one
             job, _ = await actions.deploy(session, actions.Wish("org/tiny"))
             (await actions.of_job(session, job.id)).engine_url = f"unix:{folder}/engine.sock"
-        yard.told()
         await yard.becomes(job.id, "READY")
         assert not folder.exists()
 

@@ -151,26 +151,17 @@ class DeployYard:
     ) -> UUID:
         async with self.sessions.begin() as session:
             job, _ = await actions.deploy(session, actions.Wish(model_id, adapter_ids, options or {}, **wish))
-        self.told()
         return job.id
 
     async def take_down(self, job_id: UUID | None = None, wanted: Wanted = Wanted.DOWN) -> UUID:
         async with self.sessions.begin() as session:
             row = await (actions.current(session) if job_id is None else actions.of_job(session, job_id))
             job_id = await succession.take_down(session, row, wanted)
-        self.told()
         return job_id
-
-    def told(self) -> None:
-        """Say that a wish was committed, as the routes do."""
-        self.routing.changed()
-        self.supervisor.stir()
-        self.runner.wake()
 
     async def interrupt(self, job_id: UUID) -> None:
         async with self.sessions.begin() as session:
             await jobs.interrupt(session, job_id)
-        self.runner.wake()
 
     async def job(self, job_id: UUID) -> JobOut:
         async with self.sessions.read() as session:

@@ -173,12 +173,10 @@ class _Desk:
     async def put_alias(self, name: str, target: str) -> None:
         async with self.yard.sessions.begin() as session:
             await aliases.put(session, name, target)
-        self.yard.routing.changed()
 
     async def remove_alias(self, name: str) -> None:
         async with self.yard.sessions.begin() as session:
             await aliases.remove(session, name)
-        self.yard.routing.changed()
 
     async def rows(self) -> list[Json]:
         """Return every deployment with its job and what it holds, as one view of the database."""

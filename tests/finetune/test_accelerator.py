@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,12 +51,7 @@ class Training:
 
     @property
     def accelerator(self) -> Accelerator:
-        return Accelerator(self.yard.settings, self.yard.sessions, self.yard.supervisor.sharing_memory, self.told)
-
-    def told(self, job_ids: Iterable[UUID]) -> None:
-        self.yard.told()
-        for job_id in job_ids:
-            self.yard.runner.news.tell(job_id)
+        return Accelerator(self.yard.settings, self.yard.sessions, self.yard.supervisor.sharing_memory)
 
     async def trains(
         self, on_busy: OnBusy, until: asyncio.Event | None = None, error: BaseException | None = None
@@ -90,7 +85,7 @@ class Training:
 async def _context(yard: DeployYard, job_id: UUID) -> JobContext:
     async with yard.sessions.read() as session:
         job = await jobs.get(session, job_id)
-    return JobContext(job, yard.settings.jobs_dir / str(job.id), yard.sessions, yard.runner.news)
+    return JobContext(job, yard.settings.jobs_dir / str(job.id), yard.sessions)
 
 
 async def add_training(yard: DeployYard) -> Training:
@@ -298,8 +293,7 @@ async def test_what_a_training_that_ended_still_owes_comes_back_with_the_next_st
         assert await ft.promised() == 0, "a job that has ended holds nothing"
         for owed in (1, 0):
             async with ft.yard.sessions.begin() as session:
-                assert len(await stand_aside.bring_back_forgotten(session)) == owed
-            ft.yard.told()
+                assert await stand_aside.bring_back_forgotten(session) == owed
         await ft.yard.becomes((await back(ft)).job_id, "READY")
 
 
@@ -401,7 +395,6 @@ async def test_what_comes_back_waits_for_memory_that_somebody_was_quicker_to_tak
         assert not one.done()
         async with ft.yard.sessions.begin() as session:
             await reservations.release(session, other.context.id)
-        ft.told(())
         await one
         assert (await back(ft)).state == "READY"
 

@@ -17,7 +17,7 @@ from modelyard.finetune import actions, curves
 from modelyard.finetune.following import READ_BYTES, Follower
 from modelyard.finetune.tables import Finetune, Phase
 from modelyard.jobs import actions as jobs
-from modelyard.jobs.runner import JobContext, News
+from modelyard.jobs.runner import JobContext
 from modelyard.jobs.tables import Job, JobEvent
 from tests.finetune.rows import add_dataset, database, start
 
@@ -73,7 +73,7 @@ async def trainer(url: str, tmp_path: Path) -> AsyncIterator[Trainer]:
         row = await start(sessions, await add_dataset(sessions))
         async with sessions.read() as session:
             job = await jobs.get(session, row.job_id)
-        context = JobContext(job, tmp_path / "job", sessions, News())
+        context = JobContext(job, tmp_path / "job", sessions)
         yield Trainer(sessions, row, tmp_path / "progress.jsonl", context)
 
 
@@ -186,7 +186,7 @@ async def test_a_training_that_came_further_than_ever_is_not_at_risk_any_more(
             """Return whether a job at risk still is, when a server that was just started has read these reports."""
             async with one.sessions.begin() as session:
                 await session.execute(update(Job).values(at_risk=True))
-            one.context = JobContext(await one.job(), tmp_path / "job", one.sessions, News())
+            one.context = JobContext(await one.job(), tmp_path / "job", one.sessions)
             one.say(*reports)
             await (await one.follower()).finish()
             assert one.context.is_at_risk == (await one.job()).at_risk

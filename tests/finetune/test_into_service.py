@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,14 +39,7 @@ class Training:
 
     async def deploys(self) -> dict[str, Any]:
         yard = self.yard
-        return await put_into_service(
-            self.context, yard.sessions, yard.settings, self.told, model_id=ORG_A, adapter_id=TRAINED
-        )
-
-    def told(self, job_ids: Iterable[UUID]) -> None:
-        self.yard.told()
-        for job_id in job_ids:
-            self.yard.runner.news.tell(job_id)
+        return await put_into_service(self.context, yard.sessions, yard.settings, model_id=ORG_A, adapter_id=TRAINED)
 
     async def failure(self) -> JobFailure:
         with pytest.raises(JobFailure) as caught:
@@ -62,7 +55,7 @@ class Training:
 async def _context(yard: DeployYard, job_id: UUID) -> JobContext:
     async with yard.sessions.read() as session:
         job = await jobs.get(session, job_id)
-    return JobContext(job, yard.settings.jobs_dir / str(job.id), yard.sessions, yard.runner.news)
+    return JobContext(job, yard.settings.jobs_dir / str(job.id), yard.sessions)
 
 
 @asynccontextmanager
@@ -246,7 +239,7 @@ async def test_an_alias_moves_only_to_what_is_better_and_can_be_taken_back(tmp_p
 
         async def promoted(condition: str, evaluation: dict[str, Any] | None) -> dict[str, Any]:
             return await promote(
-                sessions, ft.told, name="support", adapter_id=TRAINED,
+                sessions, name="support", adapter_id=TRAINED,
                 wanted={"alias": "default", "if": condition}, evaluation=evaluation,
             )  # fmt: skip
 
@@ -278,7 +271,7 @@ async def test_an_alias_moves_only_to_what_is_better_and_can_be_taken_back(tmp_p
 async def test_an_alias_that_became_the_name_of_a_model_stays_and_says_so(tmp_path: Path) -> None:
     async with training(tmp_path) as ft:
         found = await promote(
-            ft.yard.sessions, ft.told, name="support", adapter_id=TRAINED,
+            ft.yard.sessions, name="support", adapter_id=TRAINED,
             wanted={"alias": ORG_A, "if": "always"}, evaluation=None,
         )  # fmt: skip
         assert not found["moved"]

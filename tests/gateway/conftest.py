@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -180,7 +181,8 @@ def gateway_app(board: Board, registry: CollectorRegistry, max_body_bytes: int) 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engines = Engines()
-        app.state.gateway = Gateway(board, engines, Metrics(registry), max_body_bytes)
+        gateway = Gateway(board, engines, Metrics(registry), max_body_bytes)
+        app.state.services = SimpleNamespace(gateway=gateway)
         yield
         await engines.close()
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pydantic_settings
@@ -107,9 +108,10 @@ def lane(folder: Path, **values: Any) -> Iterator[Lane]:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engines, sessions = Engines(), Sessions(url)
         gateway = Gateway(board, engines, Metrics(registry), 1 << 20)
-        app.state.raw_lane = RawLane(gateway, sessions, settings)
+        raw_lane = RawLane(gateway, sessions, settings)
+        app.state.services = SimpleNamespace(raw_lane=raw_lane)
         yield
-        await app.state.raw_lane.kept.close()
+        await raw_lane.kept.close()
         await engines.close()
         await sessions.close()
 

@@ -7,6 +7,7 @@ import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import aiohttp
 import uvicorn
@@ -23,7 +24,7 @@ from tests.jobs.yard import JobYard, job_yard
 
 def application(yard: JobYard) -> FastAPI:
     app = FastAPI(redirect_slashes=False)
-    app.state.sessions, app.state.runner = yard.sessions, yard.runner
+    app.state.services = SimpleNamespace(sessions=yard.sessions, runner=yard.runner)
     app.include_router(api)
 
     @app.exception_handler(ModelyardError)

@@ -19,6 +19,7 @@ from sqlalchemy import event
 from modelyard.errors import JobFailure
 from modelyard.jobs import feeds, routes
 from modelyard.jobs.routes import read_tail
+from modelyard.signals import Topic
 from tests.eventually import eventually
 from tests.jobs.server import Client, jobs_server
 from tests.jobs.yard import away, without_table
@@ -188,7 +189,7 @@ async def test_a_stream_shows_everything_so_far_then_what_comes_and_ends(databas
         assert (end["status"], end["failure"]["code"]) == ("FAILED", "no_disk")
         assert ids(seen) == sorted(ids(seen))
         assert ["id" in event for event in seen] == [True, True, True, False, True, False]
-        assert client.runner.news._followers == {}
+        assert not client.yard.sessions.signals.has_subscribers(Topic.JOB_NEWS)
 
 
 async def test_a_stream_that_broke_goes_on_after_its_last_event(database_url: str, tmp_path: Path) -> None:
@@ -238,12 +239,13 @@ async def test_clients_that_leave_are_forgotten(tmp_path: Path) -> None:
     async with jobs_server("", tmp_path) as client:
         job_id = await client.yard.create()
         await client.yard.runs(job_id)
+        signals = client.yard.sessions.signals
         for _ in range(5):
             async with client.http.get(f"{JOBS}/{job_id}/events/") as reply:
                 await anext(sse(reply))
-                await eventually(lambda: job_id in client.runner.news._followers, "the client is followed")
+                await eventually(lambda: signals.has_subscribers(Topic.JOB_NEWS, job_id), "the client is followed")
                 reply.close()
-        await eventually(lambda: client.runner.news._followers == {}, "all are forgotten", within_s=5)
+        await eventually(lambda: not signals.has_subscribers(Topic.JOB_NEWS), "all are forgotten", within_s=5)
 
 
 async def test_however_many_follow_a_job_it_is_read_once_for_each_piece_of_news_and_never_while_nothing_comes(
@@ -289,14 +291,14 @@ async def test_followers_wait_for_a_database_that_is_away_and_a_fault_of_it_ends
             stream = sse(reply)
             await anext(stream)
             with away(database_url):
-                context.tell()
+                client.yard.sessions.signals.notify(Topic.JOB_NEWS, job_id)
                 await eventually(lambda: "wait for the database" in caplog.text, "the feed waits")
                 await asyncio.sleep(1.2)
             await context.event("It is back.")
             assert json.loads((await anext(stream))["data"])["message"].startswith("It is back")
             assert caplog.text.count("wait for the database") == 1
             async with without_table(client.yard.sessions, "job_events"):
-                context.tell()
+                client.yard.sessions.signals.notify(Topic.JOB_NEWS, job_id)
                 assert [event async for event in stream] == [], "the stream ends"
                 assert caplog.text.count(f"task feed of job {job_id} died") == 1
         async with client.http.get(f"{JOBS}/{job_id}/events/") as reply:

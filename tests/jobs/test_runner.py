@@ -19,8 +19,9 @@ from sqlalchemy.exc import DBAPIError
 
 from modelyard.errors import JobFailure, JobFinished
 from modelyard.jobs import runner as runner_module
-from modelyard.jobs.runner import JobContext, JobRunner, News
+from modelyard.jobs.runner import JobContext, JobRunner
 from modelyard.jobs.tables import ACTIVE, MOVES, Job, JobStatus
+from modelyard.signals import Topic
 from modelyard.states import StateChange
 from tests.eventually import eventually
 from tests.jobs.yard import JobYard, away, be_impatient, job_yard, without_table
@@ -359,29 +360,32 @@ async def test_news_wake_a_follower_long_before_it_would_look_again(database_url
     async with job_yard(database_url, tmp_path) as yard:
         job_id = await yard.create()
         context = await yard.runs(job_id)
+        other = await yard.create()
+        await yard.runs(other)
+        told, told_of_other = asyncio.Event(), asyncio.Event()
+        yard.sessions.signals.subscribe(Topic.JOB_NEWS, told.set, job_id)
+        yard.sessions.signals.subscribe(Topic.JOB_NEWS, told_of_other.set, other)
         for tell in (context.event("Something."), context.progress(2, 2, "steps")):
-            follower = yard.runner.news.follow(job_id)
+            told.clear()
             await tell
-            assert follower.is_set()
-            yard.runner.news.leave(job_id, follower)
-        follower = yard.runner.news.follow(job_id)
+            assert told.is_set()
+        told.clear()
         yard.order(job_id)
-        await asyncio.wait_for(follower.wait(), runner_module.LOOK_AGAIN_S / 2)
+        await asyncio.wait_for(told.wait(), runner_module.LOOK_AGAIN_S / 2)
         assert (await yard.job(job_id)).status == "FINISHED"
-        yard.runner.news.leave(job_id, follower)
+        assert not told_of_other.is_set(), "no other job's follower is woken"
 
 
-async def test_news_reach_the_followers_of_their_job_only_and_those_who_left_are_forgotten() -> None:
-    news, here, elsewhere = News(), uuid.uuid4(), uuid.uuid4()
-    first, second, other = news.follow(here), news.follow(here), news.follow(elsewhere)
-    news.leave(here, first)
-    news.tell(here)
-    assert [follower.is_set() for follower in (first, second, other)] == [False, True, False]
-    news.leave(here, second)
-    news.leave(here, second)
-    news.leave(elsewhere, other)
-    news.tell(here)
-    assert news._followers == {}
+async def test_the_figures_of_one_job_do_not_have_all_jobs_looked_at(tmp_path: Path) -> None:
+    async with job_yard("", tmp_path) as yard:
+        context = await yard.runs(await yard.create())
+        await context.progress(1, 3, "steps")
+        looks = []
+        yard.sessions.signals.subscribe(Topic.JOBS, lambda: looks.append(1))
+        await context.event("Something.")
+        context._progress_at = 0.0
+        await context.progress(2, 3, "steps")
+        assert looks == []
 
 
 async def test_progress_is_written_now_and_then_and_the_last_figure_always(database_url: str, tmp_path: Path) -> None:

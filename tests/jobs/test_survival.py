@@ -52,7 +52,6 @@ async def test_a_job_at_two_deaths_is_failed_with_the_reason_and_what_to_do(data
         assert "/resume/" in str(job.failure_hint)
         assert [event.message for event in await yard.events(job_id)][-1] == "ended as FAILED", "its kind is told"
         other = await yard.create()
-        yard.runner.wake()
         await yard.runs(other)
 
 

@@ -83,17 +83,17 @@ class JobYard:
             self._running = None
 
     async def create(self, name: str = "TEST_job", *, kind: str = "TEST", wake: bool = True, **values: Any) -> UUID:
-        async with self.sessions.begin() as session:
+        """Create a job; without `wake` as another process would, of whose writes nobody here is told."""
+        sessions = self.sessions if wake else Sessions(self.sessions.url)
+        async with sessions.begin() as session:
             job = await actions.create(session, kind=kind, name=name, spec=values.pop("spec", {}), **values)
-        if wake:
-            self.runner.wake()
+        if not wake:
+            await sessions.close()
         return job.id
 
     async def interrupt(self, job_id: UUID) -> Job:
         async with self.sessions.begin() as session:
-            job = await actions.interrupt(session, job_id)
-        self.runner.wake()
-        return job
+            return await actions.interrupt(session, job_id)
 
     async def job(self, job_id: UUID) -> Job:
         async with self.sessions.read() as session:

@@ -155,7 +155,6 @@ async def test_two_jobs_never_write_the_same_partial_folder(hub: Hub, tmp_path: 
         async with yard.sessions.begin() as session:
             await jobs.interrupt(session, first)
             second = (await actions.request_download(session, TINY)).id
-        yard.runner.wake()
         assert second != first
         assert (await yard.ended(first)).status == JobStatus.KILLED
         assert (await yard.ended(second)).status == JobStatus.FINISHED

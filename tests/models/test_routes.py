@@ -7,6 +7,7 @@ import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID
 
@@ -30,8 +31,8 @@ async def client_of(data_dir: Path, hub: Hub) -> AsyncIterator[tuple[httpx2.Asyn
     async with open_yard(make_settings(data_dir, hub.endpoint)) as yard:
         app = FastAPI()
         app.include_router(api)
-        app.state.sessions, app.state.settings, app.state.runner = yard.sessions, yard.settings, yard.runner
-        app.state.backups = AdapterBackups(yard.settings.models_dir, yard.sessions, open_storage(yard.settings))
+        backups = AdapterBackups(yard.settings.models_dir, yard.sessions, open_storage(yard.settings))
+        app.state.services = SimpleNamespace(sessions=yard.sessions, settings=yard.settings, backups=backups)
 
         async def answer(_request: object, error: Exception) -> Any:
             assert isinstance(error, ModelyardError)

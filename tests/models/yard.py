@@ -54,13 +54,11 @@ class Yard:
         """Ask for a model, as the route does."""
         async with self.sessions.begin() as session:
             job = await actions.request_download(session, model_id, revision)
-        self.runner.wake()
         return job.id
 
     async def interrupt(self, job_id: UUID) -> None:
         async with self.sessions.begin() as session:
             await jobs.interrupt(session, job_id)
-        self.runner.wake()
 
     async def job(self, job_id: UUID) -> JobOut:
         async with self.sessions.read() as session:

@@ -11,6 +11,10 @@ from modelyard.capacity.ledger import Allocation, Held, Ledger
 from modelyard.capacity.tables import LOCAL, ONE_SHOT, Kind, Reservation
 from modelyard.hardware import GIB
 from modelyard.jobs.tables import ACTIVE, Job
+from modelyard.signals import NOTIFIES
+
+#: What a run takes of its own leaves others as much as before.
+_LEFT_AS_BEFORE = {NOTIFIES: ()}
 
 
 async def ledger(session: AsyncSession, budget_gib: float | None, node: str = LOCAL) -> Ledger:
@@ -52,14 +56,16 @@ async def reserve(
 async def note_taken(session: AsyncSession, run_id: UUID, taken_bytes: int) -> None:
     """Note how much memory a run has taken of each of its devices by now."""
     await session.execute(
-        update(Reservation).where(Reservation.run_id == run_id).values(taken_bytes=max(0, taken_bytes))
+        update(Reservation).where(Reservation.run_id == run_id).values(taken_bytes=max(0, taken_bytes)),
+        execution_options=_LEFT_AS_BEFORE,
     )
 
 
 async def note_all_taken(session: AsyncSession, run_id: UUID) -> None:
     """Note that a run has taken all that it was given."""
     await session.execute(
-        update(Reservation).where(Reservation.run_id == run_id).values(taken_bytes=Reservation.memory_bytes)
+        update(Reservation).where(Reservation.run_id == run_id).values(taken_bytes=Reservation.memory_bytes),
+        execution_options=_LEFT_AS_BEFORE,
     )
 
 

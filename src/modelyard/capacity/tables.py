@@ -9,6 +9,7 @@ from sqlalchemy import BigInteger, ForeignKey, Index, Integer, String, Uuid
 from sqlalchemy.orm import Mapped, mapped_column
 
 from modelyard.db import Base, Number
+from modelyard.signals import Topic
 
 #: The node that the server itself runs on.
 LOCAL = "local"
@@ -32,6 +33,7 @@ ONE_SHOT = (Kind.PLAN, Kind.MERGE)
 class Reservation(Base):
     """Memory of one device that a run holds: a row for each device. It counts for as long as its job has not ended."""
 
+    TOPICS = ((Topic.MEMORY, None),)
     __tablename__ = "reservations"
     __table_args__ = (Index("ix_reservations_run_id_node_device", "run_id", "node", "device", unique=True),)
 

@@ -19,7 +19,7 @@ from modelyard.datasets.multipart import OTHER_BYTES, FormFile
 from modelyard.datasets.recognition import HEAD_BYTES
 from modelyard.datasets.schemas import DatasetOut, PageOut, ReportOut, Tokens, Trains
 from modelyard.errors import BadRequest, EncodingNotAllowed, ModelyardError, TooLarge
-from modelyard.http import Sessions, Settings, documented, router
+from modelyard.http import Sessions, Settings, documented, router, services_of
 from modelyard.models import actions as models
 from modelyard.models import store
 from modelyard.models.lost import bring_back
@@ -64,14 +64,12 @@ FORM: dict[str, Any] = {
 }
 
 
-def _storage(request: Request) -> ObjectStorage:
-    found: ObjectStorage = request.app.state.storage
-    return found
+async def _storage(request: Request) -> ObjectStorage:
+    return services_of(request.scope).storage
 
 
-def _uploads(request: Request) -> intake.Uploads:
-    found: intake.Uploads = request.app.state.uploads
-    return found
+async def _uploads(request: Request) -> intake.Uploads:
+    return services_of(request.scope).uploads
 
 
 Uploads = Annotated[intake.Uploads, Depends(_uploads)]
@@ -222,7 +220,7 @@ async def get_report(
         await bring_back(settings.models_dir, [model], None)
         folder = store.folder_of(settings.models_dir, model.path)
         stored = StoredModel(model.model_id, model.commit, folder, settings.dataset_line_mib * MIB)
-        asked = sessions, storage, request.app.state.tokenizer_children, dataset, stored
+        asked = sessions, storage, services_of(request.scope).tokenizers, dataset, stored
         report.tokens = Tokens.model_validate(await tokens.tokens_of(*asked))
         is_own = settings.trainer_python is not None
         found = await trainable_rows.trains(*asked, named=named, is_own_python=is_own)

@@ -65,7 +65,7 @@ async def deploy(session: AsyncSession, wish: Wish) -> tuple[Job, list[UUID]]:
     after the other.
 
     Returns:
-        The deployment's job, and the ids of the other jobs that this concerns: tell their followers after the commit.
+        The deployment's job, and the ids of the jobs of those that leave for it now.
 
     Raises:
         ModelNotFound: the store lacks the model or an adapter.

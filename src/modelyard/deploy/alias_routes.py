@@ -47,7 +47,6 @@ async def roll_back_alias(name: AliasName, sessions: Sessions, routing: CurrentR
     """
     async with sessions.begin() as session:
         row, _ = await aliases.rollback(session, name)
-    routing.changed()
     return await _out(name, row, routing)
 
 
@@ -72,7 +71,6 @@ async def put_alias(name: AliasName, wanted: AliasIn, sessions: Sessions, routin
     name = name.removesuffix("/")
     async with sessions.begin() as session:
         row = await aliases.put(session, name, wanted.target)
-    routing.changed()
     return await _out(name, row, routing)
 
 
@@ -82,7 +80,6 @@ async def delete_alias(name: AliasName, sessions: Sessions, routing: CurrentRout
     name = name.removesuffix("/")
     async with sessions.begin() as session:
         row = await aliases.remove(session, name)
-    routing.changed()
     if name in aliases.BUILT_IN:
         return await _out(name, None, routing)
     return AliasOut.of(name, None, row, None)

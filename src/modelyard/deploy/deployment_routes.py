@@ -8,10 +8,8 @@ from uuid import UUID
 from fastapi import Path, Query
 
 from modelyard.deploy import roster
-from modelyard.deploy.routes import CurrentRouting
 from modelyard.deploy.schemas import DeployOut
 from modelyard.http import Sessions, documented, router
-from modelyard.jobs.routes import Runner
 
 api = router("/api/v1/deployments", "Deploy")
 
@@ -49,8 +47,6 @@ async def get_deployment_by_id(deployment_id: DeploymentId, sessions: Sessions) 
 async def delete_deployment(
     deployment_id: DeploymentId,
     sessions: Sessions,
-    runner: Runner,
-    routing: CurrentRouting,
     drain: Annotated[
         bool, Query(description="Let requests in progress end first; false: cut them off and end the engine now.")
     ] = True,
@@ -61,8 +57,4 @@ async def delete_deployment(
     """
     async with sessions.begin() as session:
         deployment = await roster.leave(session, deployment_id, drain=drain)
-    routing.changed()
-    routing.stir()
-    runner.wake()
-    runner.news.tell(deployment.job_id)
     return DeployOut.of(deployment)

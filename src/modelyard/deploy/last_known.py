@@ -57,7 +57,7 @@ class LastKnown(Generic[T]):
         return self._is_fresh(self._changes)
 
     def changed(self) -> None:
-        """Have the value read anew for the next question. Call it after the commit."""
+        """Have the value read anew for the next question."""
         self._changes += 1
 
     async def look(self) -> T:

@@ -10,12 +10,10 @@ done twice: the connection may be lost between a commit and its answer.
 from __future__ import annotations
 
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar, cast
 from uuid import UUID
 
-from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from modelyard.capacity import reservations
@@ -55,21 +53,12 @@ def patient(method: M) -> M:
 
 
 class Record:
-    """One deployment's row. `changed` is called after each commit, `stir` where others must look at theirs."""
+    """One deployment's row."""
 
-    def __init__(
-        self,
-        context: JobContext,
-        sessions: Sessions,
-        row: Deployment,
-        changed: Callable[[], None],
-        stir: Callable[[], None],
-    ) -> None:
+    def __init__(self, context: JobContext, sessions: Sessions, row: Deployment) -> None:
         self.context = context
         self.row = row
         self._sessions = sessions
-        self._changed = changed
-        self._stir = stir
 
     @patient
     async def look(self, *, may_let_go: bool) -> list[Model]:
@@ -95,7 +84,7 @@ class Record:
     @patient
     async def write(self, **values: object) -> None:
         """Write columns."""
-        async with self._written() as session:
+        async with self._sessions.begin() as session:
             self.row = await self._of(session)
             for name, value in values.items():
                 setattr(self.row, name, value)
@@ -103,20 +92,20 @@ class Record:
     @patient
     async def move(self, to: DeploymentState, reason: str, **values: object) -> None:
         """Write a state and its columns; being there already only writes the columns."""
-        async with self._written() as session:
+        async with self._sessions.begin() as session:
             await self._move(session, to, reason, **values)
 
     @patient
     async def begin_attempt(self, reason: str, allocation: Allocation, **values: object) -> None:
         """Write that an engine is about to start with this memory."""
-        async with self._written() as session:
+        async with self._sessions.begin() as session:
             row = await self._move(session, DeploymentState.STARTING, reason, **values)
             await self._reserve(session, row, allocation)
 
     @patient
     async def hold(self, allocation: Allocation) -> None:
         """Write what a running engine holds, where that was not known."""
-        async with self._written() as session:
+        async with self._sessions.begin() as session:
             self.row = row = await self._of(session)
             await self._reserve(session, row, allocation)
             if row.state in HOLDING:
@@ -125,7 +114,7 @@ class Record:
     @patient
     async def engine_is_gone(self, to: DeploymentState | None = None, reason: str = "", **values: object) -> None:
         """Write a state, if one is given, and give the engine's memory back."""
-        async with self._written() as session:
+        async with self._sessions.begin() as session:
             if to is None:
                 self.row = await self._of(session)
             else:
@@ -135,7 +124,7 @@ class Record:
     @patient
     async def become_ready(self, reason: str, **values: object) -> bool:
         """Let requests in, and have those leave that it replaces; return False if it is not wanted any more."""
-        async with self._written() as session:
+        async with self._sessions.begin() as session:
             # In one transaction, so that at no moment nobody serves; a wish that found it not ready must be seen.
             await exclusively(session, actions.KIND)
             if not await actions.is_wanted(session, await self._of(session)):
@@ -145,26 +134,24 @@ class Record:
             await reservations.note_all_taken(session, row.id)
             # Whoever sees it serve may kill the server: that is never counted against it.
             await survival.note_survival(session, [row.job_id], for_good=True)
-        self._stir()
         return True
 
     @patient
     async def make_room(self) -> list[UUID]:
         """Have those leave that it replaces before it starts, if it is wanted; return their jobs."""
-        async with self._written() as session:
+        async with self._sessions.begin() as session:
             await exclusively(session, actions.KIND)
             row = await self._of(session)
             if not await actions.is_wanted(session, row):
                 return []
             why = f"Leaves before {row.model_id} starts: there is not enough memory for both."
             touched = await succession.drain_replaced(session, row, why)
-        self._stir()
         return touched
 
     @patient
     async def take_back(self, refused: AdapterRefused, adapter_ids: list[str], asked: list[str]) -> None:
         """Want only the adapters that work, unless others than those asked for are wanted meanwhile."""
-        async with self._written() as session:
+        async with self._sessions.begin() as session:
             await exclusively(session, actions.KIND)
             row = await self._of(session)
             if row.adapter_ids == asked:
@@ -176,7 +163,7 @@ class Record:
     @patient
     async def stop(self, wanted: Wanted) -> None:
         """Write that it is not wanted any more, and ends."""
-        async with self._written() as session:
+        async with self._sessions.begin() as session:
             await exclusively(session, actions.KIND)
             row = await self._of(session)
             if row.wanted == Wanted.UP:  # its job was interrupted: it comes back for nobody
@@ -187,7 +174,7 @@ class Record:
     async def end(self, to: DeploymentState, reason: str, wanted: Wanted, failure: JobFailure | None = None) -> None:
         """Write the end with its cause, and let go of the models."""
         values = {"wanted": wanted, "ended_at": utcnow()}
-        async with self._written() as session:
+        async with self._sessions.begin() as session:
             # In one transaction, and with no wish beside it: else what has ended would hold models for ever.
             await exclusively(session, actions.KIND)
             row = await self._move(session, to, reason, **values)
@@ -198,7 +185,6 @@ class Record:
                 job = await jobs.get(session, row.job_id)
                 job.failure_code, job.failure_message, job.failure_hint = failure.code, failure.message, failure.hint
                 job.failure_evidence = list(failure.evidence)
-        self._stir()
 
     @patient
     async def failure(self) -> JobFailure | None:
@@ -214,19 +200,9 @@ class Record:
     @patient
     async def restore_what_left(self) -> Job | None:
         """Want back what made room for it since it was last ready; return the new job."""
-        async with self._written() as session:
+        async with self._sessions.begin() as session:
             job = await actions.restore_replaced(session, await self._of(session))
         return job
-
-    @asynccontextmanager
-    async def _written(self) -> AsyncIterator[AsyncSession]:
-        """Give a transaction; from its commit on requests find what it wrote.
-
-        Not from the end of the block: others read it while the connection goes back to its pool.
-        """
-        async with self._sessions.begin() as session:
-            event.listen(session.sync_session, "after_commit", lambda _: self._changed(), once=True)
-            yield session
 
     async def _reserve(self, session: AsyncSession, row: Deployment, allocation: Allocation) -> None:
         await reservations.reserve(session, row.id, Kind.ENGINE, row.model_id, allocation, row.job_id)

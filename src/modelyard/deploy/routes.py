@@ -9,18 +9,16 @@ from fastapi import Depends, Query, Request
 from modelyard.deploy import actions, admission, succession
 from modelyard.deploy.routing import Routing
 from modelyard.deploy.schemas import DeployIn, DeployJobOut, DeployOut, DeployStatusOut
-from modelyard.http import Sessions, Settings, documented, router
+from modelyard.http import Sessions, Settings, documented, router, services_of
 from modelyard.jobs import actions as jobs
-from modelyard.jobs.routes import Runner
 from modelyard.jobs.schemas import JobOut
 from modelyard.models.routes import Kept
 
 api = router("/api/v1/deploy", "Deploy")
 
 
-def _routing(request: Request) -> Routing:
-    found: Routing = request.app.state.routing
-    return found
+async def _routing(request: Request) -> Routing:
+    return services_of(request.scope).routing
 
 
 CurrentRouting = Annotated[Routing, Depends(_routing)]
@@ -43,8 +41,6 @@ async def deploy_model(
     wanted: DeployIn,
     sessions: Sessions,
     settings: Settings,
-    runner: Runner,
-    routing: CurrentRouting,
     backups: Kept,
 ) -> DeployJobOut:
     """Put a model with its adapters into service, in place of the current one of its kind.
@@ -55,17 +51,12 @@ async def deploy_model(
     """
     wish = admission.wish_of(wanted, settings)
     await admission.check(sessions, settings, wish, backups)
-    warnings = await admission.warnings_of(sessions, settings, wish, request.app.state.tokenizer_children)
+    warnings = await admission.warnings_of(sessions, settings, wish, services_of(request.scope).tokenizers)
     async with sessions.begin() as session:
-        job, touched = await actions.deploy(session, wish)
+        job, _ = await actions.deploy(session, wish)
         deployment = await actions.of_job(session, job.id)
         await actions.say_of_adapters(session, deployment, warnings)
         answer = DeployJobOut.with_warnings(job, deployment, list(warnings.values()))
-    routing.changed()
-    routing.stir()
-    runner.wake()
-    for job_id in (job.id, *touched):
-        runner.news.tell(job_id)
     return answer
 
 
@@ -79,15 +70,10 @@ async def get_deployment_status(sessions: Sessions, task: Task = None) -> Deploy
 
 
 @api.post("/interrupt/", summary="Take the current deployment out of service", responses=documented(404, 422))
-async def interrupt_deployment(
-    sessions: Sessions, runner: Runner, routing: CurrentRouting, task: Task = None
-) -> JobOut:
+async def interrupt_deployment(sessions: Sessions, task: Task = None) -> JobOut:
     """End the engine. The answer may still say RUNNING: the job becomes KILLED when nothing of it runs any more."""
     async with sessions.begin() as session:
         deployment = await actions.current(session, task)
         job_id = await succession.take_down(session, deployment)
         job = await jobs.get(session, job_id)
-    routing.changed()
-    routing.stir()
-    runner.wake()
     return JobOut.of(job)

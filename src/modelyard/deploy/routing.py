@@ -1,8 +1,8 @@
 """The engine that serves a name. Read by the gateway at every request, so it answers from memory.
 
-What it knows comes from the database: a snapshot that is taken anew when somebody says that something changed, and at
-least every second, so that a second process would see the same. It says what is in service and writes nothing but the
-wish that an idle deployment wakes. Of its own it only counts the requests that this process has open.
+What it knows comes from the database: a snapshot that is taken anew after each commit that writes a deployment or an
+alias, and at least every second, so that a second process would see the same. It says what is in service and writes
+nothing but the wish that an idle deployment wakes. Of its own it only counts the requests that this process has open.
 
 While the database is away the last snapshot answers (`last_known`): the engines that it names go on serving. A name
 that is not in it may exist all the same, so that is told as an outage.
@@ -16,7 +16,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import NoReturn, Protocol
 from uuid import UUID
@@ -31,6 +31,7 @@ from modelyard.deploy.roster import ASLEEP
 from modelyard.deploy.snapshot import TASKS, Served, Snapshot, Target, Way
 from modelyard.deploy.tables import Deployment, DeploymentState, Wanted
 from modelyard.errors import DatabaseUnavailable, EngineStarting, ModelNotFound
+from modelyard.signals import Topic
 
 log = logging.getLogger(__name__)
 
@@ -50,14 +51,9 @@ class Address(Protocol):
 
 
 class Routing:
-    """Answers which engine serves a name.
-
-    `stir` is called when an idle deployment is to wake, after the commit; the supervisor sets it. A database that
-    takes longer than `patience_s` for an answer counts as away.
-    """
+    """Answers which engine serves a name; a database that takes longer than `patience_s` to answer counts as away."""
 
     def __init__(self, sessions: Sessions, wake_timeout_s: float = 300.0, *, patience_s: float = PATIENCE_S) -> None:
-        self.stir: Callable[[], None] = lambda: None
         self._sessions = sessions
         self._wake_timeout_s = wake_timeout_s
         self._patience_s = patience_s
@@ -70,9 +66,11 @@ class Routing:
         self._open: Counter[tuple[str, str]] = Counter()
         #: Engines, and adapters' names at engines, that get no new request even if the snapshot still names them.
         self._closed: set[tuple[str, str | None]] = set()
+        for topic in (Topic.DEPLOYMENTS, Topic.ALIASES):
+            sessions.signals.subscribe(topic, self.changed)
 
     def changed(self) -> None:
-        """Take a new snapshot at the next question. Call it after the commit."""
+        """Take a new snapshot at the next question, as after each commit that writes a deployment or an alias."""
         self._snapshots.changed()
         self._news.set()
         self._news = asyncio.Event()
@@ -230,10 +228,8 @@ class Routing:
                     f"{now.model_id} is idle, and its engine is started again when the database is back: GET /ready "
                     "tells when."
                 )
-            await outages.within(self._patience_s, self._write_wake(now.id))
             self._woken.add(now.id)
-            self.changed()
-            self.stir()
+            await outages.within(self._patience_s, self._write_wake(now.id))
 
     async def _write_wake(self, deployment_id: UUID) -> None:
         async with self._sessions.begin() as session:

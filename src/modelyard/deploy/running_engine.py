@@ -93,13 +93,13 @@ class RunningEngine:
                 task.cancel()
             await asyncio.gather(asking, *others, return_exceptions=True)
 
-    async def pause(self, seconds: float, stirred: asyncio.Event | None = None) -> bool:
+    async def pause(self, seconds: float, woken: asyncio.Event | None = None) -> bool:
         """Sleep until time has passed, the engine ended, or a wish came; return whether it was woken."""
         reasons: list[asyncio.Future[object]] = []
         if not self._context.interrupted.is_set():
             reasons.append(asyncio.ensure_future(self._context.interrupted.wait()))
-        if stirred is not None:
-            reasons.append(asyncio.ensure_future(stirred.wait()))
+        if woken is not None:
+            reasons.append(asyncio.ensure_future(woken.wait()))
         if self.child is not None:
             reasons.append(asyncio.ensure_future(self.child.wait()))
         if not reasons:

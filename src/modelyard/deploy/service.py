@@ -11,10 +11,11 @@ import asyncio
 import logging
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from modelyard.db import utcnow
+from modelyard.db import Sessions, utcnow
 from modelyard.deploy import attempts, cures, loading, scratch
 from modelyard.deploy.adapter_changes import AdapterChanges
 from modelyard.deploy.draining import Requests
@@ -25,6 +26,7 @@ from modelyard.deploy.last_known import FRESH_S
 from modelyard.deploy.loading import Adapter
 from modelyard.deploy.readiness import Readiness
 from modelyard.deploy.record import Record
+from modelyard.deploy.routing import Routing
 from modelyard.deploy.running_engine import PROBE_EVERY_S, RunningEngine
 from modelyard.deploy.steps import ChildState, Facts, Room, Step, next_step
 from modelyard.deploy.tables import Deployment, DeploymentState, Wanted
@@ -33,10 +35,11 @@ from modelyard.errors import JobFailure
 from modelyard.jobs.runner import JobContext, JobInterrupted
 from modelyard.models import store
 from modelyard.models.chat_template import GUESSED_HINT, GUESSED_WARNING, TemplateSource
+from modelyard.models.tokenizer_child import TokenizerChildren
 from modelyard.plurals import counted
-
-if TYPE_CHECKING:
-    from modelyard.deploy.supervisor import Supervisor
+from modelyard.processes import Children
+from modelyard.settings import Settings
+from modelyard.signals import Topic
 
 log = logging.getLogger(__name__)
 
@@ -46,24 +49,39 @@ HEALTH_EVERY_S = 5.0
 STABLE_S = 300.0
 LONGEST_DELAY_S = 60.0
 STILL_STARTING_EVERY_S = 5.0
+#: Others that come, leave or end change what may be done for this one.
+_WAKING = (Topic.DEPLOYMENTS, Topic.MEMORY)
 ENGINE_GONE = "the server was restarted, and the engine is gone"
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The parts of the server that all deployments use."""
+
+    settings: Settings
+    sessions: Sessions
+    children: Children
+    routing: Routing
+    tokenizers: TokenizerChildren
+    #: Held from the look at free memory until an engine's share is written down.
+    sharing_memory: asyncio.Lock
 
 
 class Service:
     """The work on one deployment, from the taking up of its job to the end of its engine."""
 
-    def __init__(self, supervisor: Supervisor, context: JobContext, row: Deployment) -> None:
-        self.yard = supervisor
-        self.settings = supervisor.settings
+    def __init__(self, shared: Shared, context: JobContext, row: Deployment) -> None:
+        self.settings = shared.settings
         self.context = context
-        self.record = Record(context, supervisor.sessions, row, supervisor.routing.changed, supervisor.stir)
-        self.engine = RunningEngine(context, supervisor.settings.engine_busy_timeout_s)
-        self.requests = Requests(supervisor.routing, supervisor.settings.engine_drain_timeout_s)
+        self.record = Record(context, shared.sessions, row)
+        self.engine = RunningEngine(context, shared.settings.engine_busy_timeout_s)
+        self.requests = Requests(shared.routing, shared.settings.engine_drain_timeout_s)
         self.changes = AdapterChanges(context, self.record, self.engine, self.requests)
-        self.fitting = Fitting(supervisor.settings, supervisor.sessions)
+        self.fitting = Fitting(shared.settings, shared.sessions)
         #: Where each adapter that is wanted lies, as the store says.
         self.adapters: list[Adapter] = []
-        self.stirred = supervisor.stirred
+        #: Set when a deployment was written or memory given back; cleared before the row is read.
+        self.woken = asyncio.Event()
         self.has_served = row.has_served
         self.delay_until = 0.0
         self.told_at = self.looked_at = time.monotonic()
@@ -72,6 +90,10 @@ class Service:
         self.readiness = Readiness(row.model_id, row.task)
         #: The plugins that the engine was started with.
         self.plugins: list[str] = []
+        self._children, self._tokenizers = shared.children, shared.tokenizers
+        self._sharing_memory, self._signals = shared.sharing_memory, shared.sessions.signals
+        for topic in _WAKING:
+            self._signals.subscribe(topic, self.woken.set)
 
     @property
     def row(self) -> Deployment:
@@ -109,6 +131,8 @@ class Service:
 
     async def close(self) -> None:
         """End the engine, if one still runs: the server stops in good order. Safe to repeat."""
+        for topic in _WAKING:
+            self._signals.unsubscribe(topic, self.woken.set)
         await self.engine.close()
 
     async def _do(self, step: Step) -> None:
@@ -133,7 +157,6 @@ class Service:
             await self._stop_engine()
             await self.record.engine_is_gone(DeploymentState.IDLE, "nobody asked for a while")
             await self.context.event("Resting: the engine has ended, and the next request starts one.")
-            self.yard.stir()
         elif step == Step.WAKE:
             await self.record.move(DeploymentState.STARTING, "a request came", wake_requested=False)
         elif step == Step.STOP:
@@ -152,7 +175,7 @@ class Service:
             await self._sleep(max(0.0, self.delay_until - time.monotonic()))
 
     async def _facts(self) -> Facts:
-        self.stirred = self.yard.stirred
+        self.woken.clear()
         asked_at = time.monotonic()
         # Asked before the row is read: one that is to drain is interrupted in the same transaction, and a row from
         # before that would say that it is wanted and only its job is not, which ends its requests.
@@ -196,7 +219,7 @@ class Service:
     async def _take_up(self) -> None:
         """Find what an earlier server left of this deployment."""
         folder = attempts.newest(self.context.folder)
-        child = await self.yard.children.adopt(folder) if folder is not None else None
+        child = await self._children.adopt(folder) if folder is not None else None
         if child is not None and child.is_alive and self.row.engine_url is not None:
             self.engine.child = child
             self._talk_to(self.row.engine_url)
@@ -230,8 +253,8 @@ class Service:
         number, folder = attempts.following(self.context.folder)
         private = scratch.new_path()
         url = f"unix:{socket_path(private)}"
-        await self.context.patiently(lambda: self.fitting.try_tokenizer(self.row, self.yard.tokenizers))
-        async with self.yard.sharing_memory:
+        await self.context.patiently(lambda: self.fitting.try_tokenizer(self.row, self._tokenizers))
+        async with self._sharing_memory:
             if await self._room() != Room.THERE:  # another one was quicker
                 return
             python = self.settings.engine_python or Path(sys.executable)
@@ -243,7 +266,7 @@ class Service:
         try:
             private.mkdir(mode=0o700)
             await asyncio.to_thread(attempts.begin_log, self.context.log, number, command.argv)
-            self.engine.child = await self.yard.children.start(
+            self.engine.child = await self._children.start(
                 folder,
                 command,
                 log=self.context.log,
@@ -396,4 +419,4 @@ class Service:
 
     async def _sleep(self, seconds: float) -> bool:
         """Sleep until time has passed, the engine ended, or a wish came; return whether it was woken."""
-        return await self.engine.pause(seconds, self.stirred)
+        return await self.engine.pause(seconds, self.woken)

@@ -1,7 +1,7 @@
 """The supervisor: gives every deployment its supervising task, and holds what these tasks share.
 
-`serve` is the function of the job kind DEPLOY; `service` does one deployment's work. Whoever writes a wish calls `stir`
-after the commit: every task then looks at its row again.
+`serve` is the function of the job kind DEPLOY; `service` does one deployment's work, and looks at its row again after
+each commit that writes a deployment.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import importlib
 from modelyard.db import Sessions
 from modelyard.deploy import actions, attempts, succession
 from modelyard.deploy.routing import Routing
-from modelyard.deploy.service import ENGINE_GONE, Service
+from modelyard.deploy.service import ENGINE_GONE, Service, Shared
 from modelyard.deploy.tables import MOVES, Deployment, DeploymentState
 from modelyard.jobs.runner import JobContext
 from modelyard.models.tokenizer_child import TokenizerChildren
@@ -22,7 +22,7 @@ from modelyard.states import move
 
 
 class Supervisor:
-    """Gives every deployment its supervising task."""
+    """Gives every deployment its supervising task. `sharing_memory` is held while one shares memory out."""
 
     def __init__(
         self,
@@ -32,21 +32,9 @@ class Supervisor:
         routing: Routing,
         tokenizers: TokenizerChildren,
     ) -> None:
-        self.settings = settings
-        self.sessions = sessions
-        self.children = children
-        self.routing = routing
-        self.tokenizers = tokenizers
-        #: Set and replaced by `stir`: take it before looking at a row, wait for it afterwards.
-        self.stirred = asyncio.Event()
-        #: Held from the look at free memory until an engine's share is written down.
         self.sharing_memory = asyncio.Lock()
-        routing.stir = self.stir
-
-    def stir(self) -> None:
-        """Have every deployment's task look at its row again. Call it after the commit."""
-        self.stirred.set()
-        self.stirred = asyncio.Event()
+        self._settings, self._sessions, self._children = settings, sessions, children
+        self._shared = Shared(settings, sessions, children, routing, tokenizers, self.sharing_memory)
 
     async def serve(self, context: JobContext) -> None:
         """Keep the job's deployment in service until it is interrupted.
@@ -58,14 +46,14 @@ class Supervisor:
         row = await context.patiently(lambda: self._row(context))
         # What the client to engines needs takes a while to load the first time: not in the way of requests.
         await asyncio.to_thread(importlib.import_module, "aiohttp")
-        service = Service(self, context, row)
+        service = Service(self._shared, context, row)
         try:
             await service.run()
         finally:
             await service.close()
 
     async def _row(self, context: JobContext) -> Deployment:
-        async with self.sessions.read() as session:
+        async with self._sessions.read() as session:
             return await actions.of_job(session, context.id)
 
     async def check_before_serving(self) -> None:
@@ -73,10 +61,10 @@ class Supervisor:
 
         Until then a request could be sent to an engine that is not there.
         """
-        async with self.sessions.read() as session:
+        async with self._sessions.read() as session:
             live = await succession.live(session)
         for row in live:
-            attempt = attempts.newest(self.settings.jobs_dir / str(row.job_id))
-            if row.state == DeploymentState.READY and (attempt is None or not await self.children.is_running(attempt)):
-                async with self.sessions.begin() as session:
+            attempt = attempts.newest(self._settings.jobs_dir / str(row.job_id))
+            if row.state == DeploymentState.READY and (attempt is None or not await self._children.is_running(attempt)):
+                async with self._sessions.begin() as session:
                     await move(session, Deployment, row.id, "state", MOVES, DeploymentState.STARTING, ENGINE_GONE)

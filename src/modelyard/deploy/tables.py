@@ -12,6 +12,7 @@ from sqlalchemy.orm import Mapped, foreign, mapped_column, relationship
 
 from modelyard.capacity.tables import Reservation
 from modelyard.db import Base, Number, UtcDateTime, utcnow
+from modelyard.signals import Topic
 from modelyard.states import Moves
 
 
@@ -93,6 +94,7 @@ class Deployment(Base):
     It also takes a wish back that cannot be fulfilled: `adapter_ids`, with the cause in `adapter_failure`.
     """
 
+    TOPICS = ((Topic.DEPLOYMENTS, None),)
     __tablename__ = "deployments"
     __table_args__ = (Index("ix_deployments_state", "state"),)
 
@@ -158,6 +160,7 @@ class Deployment(Base):
 class Alias(Base):
     """A name that clients may use for a model or adapter in service, whichever deployment serves it."""
 
+    TOPICS = ((Topic.ALIASES, None),)
     __tablename__ = "aliases"
 
     name: Mapped[str] = mapped_column(String(128), primary_key=True)

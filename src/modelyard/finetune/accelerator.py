@@ -27,7 +27,6 @@ from modelyard.deploy.fit import gib
 from modelyard.deploy.tables import Deployment, Wanted
 from modelyard.errors import JobFailure
 from modelyard.finetune import stand_aside
-from modelyard.finetune.into_service import Told
 from modelyard.finetune.needs import Need
 from modelyard.finetune.tables import Finetune, OnBusy, Phase
 from modelyard.hardware import Gpu, Machine, cuda_environment, this_machine
@@ -187,11 +186,10 @@ async def look(sessions: Sessions, settings: Settings, need: Need) -> dict[str, 
 class Accelerator:
     """Gives trainings their turn. `sharing_memory` is the supervisor's: engines do not start during a look at it."""
 
-    def __init__(self, settings: Settings, sessions: Sessions, sharing_memory: asyncio.Lock, told: Told) -> None:
+    def __init__(self, settings: Settings, sessions: Sessions, sharing_memory: asyncio.Lock) -> None:
         self._settings = settings
         self._sessions = sessions
         self._sharing_memory = sharing_memory
-        self._told = told
 
     @asynccontextmanager
     async def held(
@@ -225,10 +223,7 @@ class Accelerator:
         """
         async with self._sessions.begin() as session:
             await reservations.release(session, context.id)
-        self._told(())
-        return await stand_aside.bring_back(
-            context, self._sessions, self._told, finetune_id, self._settings.engine_start_timeout_s
-        )
+        return await stand_aside.bring_back(context, self._sessions, finetune_id, self._settings.engine_start_timeout_s)
 
     async def note_taken(self, context: JobContext, taken_bytes: int) -> None:
         """Note how much memory the trainer has taken, so that it is not counted twice."""
@@ -287,7 +282,6 @@ class Accelerator:
             touched = await stand_aside.leave(session, finetune_id, [one.id for one in going])
         if not touched:
             return
-        self._told(touched)
         names = ", ".join(f"{one.model_id} ({gib(one.memory_bytes or 0)})" for one in going)
         await context.event(
             f"Deployments leave for this training, and come back when it has ended: {names}.",

@@ -14,7 +14,7 @@ from modelyard.datasets.download import content_disposition
 from modelyard.finetune import archive, export
 from modelyard.finetune.errands import Errands as ErrandRunner
 from modelyard.gateway.client_watch import unless_gone
-from modelyard.http import Sessions, Settings, documented, router
+from modelyard.http import Sessions, Settings, documented, router, services_of
 from modelyard.models import actions as models
 from modelyard.models import store
 from modelyard.models.lost import bring_back
@@ -26,9 +26,8 @@ MEDIA_TYPE = "application/zip"
 ZIP: dict[str, Any] = {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}, "example": "PK..."}}
 
 
-def _errands(request: Request) -> ErrandRunner:
-    found: ErrandRunner = request.app.state.errands
-    return found
+async def _errands(request: Request) -> ErrandRunner:
+    return services_of(request.scope).errands
 
 
 Errands = Annotated[ErrandRunner, Depends(_errands)]

@@ -136,7 +136,6 @@ class Follower:
             return
         if is_further:
             self._job.is_at_risk = False
-        self._job.tell()
 
     async def _write_reports(self, session: AsyncSession, reports: list[dict[str, Any]]) -> bool:
         """Write reports, and that the job survives if it came further than ever before; return whether it did."""

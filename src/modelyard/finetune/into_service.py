@@ -8,7 +8,7 @@ deployment was asked is kept among the training's events, in the transaction tha
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -27,16 +27,13 @@ from modelyard.jobs.runner import JobContext, JobInterrupted
 from modelyard.jobs.tables import JobEvent
 from modelyard.settings import Settings
 
-#: Called after each commit, with the jobs that it concerns: routing and supervisors look again, followers are told.
-Told = Callable[[Iterable[UUID]], None]
-
 LOOK_EVERY_S = 0.25
 MOST_ASKED_AGAIN = 5
 _ASKED = "Into service: "
 
 
 async def put_into_service(
-    context: JobContext, sessions: Sessions, settings: Settings, told: Told, *, model_id: str, adapter_id: str
+    context: JobContext, sessions: Sessions, settings: Settings, *, model_id: str, adapter_id: str
 ) -> dict[str, Any]:
     """Have the engine of the base serve an adapter besides what it serves, and wait until clients may name it.
 
@@ -51,11 +48,11 @@ async def put_into_service(
         JobInterrupted: the wish has been taken back.
     """
     asked = await _asked_before(sessions, context)
-    deployment_id, is_new = asked or await _ask(context, sessions, settings, told, model_id, adapter_id)
+    deployment_id, is_new = asked or await _ask(context, sessions, settings, model_id, adapter_id)
     asked_again = 0
     while True:
         if context.interrupted.is_set():
-            await _take_back(sessions, told, deployment_id, adapter_id, is_new=is_new)
+            await _take_back(sessions, deployment_id, adapter_id, is_new=is_new)
             raise JobInterrupted
         async with sessions.read() as session:
             row = await roster.get(session, deployment_id)
@@ -71,14 +68,13 @@ async def put_into_service(
             continue
         if fell_with_another:
             asked_again += 1
-            deployment_id, is_new = await _ask(context, sessions, settings, told, model_id, adapter_id)
+            deployment_id, is_new = await _ask(context, sessions, settings, model_id, adapter_id)
             continue
         await _pause(context)
 
 
 async def promote(
     sessions: Sessions,
-    told: Told,
     *,
     name: str,
     adapter_id: str,
@@ -110,7 +106,6 @@ async def promote(
             await aliases.put(session, alias, adapter_id, reason)
     except ModelyardError as error:
         return {**found, "why": f"The alias could not be moved: {error.message}"}
-    told(())
     why = str((evaluation or {}).get("why") or "It is better than its base.")
     return {**found, "moved": True, "from": before, "why": why if wanted.get("if") == "better" else "It was asked for."}
 
@@ -139,7 +134,7 @@ async def _asked_before(sessions: Sessions, context: JobContext) -> tuple[UUID, 
 
 
 async def _ask(
-    context: JobContext, sessions: Sessions, settings: Settings, told: Told, model_id: str, adapter_id: str
+    context: JobContext, sessions: Sessions, settings: Settings, model_id: str, adapter_id: str
 ) -> tuple[UUID, bool]:
     """Write the wish; return the deployment, and whether it is a new one."""
     try:
@@ -164,7 +159,6 @@ async def _ask(
             found = (row.id, running is None)
     except (ModelyardError, JobFailure) as error:
         raise _not_deployed(adapter_id, error.code, error.message, getattr(error, "hint", "")) from error
-    told((job.id, context.id))
     return found
 
 
@@ -242,7 +236,7 @@ def _not_deployed(adapter_id: str, code: str, message: str, hint: str) -> JobFai
     )
 
 
-async def _take_back(sessions: Sessions, told: Told, deployment_id: UUID, adapter_id: str, *, is_new: bool) -> None:
+async def _take_back(sessions: Sessions, deployment_id: UUID, adapter_id: str, *, is_new: bool) -> None:
     async with sessions.begin() as session:
         await exclusively(session, deployments.KIND)
         row = await roster.get(session, deployment_id)
@@ -252,7 +246,6 @@ async def _take_back(sessions: Sessions, told: Told, deployment_id: UUID, adapte
             await succession.take_down(session, row)
         else:
             await deployments.remove_adapter(session, row, adapter_id)
-    told((row.job_id,))
 
 
 async def _pause(context: JobContext) -> None:

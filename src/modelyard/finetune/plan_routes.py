@@ -11,7 +11,7 @@ from modelyard.finetune.planning import plan
 from modelyard.finetune.request_checks import check
 from modelyard.finetune.schemas import FinetuneIn
 from modelyard.gateway.client_watch import unless_gone
-from modelyard.http import Sessions, Settings, documented, router
+from modelyard.http import Sessions, Settings, documented, router, services_of
 
 api = router("/api/v1/finetune", "Fine-tuning")
 
@@ -27,6 +27,6 @@ async def plan_finetune(
     refused here too. Nothing is kept; one plan is made at a time, and a client that goes away ends its own.
     """
     await check(wanted, sessions, settings)
-    tokenizers = request.app.state.tokenizer_children
+    tokenizers = services_of(request.scope).tokenizers
     found = await unless_gone(request.receive, plan(sessions, settings, storage, errands, tokenizers, wanted))
     return FinetunePlanOut.model_validate(found)

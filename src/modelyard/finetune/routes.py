@@ -16,7 +16,6 @@ from modelyard.finetune.request_checks import check
 from modelyard.finetune.schemas import FinetuneDetailOut, FinetuneIn, FinetuneOut
 from modelyard.http import Sessions, Settings, documented, router
 from modelyard.jobs import actions as jobs
-from modelyard.jobs.routes import Runner
 from modelyard.jobs.schemas import JobOut
 from modelyard.models import actions as models
 from modelyard.models import store, trainable
@@ -53,7 +52,7 @@ def _trainable(settings: Settings, known: list[Model]) -> list[Model]:
 
 
 @api.post("/", summary="Train an adapter", responses=documented(400, 404, 409, 413, 422))
-async def start_finetune(wanted: FinetuneIn, sessions: Sessions, settings: Settings, runner: Runner) -> JobOut:
+async def start_finetune(wanted: FinetuneIn, sessions: Sessions, settings: Settings) -> JobOut:
     """Start the job that trains a LoRA adapter of a model on a dataset, and puts it into the store.
 
     One training runs at a time (MODELYARD_MAX_FINETUNES); more of them wait in a queue. The model and the dataset
@@ -64,7 +63,6 @@ async def start_finetune(wanted: FinetuneIn, sessions: Sessions, settings: Setti
     await check(wanted, sessions, settings)
     async with sessions.begin() as session:
         job = await actions.start(session, wanted)
-    runner.wake()
     return JobOut.of(job)
 
 
@@ -92,14 +90,13 @@ async def get_finetune_status(sessions: Sessions) -> FinetuneOut:
 
 
 @api.post("/interrupt/", summary="Interrupt the current training", responses=documented(404, 409))
-async def interrupt_finetune(sessions: Sessions, runner: Runner) -> JobOut:
+async def interrupt_finetune(sessions: Sessions) -> JobOut:
     """Ask the current training to stop, with a checkpoint to go on from. 409 `job_finished` if none runs or waits.
 
     The answer may still say RUNNING: the job becomes KILLED when nothing of it runs any more.
     """
     async with sessions.begin() as session:
         job = await actions.interrupt(session)
-    runner.wake()
     return JobOut.of(job)
 
 
@@ -119,7 +116,7 @@ async def get_finetune(
 
 
 @api.post("/{finetune_id:uuid}/resume/", summary="Resume a training", responses=documented(404, 409, 422))
-async def resume_finetune(finetune_id: FinetuneId, sessions: Sessions, settings: Settings, runner: Runner) -> JobOut:
+async def resume_finetune(finetune_id: FinetuneId, sessions: Sessions, settings: Settings) -> JobOut:
     """Have a training that was interrupted or failed go on from its last checkpoint, as a new job.
 
     409 `model_lost` where the files of the commit that it began on are gone.
@@ -129,7 +126,6 @@ async def resume_finetune(finetune_id: FinetuneId, sessions: Sessions, settings:
         row = await actions.get(session, finetune_id)
         base = models.at_pin(await models.get(session, row.model_id), row.pinned)
         await bring_back(settings.models_dir, [base], None)  # a refusal takes the new job back
-    runner.wake()
     return JobOut.of(job)
 
 

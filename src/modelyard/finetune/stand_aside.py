@@ -22,7 +22,6 @@ from modelyard.db import Sessions, exclusively, utcnow
 from modelyard.deploy import actions as deployments
 from modelyard.deploy import roster, succession
 from modelyard.deploy.tables import LIVE, Deployment, DeploymentState, Strategy, Wanted
-from modelyard.finetune.into_service import Told
 from modelyard.finetune.tables import Finetune
 from modelyard.jobs import actions as jobs
 from modelyard.jobs.runner import JobContext
@@ -76,9 +75,7 @@ async def are_gone(session: AsyncSession, finetune_id: UUID) -> bool:
     return not ids or (await session.scalar(query)) is None
 
 
-async def bring_back(
-    context: JobContext, sessions: Sessions, told: Told, finetune_id: UUID, timeout_s: float
-) -> float | None:
+async def bring_back(context: JobContext, sessions: Sessions, finetune_id: UUID, timeout_s: float) -> float | None:
     """Want back what left for a training, and wait until it is in service again or has failed, but not for ever.
 
     What somebody else has brought back or replaced meanwhile is not doubled. Safe to repeat at any point. An interrupt
@@ -88,11 +85,8 @@ async def bring_back(
         The seconds in which any of them was out of service; None if none left, or none is back.
     """
     async with sessions.begin() as session:
-        messages, touched = await _want_back(session, finetune_id)
-        for message in messages:
+        for message in await _want_back(session, finetune_id):
             await jobs.append_event(session, context.id, message)
-    if touched or messages:
-        told((*touched, context.id))
     until = time.monotonic() + timeout_s
     while missing := await _note_those_back(context, sessions, finetune_id):
         if time.monotonic() > until:
@@ -125,14 +119,13 @@ def _is_open(entry: dict[str, Any]) -> bool:
     return entry["back_at"] is None and entry["note"] is None
 
 
-async def bring_back_forgotten(session: AsyncSession) -> list[UUID]:
-    """Want back what left for trainings that have ended since; return the jobs. For the start of a server."""
+async def bring_back_forgotten(session: AsyncSession) -> int:
+    """Want back what left for trainings that have ended since; return for how many. For the start of a server."""
     query = select(Finetune).join(Job, Job.id == Finetune.job_id).where(Job.status.not_in(ACTIVE))
-    touched: list[UUID] = []
-    for row in (await session.scalars(query.order_by(Finetune.number))).all():
-        if left_for(row.stopped):
-            touched += (await _want_back(session, row.id))[1]
-    return touched
+    rows = [row for row in (await session.scalars(query.order_by(Finetune.number))).all() if left_for(row.stopped)]
+    for row in rows:
+        await _want_back(session, row.id)
+    return len(rows)
 
 
 def unavailable_s(entries: Sequence[dict[str, Any]]) -> float | None:
@@ -150,11 +143,11 @@ def unavailable_s(entries: Sequence[dict[str, Any]]) -> float | None:
     return round(seconds, 1) if away else None
 
 
-async def _want_back(session: AsyncSession, finetune_id: UUID) -> tuple[list[str], list[UUID]]:
-    """Write the wishes that are still owed; return what there is to say, and the jobs that this concerns."""
+async def _want_back(session: AsyncSession, finetune_id: UUID) -> list[str]:
+    """Write the wishes that are still owed; return what there is to say."""
     await exclusively(session, deployments.KIND)
     row = await _row(session, finetune_id)
-    entries, messages, touched = [dict(one) for one in row.stopped], list[str](), list[UUID]()
+    entries, messages = [dict(one) for one in row.stopped], list[str]()
     # The last that was current comes last, so that it is so again.
     for entry in sorted(left_for(entries), key=lambda one: str(one["current_at"])):
         wanted = [one for one in await succession.live(session) if await deployments.is_wanted(session, one)]
@@ -171,10 +164,9 @@ async def _want_back(session: AsyncSession, finetune_id: UUID) -> tuple[list[str
             continue
         back = await _deploy(session, entry, row.name)
         entry["back_deployment_id"] = str(back.id)
-        touched.append(back.job_id)
         messages.append(f"{entry['model_id']}, which left for this training, comes back.")
     row.stopped = entries
-    return messages, touched
+    return messages
 
 
 async def _why_not(

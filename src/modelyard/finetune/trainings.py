@@ -34,7 +34,7 @@ from modelyard.deploy.fitting import model_files
 from modelyard.errors import JobFailure, ModelyardError, ObjectNotFound, StorageUnavailable
 from modelyard.finetune import actions, attempts, checkpoints, publishing
 from modelyard.finetune.accelerator import Accelerator
-from modelyard.finetune.into_service import Told, promote, put_into_service
+from modelyard.finetune.into_service import promote, put_into_service
 from modelyard.finetune.needs import Need, estimate
 from modelyard.finetune.tables import Finetune, OnBusy, Phase
 from modelyard.finetune.trainer_runs import TrainerRuns
@@ -73,7 +73,6 @@ class Trainings:
         children: Children,
         accelerator: Accelerator,
         tokenizers: TokenizerChildren,
-        told: Told,
     ) -> None:
         self._settings = settings
         self._sessions = sessions
@@ -81,7 +80,6 @@ class Trainings:
         self._children = children
         self._accelerator = accelerator
         self._tokenizers = tokenizers
-        self._told = told
 
     async def run(self, job: JobContext) -> None:
         """Train the adapter of the job's spec and do with it what was asked for.
@@ -136,7 +134,7 @@ class _Training:
     def __init__(self, yard: Trainings, job: JobContext, row: Finetune, base: Model, dataset: Dataset) -> None:
         self.job, self.row, self.base, self.dataset = job, row, base, dataset
         self.settings, self.sessions = yard._settings, yard._sessions
-        self.storage, self.children, self.told = yard._storage, yard._children, yard._told
+        self.storage, self.children = yard._storage, yard._children
         self.accelerator, self.tokenizers = yard._accelerator, yard._tokenizers
         self.work = checkpoints.folder_of(self.settings.finetunes_dir, row.id)
         self.data = self.work / "data.jsonl"
@@ -288,7 +286,7 @@ class _Training:
         _leave_if_interrupted(self.job)
         await self._write(phase=Phase.DEPLOYING)
         checks = await put_into_service(
-            self.job, self.sessions, self.settings, self.told,
+            self.job, self.sessions, self.settings,
             model_id=self.row.model_id, adapter_id=self.row.adapter_id,
         )  # fmt: skip
         async with self.sessions.begin() as session:
@@ -296,7 +294,7 @@ class _Training:
             await models.note_checks(session, self.row.adapter_id, checks)
         if self.row.promote is not None:
             promotion = await promote(
-                self.sessions, self.told,
+                self.sessions,
                 name=self.row.name, adapter_id=self.row.adapter_id, wanted=self.row.promote,
                 evaluation=result.get("evaluation"),
             )  # fmt: skip
@@ -323,7 +321,6 @@ class _Training:
                 await session.execute(update(Finetune).where(Finetune.id == self.row.id).values(**values))
 
         await self.job.patiently(write)
-        self.job.tell()
 
     async def _or_interrupt(self, work: Awaitable[T]) -> T:
         """Return what the work does, or end it when the job is interrupted."""

@@ -1,6 +1,6 @@
 """REST for raw prompts: POST /api/generate-one and POST /api/generate-batch. `raw` answers them, plainly as ASGI.
 
-What is described here is what `raw_schemas` reads. The application must keep a `RawLane` in `app.state.raw_lane`.
+What is described here is what `raw_schemas` reads. The application must keep its `Services` in `app.state`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from modelyard.gateway.raw_schemas import RANGES_OF_BEAMS, Range
 from modelyard.gateway.routes import PassedRoute
 from modelyard.gateway.schemas import MODEL, Json
-from modelyard.http import documented_in_plain_text, router
+from modelyard.http import documented_in_plain_text, router, services_of
 
 PASSED_ERRORS = (400, 404, 413, 502, 503)
 REQUEST_ID: Json = {
@@ -102,7 +102,7 @@ class Answered(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer the request."""
-        await getattr(scope["app"].state.raw_lane, self._name)(scope, receive, send)
+        await getattr(services_of(scope).raw_lane, self._name)(scope, receive, send)
 
 
 api = router(tag="Raw prompts")

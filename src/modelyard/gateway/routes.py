@@ -1,7 +1,7 @@
 """REST for models in service: OpenAI's and Anthropic's paths under /v1 and /api/v1, each passed to an engine.
 
 `PASSAGES` is the whole list of what reaches an engine. The application must include `api` before the models room's
-routes, since both answer GET /api/v1/models (see `listing`), and keep a `Gateway` in `app.state.gateway`.
+routes, since both answer GET /api/v1/models (see `listing`), and keep its `Services` in `app.state`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from starlette.types import Receive, Scope, Send
 
 from modelyard.gateway import schemas
 from modelyard.gateway.listing import OpenAIListRoute, openai_list, openai_model
-from modelyard.gateway.relay import ANY_TASK, Endpoint, Gateway
+from modelyard.gateway.relay import ANY_TASK, Endpoint
 from modelyard.gateway.schemas import Json, ServedModelOut, ServedModelsOut
-from modelyard.http import ANTHROPIC_PATHS, EitherSlashRoute, documented, documented_as_anthropic, router
+from modelyard.http import ANTHROPIC_PATHS, EitherSlashRoute, documented, documented_as_anthropic, router, services_of
 
 BASES = ("/v1", "/api/v1")
 #: What vLLM has at the root, where its own clients look for it.
@@ -161,11 +161,6 @@ PASSAGES = (
 api = router(tag="Models in service")
 
 
-def _gateway(request: Request) -> Gateway:
-    found: Gateway = request.app.state.gateway
-    return found
-
-
 class Forward(Response):
     """The answer to every request at a passed path: the request's passage to its engine, as plain ASGI."""
 
@@ -175,8 +170,7 @@ class Forward(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Forward the request."""
-        gateway: Gateway = scope["app"].state.gateway
-        await gateway.forward(self._endpoint, scope, receive, send)
+        await services_of(scope).gateway.forward(self._endpoint, scope, receive, send)
 
 
 class PassedRoute(EitherSlashRoute):
@@ -221,7 +215,7 @@ async def list_served_models(request: Request) -> ServedModelsOut:
 
     These clients get the same list at /api/v1/models, where others get the models in the store.
     """
-    listing = await _gateway(request).routing.listing()
+    listing = await services_of(request.scope).gateway.routing.listing()
     return ServedModelsOut.model_validate(openai_list(listing))
 
 
@@ -230,7 +224,7 @@ async def get_served_model(
     name: Annotated[str, Path(description="An id or an alias.", examples=["default"])], request: Request
 ) -> ServedModelOut:
     """Return one name that requests may ask for."""
-    routing, name = _gateway(request).routing, name.removesuffix("/")
+    routing, name = services_of(request.scope).gateway.routing, name.removesuffix("/")
     listing = await routing.listing()
     if all(served.name != name for served in listing):
         routing.expect_database(name)

@@ -12,9 +12,8 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 import modelyard
 from modelyard.deploy.engine_client import metrics_of
 from modelyard.deploy.routes import CurrentRouting
-from modelyard.health.checks import Checks
 from modelyard.health.exposition import merge
-from modelyard.http import documented, router
+from modelyard.http import documented, router, services_of
 
 api = router(tag="Health")
 
@@ -35,9 +34,8 @@ class ReadyOut(BaseModel):
     reasons: list[str] = Field(description="Empty when ready.", examples=[[]])
 
 
-def _registry(request: Request) -> CollectorRegistry:
-    found: CollectorRegistry = request.app.state.registry
-    return found
+async def _registry(request: Request) -> CollectorRegistry:
+    return services_of(request.scope).registry
 
 
 @api.get("/health/", summary="Is the server alive")
@@ -57,8 +55,8 @@ async def get_readiness(request: Request) -> Response:
 
     A deployment that starts is no reason: its requests get a 503 of their own.
     """
-    checks: Checks = request.app.state.checks
-    reasons = [*await checks.reasons(), *request.app.state.complaints()]
+    services = services_of(request.scope)
+    reasons = [*await services.checks.reasons(), *services.complaints()]
     body = ReadyOut(ready=not reasons, reasons=reasons)
     return JSONResponse(body.model_dump(), status_code=200 if body.ready else 503)
 

@@ -11,12 +11,13 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from modelyard.errors import JobFinished, JobNotFound
 from modelyard.jobs.tables import ACTIVE, Job, JobEvent
+from modelyard.signals import NOTIFIES, ROW_ID, Topic
 
 
 async def create(
     session: AsyncSession, *, kind: str, name: str, spec: dict[str, Any], subject: str | None = None
 ) -> Job:
-    """Create a job for the runner to take; wake the runner after the commit."""
+    """Create a job, which the runner takes after the commit."""
     job = Job(kind=kind, name=name, spec=spec, subject=subject)
     session.add(job)
     await session.flush()
@@ -77,7 +78,7 @@ async def interrupt(session: AsyncSession, job_id: UUID) -> Job:
         JobFinished: it has ended already.
     """
     wish = update(Job).where(Job.id == job_id, Job.status.in_(ACTIVE)).values(interrupt_requested=True).returning(Job)
-    job = (await session.scalars(wish)).first()
+    job = (await session.scalars(wish, execution_options={ROW_ID: job_id})).first()
     if job is None:
         raise JobFinished(job_id, (await get(session, job_id)).status)
     return job
@@ -110,4 +111,6 @@ async def events_after(session: AsyncSession, job_id: UUID, after: int, limit: i
 async def set_progress(session: AsyncSession, job_id: UUID, done: int, total: int, unit: str) -> None:
     """Write how far a job is."""
     values = {"progress_done": done, "progress_total": total, "progress_unit": unit}
-    await session.execute(update(Job).where(Job.id == job_id).values(values))
+    # No reason for the runner to look at all jobs, twice a second.
+    news = {NOTIFIES: ((Topic.JOB_NEWS, job_id),)}
+    await session.execute(update(Job).where(Job.id == job_id).values(values), execution_options=news)

@@ -12,7 +12,6 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 from uuid import UUID
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -23,16 +22,14 @@ from modelyard.errors import TooManyFollowers
 from modelyard.jobs import actions
 from modelyard.jobs.schemas import EventOut, JobOut
 from modelyard.jobs.tables import ACTIVE, JobEvent
-
-if TYPE_CHECKING:
-    from modelyard.jobs.runner import News
+from modelyard.signals import Topic
 
 log = logging.getLogger(__name__)
 
 BATCH = 500
 #: Events of a job that are kept in memory while somebody follows it.
 KEPT = 1000
-#: News that got lost must not leave followers waiting for ever: the one reader also looks by itself this often.
+#: A signal that got lost must not leave followers waiting for ever: the one reader also looks by itself this often.
 LOOK_AGAIN_S = 30.0
 RETRY_S = 1.0
 #: A feed that nobody has begun to follow, since its client went away meanwhile, is closed after this.
@@ -49,15 +46,16 @@ class FollowerLimits:
 
 
 class Feed:
-    """One job's events as its followers see them; `open` it first."""
+    """One job's events as its followers see them; `open` it first. `server_ends` is set when the server stops."""
 
-    def __init__(self, job_id: UUID, sessions: Sessions, news: News, past: asyncio.Semaphore) -> None:
+    def __init__(self, job_id: UUID, sessions: Sessions, past: asyncio.Semaphore, server_ends: asyncio.Event) -> None:
         self.job_id = job_id
         self.followers = 0
         self._sessions = sessions
-        self._news = news
         self._past = past
-        self._told = news.follow(job_id)
+        self._server_ends = server_ends
+        self._told = asyncio.Event()
+        sessions.signals.subscribe(Topic.JOB_NEWS, self._told.set, job_id)
         self._kept: deque[tuple[int, str]] = deque()
         # Every event with a number above this one is kept.
         self._floor = 0
@@ -85,7 +83,7 @@ class Feed:
 
     def close(self) -> None:
         """Stop reading. Safe to repeat."""
-        self._news.leave(self.job_id, self._told)
+        self._sessions.signals.unsubscribe(Topic.JOB_NEWS, self._told.set, self.job_id)
         if self._watch is not None:
             self._watch.cancel()
 
@@ -127,7 +125,7 @@ class Feed:
     async def _follow_news(self) -> None:
         is_away = False
         try:
-            while self.job.status in ACTIVE and not self._news.is_over:
+            while self.job.status in ACTIVE and not self._server_ends.is_set():
                 try:
                     async with asyncio.timeout(LOOK_AGAIN_S):
                         await self._told.wait()
@@ -150,7 +148,7 @@ class Feed:
                 if self.job.status in ACTIVE:
                     self._wake()
         finally:
-            self._news.leave(self.job_id, self._told)
+            self._sessions.signals.unsubscribe(Topic.JOB_NEWS, self._told.set, self.job_id)
             self._is_over = True
             self._wake()
 
@@ -179,10 +177,10 @@ class Feed:
 class Feeds:
     """The feeds of all jobs that somebody follows."""
 
-    def __init__(self, sessions: Sessions, news: News, limits: FollowerLimits) -> None:
+    def __init__(self, sessions: Sessions, limits: FollowerLimits) -> None:
         self._sessions = sessions
-        self._news = news
         self._limits = limits
+        self._server_ends = asyncio.Event()
         self._past = asyncio.Semaphore(READERS_OF_THE_PAST)
         self._feeds: dict[UUID, asyncio.Task[Feed]] = {}
         self._followers = 0
@@ -214,6 +212,11 @@ class Feeds:
             self._followers -= 1
             self._close_if_unused(feed)
 
+    def end(self) -> None:
+        """End every stream: the server stops, and would wait for them. Safe to repeat."""
+        self._server_ends.set()
+        self._sessions.signals.notify(Topic.JOB_NEWS)
+
     def _check_room(self, followers: int) -> None:
         if self._followers >= self._limits.in_all:
             raise TooManyFollowers(f"{self._limits.in_all} clients follow jobs", "MODELYARD_MAX_FOLLOWERS")
@@ -221,7 +224,7 @@ class Feeds:
             raise TooManyFollowers(f"{self._limits.per_job} clients follow this job", "MODELYARD_MAX_JOB_FOLLOWERS")
 
     async def _open(self, job_id: UUID) -> Feed:
-        feed = Feed(job_id, self._sessions, self._news, self._past)
+        feed = Feed(job_id, self._sessions, self._past, self._server_ends)
         try:
             await feed.open()
         except BaseException:

@@ -11,7 +11,7 @@ from uuid import UUID
 from fastapi import Depends, Header, Path, Query, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
-from modelyard.http import Sessions, documented, event_stream, router
+from modelyard.http import Sessions, documented, event_stream, router, services_of
 from modelyard.jobs import actions
 from modelyard.jobs.runner import JobRunner
 from modelyard.jobs.schemas import EventOut, JobOut
@@ -25,9 +25,8 @@ LOG_BLOCK = 64 * 1024
 LOG_LIMIT = 8 * 1024 * 1024
 
 
-def _runner(request: Request) -> JobRunner:
-    found: JobRunner = request.app.state.runner
-    return found
+async def _runner(request: Request) -> JobRunner:
+    return services_of(request.scope).runner
 
 
 Runner = Annotated[JobRunner, Depends(_runner)]
@@ -56,14 +55,13 @@ async def get_job_status(job_id: JobId, sessions: Sessions) -> JobOut:
 
 
 @api.post("/{job_id}/interrupt/", summary="Interrupt a job", responses=documented(404, 409, 422))
-async def interrupt_job(job_id: JobId, sessions: Sessions, runner: Runner) -> JobOut:
+async def interrupt_job(job_id: JobId, sessions: Sessions) -> JobOut:
     """Ask a job to stop. Safe to repeat; one that has ended answers 409 `job_finished`.
 
     The answer may still say RUNNING: the job becomes KILLED when nothing of it runs any more.
     """
     async with sessions.begin() as session:
         job = await actions.interrupt(session, job_id)
-    runner.wake()
     return JobOut.of(job)
 
 

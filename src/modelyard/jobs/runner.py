@@ -32,6 +32,7 @@ from modelyard.errors import IllegalMove, JobFailure
 from modelyard.jobs import actions, survival
 from modelyard.jobs.feeds import Feeds, FollowerLimits
 from modelyard.jobs.tables import ACTIVE, MOVES, Job, JobStatus
+from modelyard.signals import Topic
 from modelyard.states import move
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class JobInterrupted(Exception):
 class JobContext:
     """The context of a job's function: what is wanted, a folder of its own, and ways to tell how it goes."""
 
-    def __init__(self, job: Job, folder: Path, sessions: Sessions, news: News) -> None:
+    def __init__(self, job: Job, folder: Path, sessions: Sessions) -> None:
         self.id: UUID = job.id
         self.kind: str = job.kind
         self.name: str = job.name
@@ -64,7 +65,6 @@ class JobContext:
             self.interrupted.set()
         self.interrupted_before_start = job.interrupt_requested and job.status == JobStatus.CREATED
         self._sessions = sessions
-        self._news = news
         self._progress_at = 0.0
         #: How far it had come when the function was called: further, and it is not what ended an earlier server.
         self.done_before, self.unit_before = job.progress_done or 0, job.progress_unit
@@ -72,14 +72,13 @@ class JobContext:
         self.is_at_risk = True
 
     async def event(self, message: str, *, level: str = "info", data: dict[str, Any] | None = None) -> None:
-        """Append to the job's event list, and tell those who follow it. Waits while the database is away."""
+        """Append to the job's event list. Waits while the database is away."""
 
         async def append() -> None:
             async with self._sessions.begin() as session:
                 await actions.append_event(session, self.id, message, level=level, data=data)
 
         await self.patiently(append)
-        self._news.tell(self.id)
 
     async def patiently(self, work: Callable[[], Awaitable[T]]) -> T:
         """Do work on the database, which may be repeated, and wait while that is away; an event tells of it after."""
@@ -103,7 +102,6 @@ class JobContext:
             self.is_at_risk = self.is_at_risk and not is_further
         except SQLAlchemyError as error:  # a figure that got lost is no reason to fail: the next one tells more
             log.warning("the progress of job %s could not be written: %s", self.id, error)
-        self._news.tell(self.id)
 
     async def survived(self) -> None:
         """Say that the job has done its work once: deaths of the server are never counted against it again."""
@@ -120,46 +118,10 @@ class JobContext:
         """True if it ran for long enough to say that it survives, and nobody has said so yet."""
         return self.is_at_risk and asyncio.get_running_loop().time() - self._started_at > survival.SURVIVED_S
 
-    def tell(self) -> None:
-        """Tell those who follow the job of what was written in a transaction of the function's own."""
-        self._news.tell(self.id)
-
 
 JobFunction = Callable[[JobContext], Awaitable[None]]
 #: What else is to be written when a job of a kind ends, however it does: in the same transaction as its status.
 JobEnding = Callable[[AsyncSession, UUID], Awaitable[None]]
-
-
-class News:
-    """Wakes those who follow a job. Holds no facts: they are in the database, and a follower reads them there."""
-
-    def __init__(self) -> None:
-        self.is_over = False
-        self._followers: dict[UUID, set[asyncio.Event]] = {}
-
-    def tell(self, job_id: UUID) -> None:
-        """Wake every follower of the job."""
-        for follower in self._followers.get(job_id, ()):
-            follower.set()
-
-    def follow(self, job_id: UUID) -> asyncio.Event:
-        """Return an event that is set at each piece of news; give it back with `leave`."""
-        follower = asyncio.Event()
-        self._followers.setdefault(job_id, set()).add(follower)
-        return follower
-
-    def leave(self, job_id: UUID, follower: asyncio.Event) -> None:
-        """Stop following."""
-        followers = self._followers.get(job_id, set())
-        followers.discard(follower)
-        if not followers:
-            self._followers.pop(job_id, None)
-
-    def end(self) -> None:
-        """Wake every follower for the last time: the server stops, and would wait for them. Safe to repeat."""
-        self.is_over = True
-        for job_id in self._followers:
-            self.tell(job_id)
 
 
 class JobRunner:
@@ -177,18 +139,18 @@ class JobRunner:
         endings: Mapping[str, JobEnding] | None = None,
         followers: FollowerLimits | None = None,
     ) -> None:
-        self.news = News()
-        self.feeds = Feeds(sessions, self.news, followers or FollowerLimits())
+        self.feeds = Feeds(sessions, followers or FollowerLimits())
         self._sessions = sessions
         self._functions = functions
         self._limits = limits
         self._endings = endings or {}
         self._jobs_dir = jobs_dir
         self._wake = asyncio.Event()
+        sessions.signals.subscribe(Topic.JOBS, self.wake)
         self._running: dict[UUID, tuple[JobContext, asyncio.Task[None]]] = {}
 
     def wake(self) -> None:
-        """Look at the table now. Call it after the commit that made a wish."""
+        """Look at the table now, as at each commit that writes a job."""
         self._wake.set()
 
     def log_of(self, job_id: UUID) -> Path:
@@ -272,7 +234,7 @@ class JobRunner:
                 context.is_at_risk = False
 
     def _start(self, job: Job) -> None:
-        context = JobContext(job, self._jobs_dir / str(job.id), self._sessions, self.news)
+        context = JobContext(job, self._jobs_dir / str(job.id), self._sessions)
         self._running[job.id] = (context, tasks.spawn(f"job {job.name}", self._perform(context)))
 
     async def _perform(self, context: JobContext) -> None:
@@ -369,7 +331,6 @@ class JobRunner:
         except IllegalMove:
             log.warning("job %s could not become %s: it has moved already", job_id, to)
             return False
-        self.news.tell(job_id)
         return True
 
 

@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from modelyard.errors import JobFailure
 from modelyard.jobs.tables import Job, JobStatus
 from modelyard.plurals import counted
+from modelyard.signals import NOTIFIES
 
 #: So many deaths of the server during one job, one after the other, are no accident.
 MOST_DEATHS = 2
@@ -41,7 +42,8 @@ async def note_survival(session: AsyncSession, job_ids: Collection[UUID], *, for
     if job_ids:
         deaths = IMMUNE if for_good else 0
         known = update(Job).where(Job.id.in_(job_ids), Job.deaths != IMMUNE)
-        await session.execute(known.values(at_risk=False, deaths=deaths))
+        # No client is shown this, and the runner has nothing to do for it.
+        await session.execute(known.values(at_risk=False, deaths=deaths), execution_options={NOTIFIES: ()})
 
 
 async def note_good_end(session: AsyncSession) -> None:

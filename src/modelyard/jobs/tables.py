@@ -11,6 +11,7 @@ from sqlalchemy import JSON, BigInteger, ForeignKey, Index, String, Text, Uuid, 
 from sqlalchemy.orm import Mapped, mapped_column
 
 from modelyard.db import Base, Number, UtcDateTime, utcnow
+from modelyard.signals import Topic
 from modelyard.states import Moves
 
 
@@ -46,6 +47,7 @@ ACTIVE = (JobStatus.CREATED, JobStatus.RUNNING)
 class Job(Base):
     """A job. `number` orders jobs by creation, `subject` is what a second wish for the same thing finds."""
 
+    TOPICS = ((Topic.JOBS, None), (Topic.JOB_NEWS, "id"))
     __tablename__ = "jobs"
     __table_args__ = (
         Index("ix_jobs_status_number", "status", "number"),
@@ -82,6 +84,7 @@ class Job(Base):
 class JobEvent(Base):
     """Something that happened to a job. Never changed, never deleted before its job."""
 
+    TOPICS = ((Topic.JOB_NEWS, "job_id"),)
     __tablename__ = "job_events"
     __table_args__ = (Index("ix_job_events_job_id_number", "job_id", "number"),)
 

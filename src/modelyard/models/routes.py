@@ -7,8 +7,7 @@ from typing import Annotated
 
 from fastapi import Depends, Path, Query, Request
 
-from modelyard.http import Sessions, Settings, documented, router
-from modelyard.jobs.routes import Runner
+from modelyard.http import Sessions, Settings, documented, router, services_of
 from modelyard.jobs.schemas import JobOut
 from modelyard.models import actions, store
 from modelyard.models.lost import Backups, lost_of
@@ -17,9 +16,8 @@ from modelyard.models.schemas import ModelOut
 api = router("/api/v1/models", "Models")
 
 
-def _backups(request: Request) -> Backups:
-    found: Backups = request.app.state.backups
-    return found
+async def _backups(request: Request) -> Backups:
+    return services_of(request.scope).backups
 
 
 Kept = Annotated[Backups, Depends(_backups)]
@@ -38,7 +36,6 @@ async def list_models(sessions: Sessions, settings: Settings) -> list[ModelOut]:
 @api.post("/add/", summary="Download a model", responses=documented(404, 409, 422))
 async def add_model(
     sessions: Sessions,
-    runner: Runner,
     model_id: Annotated[
         str,
         Query(
@@ -74,7 +71,6 @@ async def add_model(
     whole = f"{model_id}/{subfolder.strip('/')}" if subfolder and subfolder.strip("/") else model_id
     async with sessions.begin() as session:
         job = await actions.request_download(session, whole, revision, base_model_id)
-    runner.wake()
     return JobOut.of(job)
 
 
