@@ -174,6 +174,7 @@ async def test_a_stream_shows_everything_so_far_then_what_comes_and_ends(databas
         await context.event("before", data={"text": "two\nlines"})
         async with client.http.get(f"{JOBS}/{job_id}/events/") as reply:
             assert reply.headers["Cache-Control"] == "no-store"
+            assert reply.headers["X-Accel-Buffering"] == "no", "nginx passes events on as they come"
             stream = sse(reply)
             seen = [await anext(stream), await anext(stream)]
             await context.event("live", level="warning")

@@ -3,6 +3,10 @@
 A `Feed` reads its job when there is news of it, renders each event once, and wakes its followers, who take what they
 have not had yet from its newest events in memory. Only one that begins far back, or fell far behind, reads the database
 itself, one page at a time and two of them at a time in all. A follower that waits costs nothing.
+
+FastAPI's own streams of events (a route that yields `ServerSentEvent`) are not used: they render each event for each
+follower again and pass it through two tasks, 85 us of processor time where one text for all takes 9 (100 followers,
+FastAPI 0.136), and the same path could not answer `follow=false` with JSON.
 """
 
 from __future__ import annotations

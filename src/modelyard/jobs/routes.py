@@ -9,7 +9,8 @@ from typing import Annotated
 from uuid import UUID
 
 from fastapi import Depends, Header, Path, Query, Request
-from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from fastapi.sse import EventSourceResponse
+from starlette.responses import PlainTextResponse, Response
 
 from modelyard.http import Sessions, documented, event_stream, router, services_of
 from modelyard.jobs import actions
@@ -99,7 +100,8 @@ async def get_job_events(
         body = b"[" + b",".join(EventOut.of(event).model_dump_json().encode() for event in events) + b"]"
         return Response(body, media_type="application/json")
     stream = runner.feeds.stream(await runner.feeds.find(job_id), last_event_id, KEEP_ALIVE_S)
-    return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+    # nginx would otherwise hold events back until it has a buffer full of them.
+    return EventSourceResponse(stream, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
 
 
 @api.get(
