@@ -30,6 +30,7 @@ db                  sessions on SQLite and PostgreSQL
 settings, tasks     configuration; background tasks that cannot fail in silence
 bodies              request bodies as they come: gzip, byte order marks, UTF-16, half surrogates
 outages             database outages: which errors pass, and how work waits for the database
+retry               pauses between tries, and the loop around work that may fail for a while
 paths               the only join of a folder and a name from elsewhere
 private_files       the data folder closed to other users: umask and modes
 hardware            GPUs, processors, and the memory that the machine or the container has left

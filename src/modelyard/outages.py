@@ -29,13 +29,12 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from modelyard.errors import DatabaseUnavailable
 from modelyard.evidence import in_words
+from modelyard.retry import Backoff, retry
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-#: Pause before the second try; each further one is twice as long, up to the longest.
-FIRST_PAUSE_S = 0.1
-LONGEST_PAUSE_S = 2.0
+BACKOFF = Backoff(first_s=0.1, longest_s=2.0)
 
 #: SQLite's primary result codes.
 _WRONG_STATEMENT = {sqlite3.SQLITE_ERROR, sqlite3.SQLITE_MISUSE, sqlite3.SQLITE_RANGE}
@@ -103,21 +102,16 @@ async def wait_out(
     `work` is one transaction, or several that may each be repeated: an outage may come between a commit and its
     answer, so the work must be right also where it was done already. `ended` is awaited after an outage.
     """
-    since, pause_s, reason = 0.0, FIRST_PAUSE_S, ""
-    while True:
-        try:
-            result = await work()
-        except SQLAlchemyError as error:
-            if not is_passing(error):
-                raise
-            reason = first_line(error)
-            if not since:
-                since = time.monotonic()
-                log.warning("%s waits for the database: %s", what, reason)
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-        else:
-            break
+    since, reason = 0.0, ""
+
+    async def note(error: SQLAlchemyError, _pause_s: float) -> None:
+        nonlocal since, reason
+        reason = first_line(error)
+        if not since:
+            since = time.monotonic()
+            log.warning("%s waits for the database: %s", what, reason)
+
+    result = await retry(work, SQLAlchemyError, BACKOFF, passes=is_passing, before_pause=note)
     if since:
         outage = Outage(time.monotonic() - since, reason)
         log.warning("%s goes on. %s.", what, outage)

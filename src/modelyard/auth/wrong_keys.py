@@ -11,6 +11,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 
+from modelyard.retry import Backoff
+
 MAX_ADDRESSES = 4096
 #: Mistakes that cost nothing: a client may try its old key before its new one.
 FREE = 5
@@ -37,7 +39,7 @@ class WrongKeys:
             self._seen.popitem(last=False)
         if count <= FREE:
             return 0.0
-        return min(FIRST_DELAY_S * 2.0 ** min(count - FREE - 1, 30), self._longest_delay_s)
+        return Backoff(FIRST_DELAY_S, self._longest_delay_s).pause_s(count - FREE)
 
 
 def network_of(address: str) -> str:

@@ -38,6 +38,7 @@ from modelyard.models.chat_template import GUESSED_HINT, GUESSED_WARNING, Templa
 from modelyard.models.tokenizer_child import TokenizerChildren
 from modelyard.plurals import counted
 from modelyard.processes import Children
+from modelyard.retry import Backoff
 from modelyard.settings import Settings
 from modelyard.signals import Topic
 
@@ -389,7 +390,7 @@ class Service:
         is_forgiven = self.engine.silence.is_forgiven
         if not self.has_served or (self.row.restarts >= self.settings.engine_max_restarts and not is_forgiven):
             raise cause
-        delay_s = min(self.settings.engine_restart_delay_s * 2**self.row.restarts, LONGEST_DELAY_S)
+        delay_s = Backoff(self.settings.engine_restart_delay_s, LONGEST_DELAY_S).pause_s(self.row.restarts + 1)
         await self._stop_engine()
         self.engine.silence.end()
         restarts = self.row.restarts + (0 if is_forgiven else 1)

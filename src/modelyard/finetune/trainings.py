@@ -46,6 +46,7 @@ from modelyard.models.tables import Model
 from modelyard.models.tokenizer_child import TokenizerChildren
 from modelyard.paths import inside
 from modelyard.processes import Children
+from modelyard.retry import Backoff, retry
 from modelyard.settings import Settings
 from modelyard.storage import Storage
 from modelyard.trainer.spec import Hyperparameters
@@ -54,8 +55,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: Between attempts to reach a storage that is away.
-STORAGE_PAUSES_S = (1.0, 2.0, 5.0, 10.0)
+#: For a storage that is away: 15 seconds of pauses in all.
+STORAGE_BACKOFF = Backoff(first_s=1.0, longest_s=10.0)
+STORAGE_TRIES = 5
 #: What a chat template adds to a row's characters, at most.
 TEMPLATE_TOKENS = 256
 #: A server that stops waits for the storage no longer than this: the checkpoint is on its disk all the same.
@@ -214,15 +216,15 @@ class _Training:
 
     async def _wait_out_storage(self, work: Callable[[], Awaitable[None]]) -> None:
         """Do what needs the storage, again and again for a while where that is away."""
-        for pause_s in (*STORAGE_PAUSES_S, None):
-            try:
-                return await work()
-            except ModelyardError as error:
-                if pause_s is None or not isinstance(error, StorageUnavailable):
-                    hint = "Resume the training when the storage is as it should be."
-                    raise JobFailure(error.code, error.message, hint) from error
-                await self.job.event(f"{error.message} Trying again in {pause_s:g} s.", level="warning")
-                await asyncio.sleep(pause_s)
+
+        async def tell(error: StorageUnavailable, pause_s: float) -> None:
+            await self.job.event(f"{error.message} Trying again in {pause_s:g} s.", level="warning")
+
+        try:
+            await retry(work, StorageUnavailable, STORAGE_BACKOFF, tries=STORAGE_TRIES, before_pause=tell)
+        except ModelyardError as error:
+            hint = "Resume the training when the storage is as it should be."
+            raise JobFailure(error.code, error.message, hint) from error
 
     async def _prepare(self) -> None:
         """Bring the dataset, and the newest checkpoint if this machine has only older ones."""

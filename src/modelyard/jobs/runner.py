@@ -32,6 +32,7 @@ from modelyard.errors import IllegalMove, JobFailure
 from modelyard.jobs import actions, survival
 from modelyard.jobs.feeds import Feeds, FollowerLimits
 from modelyard.jobs.tables import ACTIVE, MOVES, Job, JobStatus
+from modelyard.retry import Backoff, retry
 from modelyard.signals import Topic
 from modelyard.states import move
 
@@ -264,15 +265,16 @@ class JobRunner:
 
     async def _call(self, context: JobContext) -> None:
         """Call the job's function, and again where an outage of the database ended it: its contract allows that."""
-        while True:
-            try:
-                return await self._functions[context.kind](context)
-            except SQLAlchemyError as error:
-                if not outages.is_passing(error):
-                    raise
-                said = outages.first_line(error)
-                log.warning("job %s (%s) is begun again: the database is away (%s)", context.name, context.id, said)
-                await asyncio.sleep(LOOK_AGAIN_S)
+
+        async def note(error: SQLAlchemyError, _pause_s: float) -> None:
+            said = outages.first_line(error)
+            log.warning("job %s (%s) is begun again: the database is away (%s)", context.name, context.id, said)
+
+        def work() -> Awaitable[None]:
+            return self._functions[context.kind](context)
+
+        always = Backoff(LOOK_AGAIN_S, LOOK_AGAIN_S)
+        await retry(work, SQLAlchemyError, always, passes=outages.is_passing, before_pause=note)
 
     async def _settle(self, context: JobContext, to: JobStatus, reason: str, failure: JobFailure | None) -> None:
         """Write how a job ended: a database that is away must not leave it RUNNING.

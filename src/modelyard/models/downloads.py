@@ -32,11 +32,12 @@ from modelyard.models.stored_adapters import with_facts
 from modelyard.models.tables import Model
 from modelyard.models.tokenizer_child import TokenizerChildren
 from modelyard.processes import Child, Children, Command, child_environment
+from modelyard.retry import Backoff
 from modelyard.settings import Settings
 
 POLL_S = 0.2
 STOP_TIMEOUT_S = 5.0
-MAX_PAUSE_S = 15.0
+BACKOFF = Backoff(first_s=0.25, longest_s=15.0)
 #: A connection that says nothing for so long is taken up again by the child itself.
 READ_TIMEOUT_S = 20
 #: A busy machine may take its time to start a process: that is no stall.
@@ -183,9 +184,8 @@ class Downloads:
             if not failure["transient"] or fruitless >= self._settings.download_attempts:
                 raise JobFailure(failure["code"], failure["message"], failure["hint"], failure.get("evidence", ()))
             await job.event(f"{failure['message']} Trying again.", level="warning", data={"code": failure["code"]})
-            pause_s = min(0.25 * 2**fruitless, MAX_PAUSE_S)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause_s):
+                async with asyncio.timeout(BACKOFF.pause_s(fruitless + 1)):
                     await job.interrupted.wait()
             _leave_if_interrupted(job)
 

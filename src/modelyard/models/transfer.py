@@ -21,8 +21,10 @@ from typing import Any, Protocol, TypeVar
 
 from modelyard.errors import JobFailure
 from modelyard.paths import below
+from modelyard.retry import Backoff, retry_blocking
 
 TRIES = 3
+BACKOFF = Backoff(first_s=0.5, longest_s=4.0)
 BLOCK = 1024 * 1024
 REPORT_EVERY_S = 0.2
 NETWORK_HINT = "Check the network, the proxy and HF_ENDPOINT, then add the model again: it goes on where it stopped."
@@ -92,14 +94,7 @@ class Progress:
 
 def patiently(call: Callable[[], T]) -> T:
     """Return what `call` returns, trying again after a `TryAgain` with growing pauses."""
-    for attempt in range(TRIES):
-        try:
-            return call()
-        except TryAgain:
-            if attempt == TRIES - 1:
-                raise
-            time.sleep(0.25 * 4**attempt)
-    raise AssertionError
+    return retry_blocking(call, TryAgain, BACKOFF, tries=TRIES)
 
 
 def blob_name(file: SourceFile, commit: str) -> str:
@@ -196,7 +191,7 @@ def _fill(source: Source, file: SourceFile, part: Path, progress: Progress) -> b
                 failures = 1 if offset > before else failures + 1
                 if failures > TRIES:
                     raise
-                time.sleep(0.25 * 2**failures)
+                time.sleep(BACKOFF.pause_s(failures))
             else:
                 # An answer that ended early without an error counts as a failure: else this could go on for ever.
                 failures = failures + 1 if offset == before else 0
