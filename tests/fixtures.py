@@ -8,6 +8,7 @@ a prefix of its own in a bucket. A part that is not installed skips its tests, u
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
 import subprocess
 import uuid
@@ -20,8 +21,9 @@ import psycopg
 import pytest
 
 from modelyard.storage import FolderStorage, S3Storage, Storage
-from tests.servers import postgres, swift_s3
+from tests.servers import postgres, programs, swift_s3
 from tests.servers.lifetime import ServerMissing
+from tests.servers.programs import Programs
 
 ACCESS_KEY, SECRET_KEY = "modelyard:tests", "not-a-secret"
 
@@ -103,6 +105,15 @@ def s3_server(running_s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", running_s3.access_key)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", running_s3.secret_key)
     return running_s3
+
+
+@pytest.fixture(scope="session")
+def vllm_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
+    """A process with vLLM imported, which forks for each program that a test has it run."""
+    if importlib.util.find_spec("vllm") is None:
+        missing("engine", "vLLM is not installed: make test installs it")
+    with programs.forking(tmp_path_factory.mktemp("programs") / "log") as found:
+        yield found
 
 
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")

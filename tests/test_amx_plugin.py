@@ -9,6 +9,9 @@ import sys
 
 import pytest
 
+from tests.servers.programs import Programs
+
+ENABLE = "from modelyard.deploy.amx_plugin import enable_amx; enable_amx()"
 GROUP = "vllm.general_plugins"
 #: Put before the code under test: a torch on which each call for the tiles is written down.
 RECORDING = """
@@ -23,8 +26,10 @@ def run_python(code: str, timeout_s: float = 120) -> subprocess.CompletedProcess
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout_s, check=False)
 
 
-def run_with_torch(code: str, *, supported: bool = True, granted: bool = True) -> tuple[list[str], str]:
-    done = run_python(RECORDING.format(supported=supported, granted=granted) + code + "\nprint(json.dumps(calls))")
+def run_with_torch(
+    programs: Programs, code: str, *, supported: bool = True, granted: bool = True
+) -> tuple[list[str], str]:
+    done = programs.run(RECORDING.format(supported=supported, granted=granted) + code + "\nprint(json.dumps(calls))")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
@@ -48,25 +53,27 @@ def test_without_torch_it_warns_and_does_not_raise() -> None:
 
 
 @pytest.mark.engine
-def test_vllm_calls_it_once_when_it_loads_its_plugins() -> None:
-    calls, _ = run_with_torch("from vllm.plugins import load_general_plugins; load_general_plugins()")
+def test_vllm_calls_it_once_when_it_loads_its_plugins(vllm_programs: Programs) -> None:
+    calls, _ = run_with_torch(vllm_programs, "from vllm.plugins import load_general_plugins; load_general_plugins()")
     assert calls == ["asked"]
 
 
 @pytest.mark.engine
-def test_on_a_processor_without_amx_nothing_is_asked() -> None:
-    calls, _ = run_with_torch("from modelyard.deploy.amx_plugin import enable_amx; enable_amx()", supported=False)
+def test_on_a_processor_without_amx_nothing_is_asked(vllm_programs: Programs) -> None:
+    calls, _ = run_with_torch(vllm_programs, ENABLE, supported=False)
     assert calls == []
 
 
 @pytest.mark.engine
-def test_a_refusal_is_logged_and_is_not_an_error() -> None:
-    calls, log = run_with_torch("from modelyard.deploy.amx_plugin import enable_amx; enable_amx()", granted=False)
+def test_a_refusal_is_logged_and_is_not_an_error(vllm_programs: Programs) -> None:
+    calls, log = run_with_torch(vllm_programs, ENABLE, granted=False)
     assert calls == ["asked"]
     assert "refused the AMX tiles" in log
 
 
 @pytest.mark.engine
-def test_this_machine_can_run_it_twice() -> None:
-    done = run_python("from modelyard.deploy.amx_plugin import enable_amx; enable_amx(); enable_amx(); print('alive')")
+def test_this_machine_can_run_it_twice(vllm_programs: Programs) -> None:
+    done = vllm_programs.run(
+        "from modelyard.deploy.amx_plugin import enable_amx; enable_amx(); enable_amx(); print('alive')"
+    )
     assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from modelyard.demo import tiny_llama
 from modelyard.models import scan, selection
+from tests.servers.programs import Programs
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -67,7 +68,9 @@ def test_the_tokenizer_brings_any_text_back_and_knows_the_ends_of_turns(tmp_path
 
 
 @pytest.mark.engine
-def test_transformers_loads_the_llama_whole_and_its_chat_template_ends_each_turn(tmp_path: Path) -> None:
+def test_transformers_loads_the_llama_whole_and_its_chat_template_ends_each_turn(
+    vllm_programs: Programs, tmp_path: Path
+) -> None:
     tiny_llama.make_llama(tmp_path / "model")
     code = """
 import sys, torch
@@ -83,11 +86,12 @@ ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return
 assert ids["input_ids"][0].tolist().count(tokenizer.eos_token_id) == 2
 assert model.generate(**ids, max_new_tokens=4).shape[1] > ids["input_ids"].shape[1]
 """
-    run_offline(code, tmp_path / "model")
+    done = vllm_programs.run(code, str(tmp_path / "model"))
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.engine
-def test_transformers_loads_the_bert_whole(tmp_path: Path) -> None:
+def test_transformers_loads_the_bert_whole(vllm_programs: Programs, tmp_path: Path) -> None:
     tiny_llama.make_bert(tmp_path / "model")
     code = """
 import sys
@@ -100,12 +104,5 @@ tokens = tokenizer.convert_ids_to_tokens(encoded["input_ids"][0])
 assert (tokens[0], tokens[-1]) == ("[CLS]", "[SEP]"), tokens
 assert model(**encoded).last_hidden_state.shape[-1] == 128
 """
-    run_offline(code, tmp_path / "model")
-
-
-def run_offline(code: str, *arguments: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", "import os; os.environ['HF_HUB_OFFLINE'] = '1'\n" + code, *map(str, arguments)],
-        capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = vllm_programs.run(code, str(tmp_path / "model"))
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from modelyard.deploy.lora_plugin import passed_over
+from tests.servers.programs import Programs
 
 PLUGIN = "from modelyard.deploy.lora_plugin import keep_adapters_off_the_base\n"
 #: Two slots, both taken; a row for the first, one for the base and one for the second, of one number each.
@@ -52,18 +53,20 @@ def test_without_vllm_it_warns_and_does_not_raise() -> None:
 
 @pytest.mark.engine
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_where_there_is_no_adapter_nothing_is_added(when: str) -> None:
+def test_where_there_is_no_adapter_nothing_is_added(vllm_programs: Programs, when: str) -> None:
     """Without the plugin the middle row, which is the base's, gets the weights of the last slot."""
     early = "from vllm.lora.punica_wrapper import punica_cpu\n" if when == "after" else ""
-    done = run_python(early + PLUGIN + "keep_adapters_off_the_base(); keep_adapters_off_the_base()\n" + OPERATIONS)
+    done = vllm_programs.run(
+        early + PLUGIN + "keep_adapters_off_the_base(); keep_adapters_off_the_base()\n" + OPERATIONS
+    )
     assert done.returncode == 0, done.stderr
     shrunk, expanded = [2.0, 0.0, 3.0], [12.0, 10.0, 13.0]
     assert json.loads(done.stdout.splitlines()[-1]) == [shrunk, expanded, expanded] * 2
 
 
 @pytest.mark.engine
-def test_vllm_still_needs_it() -> None:
-    done = run_python(OPERATIONS)
+def test_vllm_still_needs_it(vllm_programs: Programs) -> None:
+    done = vllm_programs.run(OPERATIONS)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])[1] == [12.0, 13.0, 13.0], "vLLM is cured: the plugin can go"
 

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests.servers.programs import Programs
+
 PLUGIN = "from modelyard.deploy.sleep_plugin import sleep_while_waiting\n"
 #: Waits as vLLM's readers do, and prints the part of a core that the waiting took.
 WAIT = """
@@ -37,8 +39,8 @@ def test_without_vllm_it_warns_and_does_not_raise() -> None:
 
 
 @pytest.mark.engine
-def test_a_waiting_process_of_vllm_leaves_its_core_to_others() -> None:
+def test_a_waiting_process_of_vllm_leaves_its_core_to_others(vllm_programs: Programs) -> None:
     """A yield takes the whole core when nobody else wants it, and on some kernels when somebody does."""
-    done = run_python(PLUGIN + "sleep_while_waiting(); sleep_while_waiting()\n" + WAIT)
+    done = vllm_programs.run(PLUGIN + "sleep_while_waiting(); sleep_while_waiting()\n" + WAIT)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.splitlines()[-1]) < 0.6
