@@ -9,12 +9,17 @@ import signal
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 pytest_plugins = ["tests.fixtures"]
 
 # Tests run beside one another: the threads of several tests would wait, busily, for one another's core. What a test
 # starts inherits it, servers and their engines aside, which have an environment of their own (tests/server.py).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# How long an example takes is also up to whatever else this machine does.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 
 def pytest_configure() -> None:
