@@ -13,7 +13,7 @@ are optional:
   die_at_start      {"stderr": text, "exit_code": 1, "signal": 4, "after_s": 0}: it never binds
   start_delay_s     seconds before it binds its socket
   never             "bind" | "healthy" (/health answers 503) | "complete" (answers /health, generation hangs)
-  die_after_s       seconds after binding
+  die_after_s       seconds after its first generation
   hangs             {"after_s": 1.0, "for_s": 3.0, "busy": true, "says": text}: it answers nobody for so long, on the
                     processor all the while or (busy: false) off it, and writes the text to its log before
   die_on_request    number of the generation request (1 is the first) that ends it before a byte is answered
@@ -123,6 +123,7 @@ class Engine:
         modules = [json.loads(module) for module in options.get("--lora-modules", [])]
         self.loras: dict[str, str] = {module["name"]: module["path"] for module in modules}
         self.max_loras = int((options.get("--max-loras") or ["1"])[0])
+        self.has_answered = asyncio.Event()
         self.running: list[str | None] = []  # the adapter of each request that generates
         self.waiting = 0
         self.freed = asyncio.Event()
@@ -297,6 +298,7 @@ async def answer(
         engine.record("cancelled", number=number, tokens=sent[0])
         raise
     engine.record("finished", number=number, status=status, tokens=sent[0])
+    engine.has_answered.set()
 
 
 def _get(engine: Engine, path: str) -> tuple[int, bytes, str]:
@@ -711,6 +713,7 @@ async def _bind(engine: Engine) -> None:
     await loop.create_unix_server(lambda: Connection(engine), engine.socket, backlog=2048)
     say("INFO:     Application startup complete.")
     if seconds := engine.plan.get("die_after_s"):
+        await engine.has_answered.wait()
         await asyncio.sleep(seconds)
         engine.die()
     if hang := engine.plan.get("hangs"):
