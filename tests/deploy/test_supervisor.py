@@ -61,7 +61,9 @@ async def test_a_deployment_is_ready_once_its_engine_has_generated_a_token(tmp_p
         await eventually(says_so, "it says that it is ready")
 
 
-@pytest.mark.parametrize(("content", "said"), [(greedy(), "killed by SIGABRT"), (panicking(), "Cannot parse precompiled_charsmap")])
+@pytest.mark.parametrize(
+    ("content", "said"), [(greedy(), "killed by SIGABRT"), (panicking(), "Cannot parse precompiled_charsmap")]
+)
 async def test_a_hostile_tokenizer_is_refused_before_an_engine_reads_it(
     tmp_path: Path, content: bytes, said: str
 ) -> None:
