@@ -33,8 +33,8 @@ if __package__ in {None, ""}:
 
 from benchmarks import report, training_rivals, training_start
 from benchmarks.training_inputs import LARGER, TINY, conversations
+from modelyard.child_environment import child_environment
 from modelyard.finetune.attempts import physical_cores
-from modelyard.processes import child_environment
 from modelyard.trainer.spec import Hyperparameters, Mode, Spec
 
 HERE = Path(__file__).resolve().parent

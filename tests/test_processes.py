@@ -19,7 +19,8 @@ import pytest
 import uvloop
 
 from modelyard import keeper as keeper_module
-from modelyard.processes import Child, Children, Command, Outcome, child_environment
+from modelyard.child_environment import child_environment
+from modelyard.processes import Child, Children, Command, Outcome
 from modelyard.server_lock import ServerLock
 from tests.eventually import eventually
 

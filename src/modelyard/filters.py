@@ -20,7 +20,8 @@ import sys
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
-from modelyard.processes import Outcome, child_environment
+from modelyard.child_environment import child_environment
+from modelyard.processes import Outcome
 from modelyard.storage.streams import to_the_end
 
 #: How much may lie between the server and a filter; a kernel that gives less is fine, too.

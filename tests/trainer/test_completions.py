@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from modelyard.trainer.content_format import loops_over_content
+from modelyard.trainer.engine_messages import Refused
 from modelyard.trainer.messages import as_sent
-from modelyard.trainer.rendering import Refused
 from tests.trainer.templates import FAMILIES, GLM, PARTS, THINKING, byte_tokenizer, ids_of, need_transformers
 from tests.trainer.test_rendering import TWO_TURNS, Trained, answered, calls, family, says, user
 

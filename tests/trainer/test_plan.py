@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from modelyard.child_environment import child_environment
 from modelyard.demo.tiny_llama import make_llama
-from modelyard.processes import child_environment
 from modelyard.trainer.spec import Hyperparameters, Mode, Spec
 from tests.fixtures import missing
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as some
 
 from modelyard.errors import JobFailure
 from modelyard.trainer.default_template import CHATML_TEMPLATE
+from modelyard.trainer.engine_messages import Refused
 from modelyard.trainer.labels import IGNORED, Labelled, Labeller
-from modelyard.trainer.rendering import Refused, Renderer
+from modelyard.trainer.rendering import Renderer
 from tests.trainer.templates import (
     FAMILIES,
     HEADERS,

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from modelyard.datasets.lines import rows_of
 from modelyard.datasets.validation import Validation
+from modelyard.trainer.engine_messages import Refused
 from modelyard.trainer.labels import IGNORED
 from modelyard.trainer.messages import messages_of
-from modelyard.trainer.rendering import Refused, Renderer
+from modelyard.trainer.rendering import Renderer
 from modelyard.trainer.texts import pieces
 from tests.datasets import test_forms
 from tests.trainer.templates import FAMILIES, PARTS, byte_tokenizer, need_transformers

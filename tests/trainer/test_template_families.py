@@ -18,9 +18,9 @@ from hypothesis import strategies as some
 
 from modelyard.demo.tiny_llama import make_llama
 from modelyard.trainer.completions import THOUGHT
+from modelyard.trainer.engine_messages import Refused
 from modelyard.trainer.labels import IGNORED, Labelled
 from modelyard.trainer.messages import as_sent
-from modelyard.trainer.rendering import Refused
 from tests.fixtures import missing
 from tests.trainer import template_families
 from tests.trainer.template_families import (

@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from modelyard.child_environment import child_environment
 from modelyard.deploy import cures
 from modelyard.deploy.fit import CPU_SEQUENCES, GPU_UTILIZATION, MAX_LORAS, dtype_argument, fit, lora_rank
 from modelyard.deploy.model_shape import AdapterFiles, ModelFiles, longest
 from modelyard.deploy.schemas import EngineOptions
 from modelyard.errors import JobFailure
 from modelyard.hardware import Machine, cuda_environment
-from modelyard.processes import Command, child_environment
+from modelyard.processes import Command
 
 __all__ = ["AdapterFiles", "ModelFiles", "check_length", "engine_command", "plugins", "socket_path"]
 

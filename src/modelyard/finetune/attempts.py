@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from modelyard import evidence
+from modelyard.child_environment import child_environment
 from modelyard.finetune.tables import Finetune
 from modelyard.hardware import GIB
 from modelyard.models import store
 from modelyard.models.ids import folder_name
 from modelyard.models.tables import Model
-from modelyard.processes import Child, Command, Outcome, child_environment
+from modelyard.processes import Child, Command, Outcome
 from modelyard.settings import Settings
 from modelyard.trainer.spec import Hyperparameters, Mode, Spec
 

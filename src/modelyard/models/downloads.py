@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from modelyard import evidence
+from modelyard.child_environment import child_environment
 from modelyard.db import Sessions
 from modelyard.errors import JobFailure, Unprocessable
 from modelyard.jobs.runner import JobContext, JobInterrupted
@@ -31,7 +32,7 @@ from modelyard.models.mistral_format import is_mistral_format
 from modelyard.models.stored_adapters import with_facts
 from modelyard.models.tables import Model
 from modelyard.models.tokenizer_child import TokenizerChildren
-from modelyard.processes import Child, Children, Command, child_environment
+from modelyard.processes import Child, Children, Command
 from modelyard.retry import Backoff
 from modelyard.settings import Settings
 

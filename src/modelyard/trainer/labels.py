@@ -20,7 +20,8 @@ from typing import Any
 
 from modelyard.errors import JobFailure
 from modelyard.trainer.encoded import Encoded, Encoder
-from modelyard.trainer.rendering import Piece, Refused, Renderer
+from modelyard.trainer.engine_messages import Refused
+from modelyard.trainer.rendering import Piece, Renderer
 
 IGNORED = -100
 #: Spans whose prompt is tokenised by itself to see that offsets tell the truth.

@@ -14,7 +14,6 @@ than answers are rendered is `completions`' to say.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from modelyard.trainer.completions import (
     shared_end,
 )
 from modelyard.trainer.content_format import loops_over_content
+from modelyard.trainer.engine_messages import Message, Refused, as_engine_call, as_engine_tools, text_of
 from modelyard.trainer.messages import split_thought
 from modelyard.trainer.model_files import PLAIN_TEMPLATE
 from modelyard.trainer.text_parts import Joiner, PartsError, Said
@@ -45,12 +45,6 @@ TELLING = 24
 _NEXT = "jxqzv"
 #: Where the engine hands over what a client names `reasoning`.
 _REASONING = ("reasoning", "reasoning_content")
-
-Message = dict[str, Any]
-
-
-class Refused(Exception):
-    """A row cannot be learnt from with this model; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +127,7 @@ class Renderer:
         """Return the prompt that the engine makes of a request. Raises Refused where the template does."""
         messages = self._joined(messages, tools)
         said = [self._as_engine(message, bool(tools)) for message in messages]
-        return self._render(said, _as_engine_tools(tools), asks=True)
+        return self._render(said, as_engine_tools(tools), asks=True)
 
     def pieces(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> list[Piece]:
         """Return what is learnt of a canonical conversation: one piece, or one per turn of the assistant.
@@ -148,7 +142,7 @@ class Renderer:
             raise Refused("nothing to learn: no answer of the assistant to a message, of weight 1 and not empty")
         messages = self._joined(messages[: learnt[-1] + 1], tools)
         said = [self._as_engine(message, bool(tools)) for message in messages]
-        given = _as_engine_tools(tools)
+        given = as_engine_tools(tools)
         turns = [self._turn(said, given, at) for at in learnt]
         self._check_context(said, given, turns[-1])
         whole = turns[-1].prompt + turns[-1].completion
@@ -163,7 +157,7 @@ class Renderer:
         """Return messages whose contents are text: parts put together as the engine's template does it."""
         if not any(isinstance(message.get("content"), list) for message in messages):
             return messages
-        given = _as_engine_tools(tools)
+        given = as_engine_tools(tools)
 
         def rendered(said: Said) -> str:
             return self._render([self._as_engine(message, bool(tools)) for message in said], given)
@@ -201,7 +195,7 @@ class Renderer:
     def _completion(self, said: Sequence[Message], tools: list[Any] | None, at: int, prompt: str) -> str:
         """Return what is to be said after the prompt, up to and with the first stop token after it."""
         message, number = said[at], at + 1
-        content, calls = _text(message), message.get("tool_calls")
+        content, calls = text_of(message), message.get("tool_calls")
         answered = self._render(said[: at + 1], tools)
         thought = THOUGHT.match(content)
         answer = content[thought.end() :].strip() if thought else content.strip()
@@ -218,7 +212,11 @@ class Renderer:
         anchor = answer or (calls[0]["function"]["name"] if calls else "")
         try:
             found = completion(
-                prompt, answered, content, (_text(said[at - 1]), anchor), lambda: self._opening(said, tools, at, prompt)
+                prompt,
+                answered,
+                content,
+                (text_of(said[at - 1]), anchor),
+                lambda: self._opening(said, tools, at, prompt),
             )
         except NoCompletionError as error:
             raise Refused(str(error)) from None
@@ -305,7 +303,7 @@ class Renderer:
                 changed = [*said[:number], {**message, **change}, *said[number + 1 : turn.at]]
                 return self._differs(changed, tools, turn.prompt, asks=True)
 
-            text = _text(message)
+            text = text_of(message)
             if thought := THOUGHT.match(text):
                 text = text[thought.end() :]
             text, role = text.strip(), message["role"]
@@ -337,7 +335,7 @@ class Renderer:
         if role != "tool" and self._in_parts[with_tools] and not isinstance(text, list):
             said["content"] = [] if text is None else [{"type": "text", "text": text}]
         if message.get("tool_calls"):
-            said["tool_calls"] = [_as_engine_call(call) for call in message["tool_calls"]]
+            said["tool_calls"] = [as_engine_call(call) for call in message["tool_calls"]]
         for key in ("tool_call_id", "name"):
             if message.get(key) is not None:
                 said[key] = message[key]
@@ -351,7 +349,7 @@ class Renderer:
         return self._takes_thoughts[with_tools]
 
     def _with_thought_inside(self, message: Message, with_tools: bool) -> Message:
-        text = f"<think>\n{message[_REASONING[0]]}\n</think>\n\n{_text(message)}"
+        text = f"<think>\n{message[_REASONING[0]]}\n</think>\n\n{text_of(message)}"
         kept = {key: value for key, value in message.items() if key not in _REASONING}
         return {**kept, "content": self._content(text, with_tools)}
 
@@ -365,12 +363,12 @@ class Renderer:
             "arguments": {**function["arguments"], MARK.strip(): MARK},
         }
         marked = {**message, "tool_calls": [*calls[:-1], {**calls[-1], "function": {**function, **changed}}]}
-        return {**marked, "content": self._marked(message)} if _text(message) else marked
+        return {**marked, "content": self._marked(message)} if text_of(message) else marked
 
     @staticmethod
     def _marked(message: Message) -> Any:
         if isinstance(message["content"], list):
-            return [{"type": "text", "text": _text(message) + MARK}]
+            return [{"type": "text", "text": text_of(message) + MARK}]
         return message["content"] + MARK
 
 
@@ -384,31 +382,3 @@ def learnt_turns(messages: Sequence[Mapping[str, Any]]) -> list[int]:
         )
         for message in messages
     )
-
-
-def _text(message: Mapping[str, Any]) -> str:
-    content = message["content"]
-    return "".join(part["text"] for part in content) if isinstance(content, list) else str(content)
-
-
-def _as_engine_call(call: Mapping[str, Any]) -> Message:
-    arguments = call["function"].get("arguments")
-    if isinstance(arguments, str):
-        arguments = json.loads(arguments or "{}")
-    return {**call, "function": {**call["function"], "arguments": arguments or {}}}
-
-
-def _as_engine_tools(tools: Sequence[Any] | None) -> list[Any] | None:
-    """Return tools with the fields, and in the order, that the engine gives them: templates print them as JSON."""
-    if not tools:
-        return None
-    given = []
-    for number, tool in enumerate(tools):
-        function = tool.get("function") if isinstance(tool, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise Refused(f'tool {number + 1} is not {{"type": "function", "function": {{"name": ...}}}}')
-        known: Message = {key: function.get(key) for key in ("name", "description", "parameters")}
-        if function.get("strict") is not None:
-            known["strict"] = function["strict"]
-        given.append({"type": "function", "function": known})
-    return given

@@ -22,12 +22,13 @@ from modelyard.errors import JobFailure
 from modelyard.plurals import counted
 from modelyard.trainer import cutting, held_back, texts
 from modelyard.trainer.default_template import default_template, processors_template
+from modelyard.trainer.engine_messages import Refused
 from modelyard.trainer.examples import Example, HeldOut, Kept, Prepared, Probe
 from modelyard.trainer.labels import IGNORED, Labelled, Labeller
 from modelyard.trainer.messages import as_sent, messages_of
 from modelyard.trainer.model_files import stop_ids_of
 from modelyard.trainer.refusals import max_seq_len_too_long
-from modelyard.trainer.rendering import Piece, Refused, Renderer, learnt_turns
+from modelyard.trainer.rendering import Piece, Renderer, learnt_turns
 from modelyard.trainer.reports import Reports
 from modelyard.trainer.spec import Spec
 from modelyard.trainer.stall_watch import StallWatch

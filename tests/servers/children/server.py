@@ -10,7 +10,8 @@ import signal
 import sys
 from pathlib import Path
 
-from modelyard.processes import Children, Command, child_environment
+from modelyard.child_environment import child_environment
+from modelyard.processes import Children, Command
 from modelyard.server_lock import ServerLock
 from tests.servers.lifetime import end_with_parent
 
