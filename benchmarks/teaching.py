@@ -2,7 +2,7 @@
 
 `python benchmarks/teaching.py MODEL FOLDER [--only identity facts style JSON] SETTING...` trains in this process, by
 the trainer's own loop, one adapter for each set and SETTING, and appends what it came to to FOLDER/runs.jsonl; what is
-there already is not trained again. A SETTING is `ROWS:RATE:EPOCHS[:RANK]`, or `auto` for a request that names none.
+there already is not trained again. A SETTING is `ROWS:RATE:EPOCHS[:RETENTION]`, or `auto`: a request that names none.
 --write puts the table of all runs into benchmarks/RESULTS.md. MODEL is a folder: `python -m tests.small_model MODEL`
 makes it (SmolLM2-135M-Instruct).
 
@@ -85,8 +85,7 @@ class Bench:
         )  # fmt: skip
 
     def rows(self, folder: Path, pairs: Sequence[Pair], settings: dict[str, Any]) -> tuple[Spec, Any]:
-        """Return a spec for these rows, and the rows as the trainer reads them."""
-        from modelyard.trainer.batches import Rows
+        """Return a spec for these rows, and what the trainer makes of them."""
         from modelyard.trainer.rows import prepare
 
         folder.mkdir(parents=True)
@@ -94,19 +93,22 @@ class Bench:
         data.write_text("".join(pair.line() + "\n" for pair in pairs), "utf-8")
         spec = self.spec(folder, data, settings)
         Path(spec.work_dir).mkdir()
-        return spec, Rows(prepare(spec, self.tokenizer, 2048, self.report, self.watch).train)
+        return spec, prepare(spec, self.tokenizer, 2048, self.report, self.watch)
 
     def train(self, teaching: TeachingSet, settings: dict[str, Any]) -> dict[str, Any]:
         """Train an adapter and return what it came to."""
         from modelyard.trainer import choices
+        from modelyard.trainer.batches import Rows
         from modelyard.trainer.checkpoints import Checkpoints
+        from modelyard.trainer.ending import Ending
         from modelyard.trainer.loop import Training
         from modelyard.trainer.model import with_adapter
 
         with TemporaryDirectory(dir=self.folder) as scratch:
             folder = Path(scratch)
-            _, held_out = self.rows(folder / "held-out", teaching.held_out, {})
-            spec, rows = self.rows(folder / "taught", teaching.taught, settings)
+            _, asked = self.rows(folder / "held-out", teaching.held_out, {})
+            spec, prepared = self.rows(folder / "taught", teaching.taught, settings)
+            held_out, rows = Rows(asked.train), Rows(prepared.train)
             chosen = choices.choose(spec.hyperparameters, len(rows), self.base.config)
             spec = replace(spec, hyperparameters=choices.filled(spec.hyperparameters, chosen))
             model = with_adapter(self.base, spec)
@@ -126,11 +128,14 @@ class Bench:
                     curve.append((round(loss, 4), round(perplexity(self.model), 2)))
                     return loss
 
-            training = Sweep(spec, model, rows, held_out, pad, self.report, checkpoints, _Never())
+            never = _Never()
+            training = Sweep(spec, model, rows, held_out, pad, self.report, checkpoints, never, prepared.ordinary)
+            # What is measured here has no say in when it ends: these questions are the test.
+            training.ending = Ending(spec.hyperparameters.learnt_loss, training.course, 0)
             figures = training.run().figures
             found = {
                 "epochs": figures["epochs"], "steps": figures["steps"], "rows_per_step": figures["rows_per_step"],
-                "learning_rate": spec.hyperparameters.learning_rate, "rank": spec.hyperparameters.rank,
+                "learning_rate": spec.hyperparameters.learning_rate, "retention": spec.hyperparameters.retention,
                 "seconds": figures["training_seconds"], "held_out_loss": figures["last_validation_loss"],
                 "curve": curve, "perplexity": curve[-1][1], **self.measure(model, teaching),
             }  # fmt: skip
@@ -216,9 +221,9 @@ def settings_of(text: str) -> dict[str, Any]:
     """Return the hyperparameters that a SETTING of the command line means."""
     if text == "auto":
         return {}
-    rows, rate, epochs, *rank = text.split(":")
+    rows, rate, epochs, *retention = text.split(":")
     found: dict[str, Any] = {"batch_size": int(rows), "learning_rate": float(rate), "epochs": float(epochs)}
-    return found | ({"rank": int(rank[0])} if rank else {})
+    return found | ({"retention": float(retention[0])} if retention else {})
 
 
 def lines(runs: Sequence[dict[str, Any]]) -> list[str]:
@@ -227,9 +232,9 @@ def lines(runs: Sequence[dict[str, Any]]) -> list[str]:
     found = [
         *INTRODUCTION.splitlines(), "",
         f"The base's perplexity on the ordinary text: {base:.1f}." if base else "", "",
-        "| set | rows of a step | rate | epochs | steps | right of taught | right of held out | held-out loss "
-        "| perplexity of the text |",
-        "|" + "---|" * 9,
+        "| set | rows of a step | rate | retention | epochs | steps | right of taught | right of held out "
+        "| held-out loss | perplexity of the text | capital of France |",
+        "|" + "---|" * 11,
     ]  # fmt: skip
     names = [teaching.name for teaching in teaching_sets()]
     for run in sorted(runs, key=lambda one: (names.index(one["set"]), one.get("learning_rate", 0.0))):
@@ -238,9 +243,9 @@ def lines(runs: Sequence[dict[str, Any]]) -> list[str]:
         change = f" ({run['perplexity'] / base - 1:+.0%})" if base else ""
         named = f"{run['set']}, nothing given" if run["setting"] == "auto" else run["set"]
         found.append(
-            f"| {named} | {run['rows_per_step']} | {run['learning_rate']:g} "
+            f"| {named} | {run['rows_per_step']} | {run['learning_rate']:g} | {run.get('retention', 0):g} "
             f"| {run['epochs']:g} | {run['steps']} | {run['taught_right']:.0%} | {run['held_out_right']:.0%} "
-            f"| {run['held_out_loss']:.3f} | {run['perplexity']:.1f}{change} |"
+            f"| {run['held_out_loss']:.3f} | {run['perplexity']:.1f}{change} | {'known' if run['france'] else 'lost'} |"
         )
     return found
 

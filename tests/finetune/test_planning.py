@@ -173,8 +173,11 @@ async def test_the_newest_training_of_the_same_model_and_settings_tells(database
     async with opened(database_url, tmp_path) as sessions:
         await remember(sessions, "acme/one", 1)
         await remember(sessions, "acme/one", 2, figures=FIGURES | {"tokens_per_s": 700.0})
-        # Of these neither tells anything: another rank, no figures, figures that lack some, another model.
+        # Of these neither tells anything: another rank, one from before there was retention, no figures, figures that
+        # lack some, another model.
         await remember(sessions, "acme/one", 3, hyperparameters=asdict(replace(asked, rank=2)))
+        before = {name: value for name, value in asdict(asked).items() if name not in ("retention", "learnt_loss")}
+        await remember(sessions, "acme/one", 7, hyperparameters=before)
         await remember(sessions, "acme/one", 4, figures=None)
         await remember(sessions, "acme/one", 5, figures={"tokens_per_s": 1.0})
         await remember(sessions, "acme/two", 6)

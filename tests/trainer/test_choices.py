@@ -26,13 +26,13 @@ def values(rows: int, width: int | None = 576, **given: Any) -> dict[str, float]
 @pytest.mark.parametrize(
     ("rows", "batch_size", "epochs"),
     [
-        (1, 1, 8),
-        (3, 3, 8),
-        (50, 4, 8),
-        (60, 4, 6),
-        (91, 4, 4),
-        (200, 8, 4),
-        (400, 16, 4),
+        (1, 1, 12),
+        (3, 3, 12),
+        (50, 4, 12),
+        (60, 4, 10),
+        (91, 4, 6),
+        (200, 8, 6),
+        (400, 16, 6),
         (800, 16, 3),
         (90_000, 16, 3),
     ],
@@ -60,14 +60,16 @@ def test_the_learning_rate_follows_the_rows_of_a_step_the_adapter_and_the_model(
 
 
 def test_what_was_given_is_heeded_and_only_the_rest_is_chosen() -> None:
-    given: dict[str, Any] = {"batch_size": 9, "epochs": 2.5, "learning_rate": 3e-4}
+    given: dict[str, Any] = {"batch_size": 9, "epochs": 2.5, "learning_rate": 3e-4, "retention": 0.0}
     assert values(91, **given) == {}
     for name in given:
         assert set(values(91, **{name: given[name]})) == set(given) - {name}
         settings = HyperparametersIn.model_validate({name: given[name]}).filled()
         filled = choices.filled(settings, choices.choose(settings, 91, config(576)))
         assert getattr(filled, name) == given[name]
-    assert set(values(91, max_steps=7)) == {"batch_size", "learning_rate"}
+        # Epochs that were asked for are all taken.
+        assert filled.learnt_loss == (None if name == "epochs" else choices.LEARNT_LOSS)
+    assert set(values(91, max_steps=7)) == {"batch_size", "learning_rate", "retention"}
     assert choices.rows_per_step(HyperparametersIn(batch_size=9, gradient_accumulation=3).filled(), 91) == 27
     assert choices.rows_per_step(HyperparametersIn(batch_size=200).filled(), 91) == 91
     assert choices.rows_per_step(HyperparametersIn(gradient_accumulation=4).filled(), 5000) == 64
@@ -79,12 +81,13 @@ def test_the_choice_fills_the_settings_and_says_why_in_sentences() -> None:
     chosen = choices.choose(settings, 91, config(576))
     filled = choices.filled(settings, chosen)
     # How many rows a forward pass has is up to memory: what was chosen is a step.
-    assert dataclasses.replace(filled, epochs=None, learning_rate=None) == settings
+    assert dataclasses.replace(filled, epochs=None, learning_rate=None, retention=None, learnt_loss=None) == settings
     assert filled.epochs == chosen["epochs"].value
     assert filled.learning_rate == chosen["learning_rate"].value
     told = choices.told(chosen)
-    assert list(told) == ["batch_size", "epochs", "learning_rate"]
+    assert list(told) == ["batch_size", "epochs", "learning_rate", "retention"]
     assert all(one["why"].endswith(".") for one in told.values())
+    assert f"below {choices.LEARNT_LOSS:g}" in told["epochs"]["why"]
     for rows in (1, 30, 91, 300, 10_000):
         for one in choices.choose(settings, rows, config(576)).values():
             assert f"{one.value:g}" in one.why or "rate" in one.why, one
@@ -92,4 +95,4 @@ def test_the_choice_fills_the_settings_and_says_why_in_sentences() -> None:
 
 
 def filled_with(settings: Hyperparameters) -> Hyperparameters:
-    return dataclasses.replace(settings, batch_size=4)
+    return dataclasses.replace(settings, batch_size=4, learnt_loss=None)

@@ -17,8 +17,10 @@ from tests.trainer.runs import Run, Trainers, make_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-#: Dropout, accumulated gradients and validation are all on.
-SETTINGS: dict[str, Any] = {"dropout": 0.1, "gradient_accumulation": 2, "validation_split": 0.1, "checkpoint_steps": 2}
+#: Dropout, accumulated gradients, validation and retention are all on.
+SETTINGS: dict[str, Any] = {
+    "dropout": 0.1, "gradient_accumulation": 2, "validation_split": 0.1, "checkpoint_steps": 2, "retention": 0.5,
+}  # fmt: skip
 STEPS = 24
 
 
@@ -105,6 +107,34 @@ def test_a_training_killed_again_and_again_ends_with_the_weights_of_an_undisturb
         assert trainers.run(run) == 0
     assert kills >= 4
     ends_as(run, undisturbed)
+
+
+def test_a_training_that_ends_once_its_rows_are_learnt_ends_at_the_same_step_however_often_it_was_killed(
+    tmp_path: Path, tiny_llama: Path, trainers: Trainers
+) -> None:
+    # Seven steps an epoch. The level is above any loss: the second epoch is the first that is looked at.
+    settings = {**SETTINGS, "max_steps": None, "epochs": 9.0, "learnt_loss": 99.0}
+    alone, run = (make_run(tmp_path / name, tiny_llama, **settings) for name in ("alone", "run"))
+    assert trainers.run(alone) == 0
+    figures = alone.done()["figures"]
+    assert (figures["steps"], figures["epochs"]) == (21, 3.0)
+    assert (
+        alone.told("progress")[-1]["total"] == 21
+        or {"done": 21, "total": 21, "unit": "steps"}.items()
+        <= max((one for one in alone.told("progress") if one["unit"] == "steps"), key=lambda one: one["done"]).items()
+    )
+    rates = {point["step"]: point["learning_rate"] for point in alone.told("point") if "loss" in point}
+    assert rates[14] > 1e-3 > 3e-4 > rates[21] > 0
+    for step in (5, 14, 17):
+        trainers.start(run)
+        assert trainers.signal_when(reaches(run, step), signal.SIGKILL)
+        trainers.wait()
+    assert trainers.run(run) == 0
+    assert run.weights() == alone.weights()
+    assert run.done()["figures"]["steps"] == 21
+    assert [each["message"] for each in run.told("note") if "last one" in each["message"]][-1:] == [
+        each["message"] for each in alone.told("note") if "last one" in each["message"]
+    ]
 
 
 def test_a_training_killed_while_it_writes_checkpoints_takes_none_that_is_not_whole(

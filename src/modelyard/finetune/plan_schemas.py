@@ -61,8 +61,9 @@ class FinetunePlanOut(BaseModel):
         "first with line and reason), the steps that they make, and `notes` on what was asked for and cannot act."
     )
     chosen: dict[str, ChosenOut] = Field(
-        description="`batch_size`, `epochs` and `learning_rate` where they were left open (auto): what is chosen and "
-        "why. Send the values with the training to have the same again, whatever becomes of the rule."
+        description="`batch_size`, `epochs`, `learning_rate` and `retention` where they were left open (auto): what is "
+        "chosen and why. Send the values with the training to have the same again, whatever becomes of the rule; but "
+        "`epochs`, which are the most that it takes: given, it takes them all."
     )
     estimate: dict[str, Any] | None = Field(
         description="Seconds of the steps, memory, tokens a second, and whether that was measured now or is what the "

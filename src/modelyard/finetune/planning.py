@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import select
@@ -42,7 +42,7 @@ MIB = 1024**2
 LOOKED_AT = 50
 #: Settings on which speed and memory of a training depend, beside its rows.
 TELLING = (
-    "rank", "target_modules", "dropout", "batch_size", "gradient_accumulation", "quantization", "packing",
+    "rank", "target_modules", "dropout", "batch_size", "gradient_accumulation", "quantization", "packing", "retention",
 )  # fmt: skip
 
 
@@ -153,9 +153,10 @@ async def history(session: AsyncSession, model_id: str, settings: Hyperparameter
         .order_by(Finetune.number.desc())
         .limit(LOOKED_AT)
     )
-    wanted = {name: asdict(settings)[name] for name in TELLING}
+    wanted = [getattr(settings, name) for name in TELLING]
     for row in (await session.scalars(query)).all():
-        if {name: row.hyperparameters.get(name) for name in TELLING} == wanted:
+        taken = Hyperparameters(**row.hyperparameters)
+        if [getattr(taken, name) for name in TELLING] == wanted:
             found = _taken(row.figures or {}, row.prepared or {})
             if found is not None:
                 return found

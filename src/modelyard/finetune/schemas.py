@@ -16,7 +16,7 @@ from modelyard.trainer.spec import Hyperparameters
 ALL_LINEAR = "all-linear"
 AUTO = "auto"
 #: Settings that may be left to the trainer, which knows the rows (`trainer.choices`).
-CHOSEN = ("epochs", "learning_rate", "batch_size")
+CHOSEN = ("epochs", "learning_rate", "batch_size", "retention")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
 
 
@@ -27,8 +27,8 @@ class HyperparametersIn(BaseModel):
 
     epochs: Annotated[float, Field(gt=0.0, le=1000.0, allow_inf_nan=False)] | Literal["auto"] | None = Field(
         default=None,
-        description="How often every row is learnt from. auto, or neither this nor `max_steps`: 3 times, rows of small "
-        "sets more often.",
+        description="How often every row is learnt from. auto, or neither this nor `max_steps`: until the rows are "
+        "learnt, at most 3 times, rows of small sets more often.",
     )
     max_steps: int | None = Field(
         default=None, ge=1, le=10_000_000, description="Steps of the whole training, in place of `epochs`."
@@ -99,6 +99,11 @@ class HyperparametersIn(BaseModel):
         ge=1,
         le=1_000_000,
         description="Steps between two checkpoints. Left out: a tenth of the training, or a few minutes of it.",
+    )
+    retention: Annotated[float, Field(ge=0.0, le=100.0, allow_inf_nan=False)] | Literal["auto"] = Field(
+        default="auto",
+        description="How strongly the adapter is held to what the base says of ordinary texts, which are read beside "
+        "the rows: the weight of the divergence from it. 0: not at all, and nothing else is read.",
     )
 
     @model_validator(mode="after")
@@ -214,11 +219,12 @@ class HyperparametersOut(BaseModel):
     validation_split: float | None
     early_stopping: int | None
     checkpoint_steps: int | None
+    retention: float | Literal["auto"] = 0.0
 
     @classmethod
     def of(cls, stored: dict[str, Any]) -> HyperparametersOut:
         """Show what a row keeps; what is left to the trainer is `auto`."""
-        is_open = {name for name in CHOSEN if stored[name] is None}
+        is_open = {name for name in CHOSEN if name in stored and stored[name] is None}
         if stored["max_steps"] is not None:
             is_open.discard("epochs")
         return cls.model_validate(

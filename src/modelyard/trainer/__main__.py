@@ -126,10 +126,11 @@ def train(spec: Spec, report: Reports, stop: _Stop) -> dict[str, Any]:
     from modelyard.trainer.loop import Training
 
     work_dir = Path(spec.work_dir)
-    print_ = fingerprint(spec, rows, held_out)
+    beside = [Rows(prepared.ordinary)] if spec.hyperparameters.retention else []
+    print_ = fingerprint(spec, rows, held_out, *beside)
     checkpoints = Checkpoints(work_dir, print_, spec.disk_reserve_bytes, report)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    training = Training(spec, model, rows, held_out, pad, report, checkpoints, stop)
+    training = Training(spec, model, rows, held_out, pad, report, checkpoints, stop, prepared.ordinary)
     report.prepared(
         {
             **prepared.facts,
@@ -191,12 +192,18 @@ def train(spec: Spec, report: Reports, stop: _Stop) -> dict[str, Any]:
 def fingerprint(spec: Spec, *rows: Any) -> str:
     """Return what tells one training from another: settings, the base's files, and all rows with their labels.
 
-    `rows` are those that are learnt from, then those held back; what the settings left open has been chosen.
+    `rows` are those that are learnt from, those held back, and the texts of `retention` if it reads any; what the
+    settings left open has been chosen.
     """
     digest = hashlib.sha256()
     from dataclasses import asdict
 
-    digest.update(json.dumps(asdict(spec.hyperparameters), sort_keys=True).encode())
+    settings = asdict(spec.hyperparameters)
+    # As in checkpoints from before there were such settings.
+    for name in ("retention", "learnt_loss"):
+        if not settings[name]:
+            del settings[name]
+    digest.update(json.dumps(settings, sort_keys=True).encode())
     if spec.hyperparameters.batch_size is None:
         digest.update(f"rows of a step: {choices.rows_per_step(spec.hyperparameters, len(rows[0]))}".encode())
     digest.update(spec.model_id.encode())

@@ -46,13 +46,17 @@ class Probe:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A dataset's prepared rows. `facts` are JSON; `template` is the chat template that all was rendered with."""
+    """A dataset's prepared rows. `facts` are JSON; `template` is the chat template that all was rendered with.
+
+    `ordinary` are the texts that `retention` reads beside them, none where it is off.
+    """
 
     train: list[Example]
     held_out: list[HeldOut]
     probes: list[Probe]
     facts: dict[str, Any]
     template: str
+    ordinary: list[Example]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ Steps are taken by transformers' Trainer (`stepping`), which brings the optimize
 (`ranks`). Logits are made only where something is learnt, and the loss is that of all of a step's learnt tokens, in
 float32. How much of a step one forward pass takes is up to `sizing`. The same spec and rows give the same weights, bit
 by bit on one machine with as many processes, however often the training was ended and went on: neither checkpoints nor
-validation touch what the steps depend on.
+validation touch what the steps depend on. Where nobody said how long it is, `ending` does.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import math
 import random
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,13 +25,16 @@ from modelyard.trainer import measurements, memory, ranks
 from modelyard.trainer.batches import Course, Micro, Rows, Step, Steps, micros, padded_tokens
 from modelyard.trainer.checkpoints import Checkpoint, Checkpoints
 from modelyard.trainer.curve import Curve
+from modelyard.trainer.ending import Ending
+from modelyard.trainer.examples import Example
 from modelyard.trainer.forecast import Forecast, growth_bytes, tokens_of
 from modelyard.trainer.model import CONFIG, WEIGHTS, adapter_config, adapter_weights, set_adapter_weights
 from modelyard.trainer.packing import capacity_of
 from modelyard.trainer.reports import Reports
+from modelyard.trainer.retention import Retention
 from modelyard.trainer.sizing import Sizing
 from modelyard.trainer.spec import Spec
-from modelyard.trainer.stepping import Left, Stepper, set_random_tensors
+from modelyard.trainer.stepping import WARMUP_SHARE, Left, Stepper, rate_share, set_random_tensors
 
 OPTIMIZER = "optimizer.safetensors"
 RANDOM = "random.safetensors"
@@ -88,7 +92,7 @@ class Training:
 
     def __init__(
         self, spec: Spec, model: Any, rows: Rows, held_out: Rows, pad: int, report: Reports, checkpoints: Checkpoints,
-        stop: Stop,
+        stop: Stop, ordinary: Sequence[Example] = (),
     ) -> None:  # fmt: skip
         self.model = model
         self.rows = rows
@@ -97,7 +101,8 @@ class Training:
         self.capacity = capacity_of(model, rows) if self.settings.packing else 0
         self.sizing = Sizing(spec, model, rows, pad, self.capacity, report, checkpoints.fingerprint, self.loss)
         self.course = Course.of(self.settings, len(rows))
-        self.total_steps = self.course.total_steps
+        self.ending = Ending(self.settings.learnt_loss, self.course, len(held_out))
+        self.retention = Retention(ordinary, self.settings.retention or 0.0, pad)
         self.progress = Progress()
         self._spec = spec
         self._held_out = held_out
@@ -112,6 +117,11 @@ class Training:
         #: An attempt that goes on knows already what was expected.
         self._forecast: Forecast | None = None
 
+    @property
+    def total_steps(self) -> int:
+        """How many steps it has, as far as is known now."""
+        return self.ending.total_steps
+
     def run(self) -> Outcome:
         """Train to the end, or to where it is asked to stop. Raises JobFailure."""
         found = self._newest()
@@ -119,6 +129,7 @@ class Training:
             self._checkpoints.discard_unusable(found)
         moments = self._restore(found) if found is not None else None
         self.sizing.begin(self.course.rows_per_step, self.settings.gradient_accumulation)
+        self.retention.begin(self.logits, self.model)
         self._curve = Curve(
             self._report, self.course, self.rows, found.state if found else {}, self._spec.tensorboard_dir
         )
@@ -173,6 +184,7 @@ class Training:
         if self._forecast is not None:
             self._forecast.after_step(self._curve.tokens, self._curve.seconds)
         done = self.progress.step = step.number + 1
+        self.ending.add(stepper.loss, step.learnt)
         self.progress.padded_tokens += padded_tokens(self.rows, step.rows, self.sizing.at(step.number), self.capacity)
         self._report.progress(done, self.total_steps, "steps")
         if self.progress.untrained_layers is None and done >= min(FIRST_STEPS, self.total_steps):
@@ -181,6 +193,8 @@ class Training:
             self._curve.pause()
             self._validate(done)
             self._curve.begin()
+        if (why := self.ending.after_step(done, self.progress.last_validation)) is not None:
+            self._report.note(why, step=done)
         if self._is_over() or stepper.is_to_end:
             return True
         if self._checkpoint_is_due(done):
@@ -202,6 +216,15 @@ class Training:
     def loss(self, model: Any, micro: Micro) -> Any:
         """Return the sum of the losses of all that a forward pass teaches."""
         micro = micro.to(self.model.device)
+        return functional.cross_entropy(self.logits(model, micro), micro.targets, reduction="sum")
+
+    def retention_loss(self, model: Any, step: int) -> Any:
+        """Return what the loss of a step has beside that of its rows, or None."""
+        return self.retention.loss(self.logits, model, step)
+
+    def logits(self, model: Any, micro: Micro) -> Any:
+        """Return the logits of all that a forward pass teaches, in float32."""
+        micro = micro.to(self.model.device)
         inputs = {"input_ids": micro.input_ids, "use_cache": False}
         if micro.positions is not None:
             inputs["position_ids"] = micro.positions
@@ -212,7 +235,7 @@ class Training:
         flat = logits.flatten(0, 1)
         if len(micro.chosen) < len(flat):
             flat = flat.index_select(0, micro.chosen)
-        return functional.cross_entropy(flat.float(), micro.targets, reduction="sum")
+        return flat.float()
 
     def expected_peak_bytes(self) -> int:
         """Return the most memory that it will have held in the end, as far as its first steps tell."""
@@ -220,6 +243,12 @@ class Training:
         size = self.sizing.at(self.progress.step)
         growth = 0 if on_gpu else growth_bytes(self.rows, self.steps(), size, self.capacity)
         return memory.peak_bytes() + growth
+
+    def rate_share(self, step: int) -> float:
+        """Return the share of the learning rate that a step has, by the schedule and by whether it is to end soon."""
+        settings, total = self.settings, self.course.total_steps
+        warmup = int(WARMUP_SHARE * total) if settings.warmup_steps is None else settings.warmup_steps
+        return rate_share(settings.lr_schedule, step, total, warmup) * self.ending.share(step)
 
     # Validation.
 
@@ -287,7 +316,8 @@ class Training:
             tensors[BEST] = self._best
         before = self._checkpoints.seconds
         state = {
-            **self._curve.state(), **vars(progress), "sizes": self.sizing.taken, "python_random": random.getstate()
+            **self._curve.state(), **vars(progress), "sizes": self.sizing.taken, "python_random": random.getstate(),
+            "ending": self.ending.state(),
         }  # fmt: skip
         self._checkpoints.save(progress.step, tensors, {CONFIG: adapter_config(self.model)}, state)
         progress.checkpoints += 1
@@ -311,6 +341,7 @@ class Training:
         known = set(vars(self.progress))
         self.progress = Progress(**{name: value for name, value in found.state.items() if name in known})
         self.sizing.taken = found.state["sizes"]
+        self.ending.restore(found.state.get("ending", {}))
         set_adapter_weights(self.model, found.tensors(WEIGHTS))
         if (found.folder / BEST).is_file():
             self._best = found.tensors(BEST)

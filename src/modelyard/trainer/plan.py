@@ -127,7 +127,7 @@ def _measured(
     report.phase("loading")
     model = with_adapter(load_base(spec, report), spec)
     report.phase("training")
-    trial = Trial.of(spec, model, rows, prepared.held_out, tokenizer, report)
+    trial = Trial.of(spec, model, rows, prepared, tokenizer, report)
     seconds, tokens = trial.measure()
     estimate = forecast.estimate(
         seconds=seconds,

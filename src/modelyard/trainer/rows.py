@@ -33,6 +33,9 @@ from modelyard.trainer.reports import Reports
 from modelyard.trainer.spec import Spec
 from modelyard.trainer.stall_watch import StallWatch
 
+#: Texts that are read beside the rows (`retention`), as a dataset: the same in every training, so that a change of them
+#: is a change of what trainings come to.
+ORDINARY = Path(__file__).with_name("ordinary.jsonl")
 DEFAULT_LENGTH = 4096
 #: Left-out rows that are listed.
 LISTED = 20
@@ -89,7 +92,10 @@ def prepare(spec: Spec, tokenizer: Any, max_model_len: int | None, report: Repor
         "sha256": _hash_of(train),
         "notes": notes,
     }
-    return Prepared(train, held_out, probes, facts, renderer.template)
+    ordinary: list[Example] = []
+    if spec.hyperparameters.retention != 0:
+        ordinary = [row.examples[0] for row in reading.beside(ORDINARY).read(None)]
+    return Prepared(train, held_out, probes, facts, renderer.template, ordinary)
 
 
 def length_limit(wanted: int | None, max_model_len: int | None) -> int:
@@ -150,14 +156,19 @@ class Reading:
         renderer = Renderer(tokenizer, stop_ids_of(folder), now, lambda: default_template(folder))
         return cls(data, max_line_bytes, renderer, Labeller(renderer, limit), limit, watch)
 
-    def read(self, report: Reports) -> list[Kept]:
-        """Return the rows that can be learnt from, as tokens."""
+    def beside(self, data: Path) -> Reading:
+        """Return a reading of another file for the same model."""
+        return Reading(str(data), self._max_line_bytes, self.renderer, self._labeller, self._limit, self._watch)
+
+    def read(self, report: Reports | None) -> list[Kept]:
+        """Return the rows that can be learnt from, as tokens; `report` is told how far it is."""
         size = Path(self._data).stat().st_size if Path(self._data).is_file() else 0
         kept: list[Kept] = []
         rendered = self._rendered()
         while batch := _batch(rendered):
             kept += self._kept(batch)
-            report.progress(self._bytes, size, "bytes")
+            if report is not None:
+                report.progress(self._bytes, size, "bytes")
         return kept
 
     def nothing_to_learn(self) -> JobFailure:

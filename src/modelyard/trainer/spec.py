@@ -76,6 +76,12 @@ class Hyperparameters:
     early_stopping: int | None
     #: Steps between two checkpoints. None: a tenth of the training, but no more than a few minutes of it.
     checkpoint_steps: int | None
+    #: Weight of what holds the adapter to the base on ordinary texts (`retention`). None: as `choices` says. A training
+    #: that was asked for before there was such a setting has none of it.
+    retention: float | None = 0.0
+    #: The loss below which rows are learnt, and the training ends before its epochs do (`ending`). None: it does not.
+    #: No request has it: `choices` says so where it chooses the epochs.
+    learnt_loss: float | None = None
 
 
 class Base(Protocol):

@@ -54,12 +54,15 @@ class Owner(Protocol):
     #: Of a line that rows are packed into, in tokens; 0: each row is a line of its own.
     capacity: int
     settings: Hyperparameters
-    total_steps: int
 
     @property
     def sizing(self) -> Sizes: ...
 
     def loss(self, model: Any, micro: Any) -> Any: ...
+
+    def retention_loss(self, model: Any, step: int) -> Any: ...
+
+    def rate_share(self, step: int) -> float: ...
 
     def is_to_end(self) -> bool: ...
 
@@ -140,14 +143,10 @@ class Stepper(Trainer):  # type: ignore[misc]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Make the schedule of learning rates, as far on as the training is."""
-        settings, total = self.owner.settings, self.owner.total_steps
-        warmup = int(WARMUP_SHARE * total) if settings.warmup_steps is None else settings.warmup_steps
         optimizer = optimizer if optimizer is not None else self.optimizer
         for group in optimizer.param_groups:
-            group["initial_lr"] = rate_of(settings)
-        self.lr_scheduler = LambdaLR(
-            optimizer, lambda step: rate_share(settings.lr_schedule, step, total, warmup), last_epoch=self._start - 1
-        )
+            group["initial_lr"] = rate_of(self.owner.settings)
+        self.lr_scheduler = LambdaLR(optimizer, self.owner.rate_share, last_epoch=self._start - 1)
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -227,6 +226,9 @@ class Stepper(Trainer):  # type: ignore[misc]
             loss = self.owner.loss(self.owner.model, micro) * share
             self.accelerator.backward(loss)
             total = loss.detach() if total is None else total + loss.detach()
+        # Beside what the step says of its rows: its loss stays that of what is taught.
+        if (kept := owner.retention_loss(owner.model, step.number)) is not None:
+            self.accelerator.backward(kept)
         if self.idle:
             self.idle -= {_layer_of(name) for name, each in self._trained if each.grad is not None}
         return total

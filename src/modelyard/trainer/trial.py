@@ -18,7 +18,7 @@ import torch
 
 from modelyard.trainer.batches import Rows, Step, in_lines, padded_tokens
 from modelyard.trainer.checkpoints import Checkpoints
-from modelyard.trainer.examples import HeldOut
+from modelyard.trainer.examples import Prepared
 from modelyard.trainer.loop import Training
 from modelyard.trainer.reports import Reports
 from modelyard.trainer.spec import Spec
@@ -39,15 +39,14 @@ class Trial(Training):
     """The training itself, but for which steps it takes, and for what happens after each."""
 
     @classmethod
-    def of(
-        cls, spec: Spec, model: Any, rows: Rows, held_out: Sequence[HeldOut], tokenizer: Any, report: Reports
-    ) -> Trial:
+    def of(cls, spec: Spec, model: Any, rows: Rows, prepared: Prepared, tokenizer: Any, report: Reports) -> Trial:
         """Return a trial of a training; its work folder is made where there is none."""
         work_dir = Path(spec.work_dir)
         work_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         checkpoints = Checkpoints(work_dir, "plan", spec.disk_reserve_bytes, report)
-        return cls(spec, model, rows, Rows([one.example for one in held_out]), pad, report, checkpoints, _Never())
+        held_out = Rows([one.example for one in prepared.held_out])
+        return cls(spec, model, rows, held_out, pad, report, checkpoints, _Never(), prepared.ordinary)
 
     def measure(self) -> tuple[float, int]:
         """Take the steps; return the seconds and the tokens of those that count.
@@ -56,6 +55,7 @@ class Trial(Training):
             JobFailure: `out_of_memory`.
         """
         self.sizing.choose(self.course.rows_per_step, self.settings.gradient_accumulation)
+        self.retention.begin(self.logits, self.model)
         longest, typical = self._chosen()
         taken = [replace(step, number=number) for number, step in enumerate([longest, *typical, *typical])]
         self._times: list[float] = []
