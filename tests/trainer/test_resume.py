@@ -118,13 +118,10 @@ def test_a_training_that_ends_once_its_rows_are_learnt_ends_at_the_same_step_how
     assert trainers.run(alone) == 0
     figures = alone.done()["figures"]
     assert (figures["steps"], figures["epochs"]) == (21, 3.0)
-    assert (
-        alone.told("progress")[-1]["total"] == 21
-        or {"done": 21, "total": 21, "unit": "steps"}.items()
-        <= max((one for one in alone.told("progress") if one["unit"] == "steps"), key=lambda one: one["done"]).items()
-    )
+    totals = [one["total"] for one in alone.told("progress") if one["unit"] == "steps"]
+    assert (totals[0], totals[-1]) == (63, 21)
     rates = {point["step"]: point["learning_rate"] for point in alone.told("point") if "loss" in point}
-    assert rates[14] > 1e-3 > 3e-4 > rates[21] > 0
+    assert rates[14] > 3e-3 > 1e-3 > rates[21] > 0
     for step in (5, 14, 17):
         trainers.start(run)
         assert trainers.signal_when(reaches(run, step), signal.SIGKILL)
