@@ -53,7 +53,7 @@ def test_a_plan_measures_and_after_a_training_the_next_one_remembers(server: Ser
     assert first["prepared"]["rows"] + first["prepared"]["held_out_rows"] == 24
     assert (first["prepared"]["steps"], first["batch_size"], first["fits"]) == (40, 4, True)
     # What was left open is chosen, and only that.
-    assert set(first["chosen"]) == {"learning_rate"}
+    assert set(first["chosen"]) == {"learning_rate", "retention"}
     assert 0 < first["chosen"]["learning_rate"]["value"] < 0.1
     assert "rank 4" in first["chosen"]["learning_rate"]["why"]
     assert first["minutes"] == pytest.approx(first["seconds"]["total"] / 60, abs=0.01)

@@ -47,6 +47,7 @@ class Trained:
         if evaluation is not None:
             # Answers to each row are the training's to show.
             evaluation.pop("answers", None)
+        chosen = result.get("chosen") or {}
         return {
             "finetune_id": str(row.id),
             "name": row.name,
@@ -57,8 +58,10 @@ class Trained:
             "learnt_from": result.get("learnt_from"),
             "hyperparameters": {
                 **HyperparametersOut.of(row.hyperparameters).model_dump(mode="json"),
-                # What was left open is said as it was chosen, so that the same can be asked for again.
-                **{name: one["value"] for name, one in (result.get("chosen") or {}).items()},
+                # What was left open is said as it was chosen, so that the like can be asked for again: of epochs, as
+                # many as it took.
+                **{name: one["value"] for name, one in chosen.items()},
+                **({"epochs": result["figures"]["epochs"]} if "epochs" in chosen else {}),
             },
             "seed": row.hyperparameters["seed"],
             "figures": result.get("figures"),
