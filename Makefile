@@ -60,6 +60,7 @@ bench:  ## Measure; writes benchmarks/RESULTS.md
 	@$(BIN)/python benchmarks/raw.py --write
 	@$(BIN)/python benchmarks/tokenising.py --write
 	@$(BIN)/python benchmarks/training.py --write
+	@$(BIN)/python benchmarks/engine_client.py --write
 	@$(BIN)/python benchmarks/gateway.py --vllm tiny --write $(ARGS)
 
 lock:  ## Pin the requirements again after a change to requirements/*.in; ARGS=--upgrade for newer versions

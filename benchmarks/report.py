@@ -62,22 +62,25 @@ def throughput(title: str, cells: Cells, levels: Sequence[int]) -> list[str]:
 
 
 def cost(title: str, cells: Cells, levels: Sequence[int]) -> list[str]:
-    """Processor time of a place's processes per chunk, in microseconds."""
+    """Processor time of a place's processes per chunk, in microseconds, and its ratio to others of the same round.
+
+    Medians, with the least and the most of all rounds: on a machine that others use, those lie far apart.
+    """
     rows = []
     for place in _places(cells):
         if place == "direct":
             continue
         row = [place]
         for level in levels:
-            mine = _median(cells[level, place], lambda cell: cell.cpu_us)
-            text = f"{mine:.1f} µs a chunk"
-            if place != "nginx" and (level, "nginx") in cells:
-                text += f", {mine / _median(cells[level, 'nginx'], lambda cell: cell.cpu_us):.2f} of nginx"
-            if place != "before" and (level, "before") in cells:
-                text += f", {mine / _median(cells[level, 'before'], lambda cell: cell.cpu_us):.2f} of before"
+            mine = [cell.cpu_us for cell in cells[level, place]]
+            text = spread(mine, ".1f", " µs")
+            for other in ("nginx", "before"):
+                if other != place and (level, other) in cells:
+                    pairs = zip(mine, cells[level, other], strict=True)
+                    text += f", {spread([us / theirs.cpu_us for us, theirs in pairs])} of {other}"
             row.append(text)
         rows.append(row)
-    return table(title, ["", *(f"{level} client{'s' * (level > 1)}" for level in levels)], rows)
+    return table(title, ["a chunk", *(f"{level} client{'s' * (level > 1)}" for level in levels)], rows)
 
 
 def first_token(title: str, cells: Cells) -> list[str]:

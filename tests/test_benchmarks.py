@@ -11,8 +11,9 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from benchmarks import datasets, raw, raw_beams, training
+from benchmarks import datasets, raw, raw_beams, report, training
 from benchmarks.changes import Names, Yard, adapter_lines, measure_adapters, measure_switch, switch_lines
+from benchmarks.gateway import Cell
 from benchmarks.load import Address, Result, run
 from benchmarks.training_start import Lines
 from benchmarks.watching import Askers, Watched
@@ -53,6 +54,17 @@ async def answering(*parts: bytes) -> AsyncIterator[int]:
     server = await asyncio.start_server(answer, "127.0.0.1")
     async with server:
         yield server.sockets[0].getsockname()[1]
+
+
+def test_the_cost_of_a_proxy_is_set_beside_that_of_the_same_round_and_says_how_far_rounds_lie_apart() -> None:
+    def rounds(*cpu_us: float) -> list[Cell]:
+        return [Cell(Result(chunks=10), 10 * one / 1e6) for one in cpu_us]
+
+    cells = {(1, "direct"): rounds(0, 0, 0), (1, "nginx"): rounds(10, 20, 40), (1, "Modelyard"): rounds(20, 60, 60)}
+    assert report.cost("Cost", cells, [1])[4:6] == [
+        "| nginx | 20.0 µs (10.0 to 40.0) |",
+        "| Modelyard | 60.0 µs (20.0 to 60.0), 2.00 (1.50 to 3.00) of nginx |",
+    ]
 
 
 async def one_stream(port: int) -> Result:
