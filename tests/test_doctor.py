@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from modelyard.deploy.cures import WITHOUT
 from modelyard.doctor import (
     Finding,
     Verdict,
@@ -22,6 +21,7 @@ from modelyard.doctor import (
     check_settings,
     check_training,
 )  # fmt: skip
+from modelyard.engine.plugins.cures import WITHOUT
 from modelyard.settings import Settings, load_settings
 from tests.server import run_modelyard, serving
 

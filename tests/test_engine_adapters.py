@@ -27,7 +27,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from modelyard.demo import tiny_llama
-from modelyard.deploy.engine_client import EngineClient
+from modelyard.engine.client import EngineClient
 from tests.fixtures import missing
 from tests.models.test_adapter_checks import pair, write_tensors
 from tests.peft_adapters import PROMPT, TOKENS
@@ -291,7 +291,7 @@ def test_another_adapter_takes_its_place_and_what_it_had_begun_ends_whole(
 def test_several_adapters_and_their_base_answer_side_by_side(
     server: Server, job_id: str, greedy: dict[str, list[int]]
 ) -> None:
-    # With the one that left, all four slots are taken: see `lora_plugin` for what the base then answered.
+    # With the one that left, all four slots are taken: see `engine.plugins.lora` for what the base then answered.
     adapter_ids = ["local:another", "local:plain", "local:patterns"]
     assert deploy(server, *adapter_ids) == job_id
     serves(server, *adapter_ids)

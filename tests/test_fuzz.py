@@ -20,18 +20,17 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from modelyard.deploy import model_shape
-from modelyard.deploy.fit import fit
-from modelyard.deploy.model_shape import ModelFiles
-from modelyard.deploy.schemas import EngineOptions
+from modelyard.engine.memory import fit
+from modelyard.engine.options import EngineOptions
 from modelyard.errors import JobFailure, ModelyardError
 from modelyard.filters import Limits
 from modelyard.finetune.needs import estimate
 from modelyard.finetune.schemas import HyperparametersIn
 from modelyard.hardware import GIB, Machine
-from modelyard.models import config_file, scan, selection, trainable
+from modelyard.models import config_file, scan, selection, shape, trainable
 from modelyard.models.adapter_checks import check_adapter
 from modelyard.models.listing import BadListing, parse
+from modelyard.models.shape import ModelFiles
 from modelyard.models.tokenizer_child import TokenizerChildren
 from tests.hostile_tokenizers import tokenizer
 from tests.mutations import bent_bytes, bent_json, bent_values
@@ -132,17 +131,17 @@ def test_a_bent_config_ends_in_figures_within_reason_or_a_refusal(tmp_path: Path
             json.dumps(found.message).encode()
         need = estimate(config, 1 << 20, SETTINGS, has_gpu=False)
         assert 0 < need.needed_bytes < 1 << 62
-        assert model_shape.kv_heads(config) > 0
+        assert shape.kv_heads(config) > 0
 
 
 @fuzz(200)
 @given(bent_values(CONFIG) | bent_values(NESTED))
 def test_no_arithmetic_trips_over_what_nobody_has_checked(config: Any) -> None:
     if isinstance(config, dict):
-        for found in (model_shape.kv_bytes_per_token(config, 2), model_shape.adapter_numbers(config, 16)):
+        for found in (shape.kv_bytes_per_token(config, 2), shape.adapter_numbers(config, 16)):
             assert found is None or 0 <= found < 1 << 62
         assert 0 < estimate(config, 1 << 20, SETTINGS, has_gpu=True).needed_bytes < 1 << 62
-        assert model_shape.kv_heads(config) > 0
+        assert shape.kv_heads(config) > 0
 
 
 @fuzz(400)

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from modelyard import evidence
-from modelyard.deploy import attempts
 from modelyard.deploy.attempt_routes import _cause
-from modelyard.deploy.failures import explain
+from modelyard.engine import attempts
+from modelyard.engine.failures import explain
 from modelyard.processes import Outcome
 from tests.patterns import AnyPattern, all_patterns, unseen
 
 SIZE = 256 * 1024
 REPEATED = ["a", "0", " ", "\n", "/", "(", '"', "'", "-", ".", "a.", "/a"]
 #: Patterns that are made when their module works; each is held, or tried below.
-MADE = {"modelyard.deploy.failure_table", "modelyard.http", "modelyard.trainer.rendering"}
+MADE = {"modelyard.engine.failure_table", "modelyard.http", "modelyard.trainer.rendering"}
 FAILED = Outcome(exit_code=1, signal=None)
 
 

@@ -27,7 +27,7 @@ from rich.text import Text
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from modelyard.deploy import cures
+from modelyard.engine.plugins import cures
 from modelyard.errors import ModelyardError, StartRefused
 from modelyard.foundation import configured_database, shown
 from modelyard.hardware import GIB, this_machine

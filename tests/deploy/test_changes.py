@@ -202,7 +202,7 @@ async def test_an_adapter_with_a_request_stays_loaded_however_long_that_takes(tm
 async def test_an_adapter_that_gets_no_answer_in_time_is_refused_for_that_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modelyard.deploy.loading.PROBE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("modelyard.engine.adapter_loading.PROBE_TIMEOUT_S", 0.3)
     async with deploy_yard(tmp_path) as yard:
         await yard.add_model("org/a", misbehave={"first_token_ms": 1000})
         await yard.add_adapter("org/poems", "org/a")

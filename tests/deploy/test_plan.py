@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from sqlalchemy import func, select
 
-from modelyard.deploy import attempts
 from modelyard.deploy.actions import Wish
-from modelyard.deploy.fit import CPU_PROCESSES_BYTES
 from modelyard.deploy.plan import Plan, plan
 from modelyard.deploy.tables import Deployment, Strategy
+from modelyard.engine import attempts
+from modelyard.engine.memory import CPU_PROCESSES_BYTES
 from modelyard.errors import ModelNotFound, Unprocessable
 from modelyard.hardware import GIB
 from modelyard.jobs.tables import Job, JobEvent

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from modelyard.deploy.steps import ChildState, Facts, Room, Step, next_step
+from modelyard.deploy.steps import Facts, Room, Step, next_step
 from modelyard.deploy.tables import DeploymentState as State
 from modelyard.deploy.tables import Wanted
+from modelyard.engine.child_state import ChildState
 
 NEW = Facts(
     wanted=Wanted.UP,

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from modelyard.deploy import actions, scratch, succession
+from modelyard.deploy import actions, succession
 from modelyard.deploy.schemas import DeployOut
+from modelyard.engine import socket_dir
 from modelyard.errors import EngineStarting, ModelNotFound, NothingDeployed, Unprocessable
 from modelyard.jobs.tables import JobStatus
 from modelyard.models import actions as models
@@ -301,7 +302,7 @@ async def test_a_final_answer_to_the_first_prompt_ends_the_deployment_at_once(tm
 async def test_an_engine_that_says_it_is_well_and_only_fails_is_given_up_before_its_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modelyard.deploy.readiness.FAILING_S", 0.3)
+    monkeypatch.setattr("modelyard.engine.readiness.FAILING_S", 0.3)
     async with deploy_yard(tmp_path, engine_start_timeout_s=900) as yard:
         await yard.add_model("org/tiny", misbehave={"fail": {"status": 500, "message": "a kernel failed"}})
         job = await yard.ended(await yard.deploy("org/tiny"))
@@ -502,8 +503,8 @@ async def test_the_server_stopping_in_good_order_ends_engines_and_a_new_one_brin
 @pytest.fixture
 def hasty_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("modelyard.deploy.service.HEALTH_EVERY_S", 0.05)
-    monkeypatch.setattr("modelyard.deploy.silence.UNWELL_LIMIT", 3)
-    monkeypatch.setattr("modelyard.deploy.engine_client.HEALTH_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("modelyard.engine.silence.UNWELL_LIMIT", 3)
+    monkeypatch.setattr("modelyard.engine.client.HEALTH_TIMEOUT_S", 0.3)
 
 
 #: What an engine logs of a request, which looks like the cause of a death.
@@ -557,7 +558,7 @@ async def test_an_engine_that_works_for_too_long_without_an_answer_is_ended(tmp_
 async def test_an_engine_that_hangs_again_and_again_is_given_up(
     tmp_path: Path, hasty_looks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modelyard.deploy.silence.FORGIVEN", 1)
+    monkeypatch.setattr("modelyard.engine.silence.FORGIVEN", 1)
     async with deploy_yard(tmp_path, engine_max_restarts=1) as yard:
         await yard.add_model("org/tiny", misbehave={"hangs": {"after_s": 0.5, "for_s": 60.0, "busy": False}})
         job_id = await yard.deploy("org/tiny")
@@ -568,7 +569,7 @@ async def test_an_engine_that_hangs_again_and_again_is_given_up(
 
 
 async def test_the_private_folder_of_an_engine_that_was_about_to_start_is_not_left_behind(tmp_path: Path) -> None:
-    folder = scratch.new_path()
+    folder = socket_dir.new_path()
     folder.mkdir(mode=0o700)
     async with deploy_yard(tmp_path) as yard:
         await yard.add_model("org/tiny")

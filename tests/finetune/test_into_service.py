@@ -21,8 +21,8 @@ from modelyard.jobs import actions as jobs
 from modelyard.jobs.runner import JobContext, JobInterrupted
 from modelyard.jobs.tables import Job, JobStatus
 from tests.deploy.conftest import on_each_database as on_each_database
-from tests.deploy.test_adapter_probes import TRAINED, write_probes
 from tests.deploy.yard import DeployYard, deploy_yard, until_interrupted
+from tests.engine.test_adapter_probes import TRAINED, write_probes
 from tests.eventually import eventually
 
 pytestmark = [pytest.mark.timeout(120)]

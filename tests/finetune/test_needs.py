@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 
-from modelyard.deploy import model_shape
 from modelyard.finetune.needs import CPU_PROCESS_BYTES, GPU_PROCESS_BYTES, ROW_MARGIN, estimate, has_amx
 from modelyard.finetune.schemas import HyperparametersIn
 from modelyard.hardware import GIB
-from modelyard.models import config_file
+from modelyard.models import config_file, shape
 from modelyard.trainer.spec import Mode, Spec
 
 #: Like Qwen3-0.6B: 28 layers of 1,024, heads of 128, a vocabulary of 151,936.
@@ -198,14 +197,14 @@ def test_arithmetic_over_any_value_ends_with_no_figure_or_a_plausible_one(value:
     for key in READ:
         config = {**CONFIG, key: value}
         for found in (
-            model_shape.kv_bytes_per_token(config, 2),
-            model_shape.adapter_numbers(config, 16),
-            model_shape.longest(config),
-            model_shape.heads(config),
+            shape.kv_bytes_per_token(config, 2),
+            shape.adapter_numbers(config, 16),
+            shape.longest(config),
+            shape.heads(config),
         ):
             assert found is None or 0 <= found < 1 << 62
-        assert 1 <= model_shape.kv_heads(config) < 1 << 31
-        assert 0 <= model_shape.embedding_numbers(config) < 1 << 62
-        assert model_shape.is_encoder(config) is False
+        assert 1 <= shape.kv_heads(config) < 1 << 31
+        assert 0 <= shape.embedding_numbers(config) < 1 << 62
+        assert shape.is_encoder(config) is False
         need = estimate(config, SIZE, SETTINGS, has_gpu=False)
         assert 0 < need.needed_bytes < 1 << 62

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from modelyard.deploy.schemas import EngineOptions
+from modelyard.engine.options import EngineOptions
 from modelyard.gateway.engine_words import OURS, explain, in_our_words
 from modelyard.settings import Settings
 from tests.fixtures import missing

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from modelyard.deploy import without_adapters
+from modelyard.engine import adapter_support
 from modelyard.errors import NotTrainable
 from modelyard.models import trainable
 from modelyard.models.causal_models import CLASSES
@@ -105,11 +105,11 @@ def test_they_are_those_of_the_engine_itself() -> None:
 
 
 def test_an_architecture_without_adapters_is_told_by_its_name() -> None:
-    fault = without_adapters.fault({"architectures": ["FalconForCausalLM"], "model_type": "falcon"})
+    fault = adapter_support.fault({"architectures": ["FalconForCausalLM"], "model_type": "falcon"})
     assert fault == "is a FalconForCausalLM, which the engine serves without adapters"
-    assert without_adapters.fault({"architectures": ["LlamaForCausalLM"]}) is None
-    assert without_adapters.fault({}) is None
-    assert "/api/v1/models/ft:x/export?merged=true" in without_adapters.remedy("ft:x")
+    assert adapter_support.fault({"architectures": ["LlamaForCausalLM"]}) is None
+    assert adapter_support.fault({}) is None
+    assert "/api/v1/models/ft:x/export?merged=true" in adapter_support.remedy("ft:x")
 
 
 @pytest.mark.slow
@@ -123,7 +123,7 @@ def test_architectures_without_adapters_are_those_of_the_engine_itself() -> None
     assert "LlamaForCausalLM" in registered
     assert classes.takes_adapters(*registered["LlamaForCausalLM"])
     found = {name for name in causal & registered.keys() if not classes.takes_adapters(*registered[name])}
-    assert found == without_adapters.ARCHITECTURES
+    assert found == adapter_support.ARCHITECTURES
 
 
 class _Classes:

@@ -232,8 +232,8 @@ def known(family: str, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Import what every family needs, then fork for each line."""
-    from modelyard.deploy.lora_plugin import keep_adapters_off_the_base
-    from modelyard.deploy.vision_plugin import stand_in_for_torchvision
+    from modelyard.engine.plugins.lora import keep_adapters_off_the_base
+    from modelyard.engine.plugins.vision import stand_in_for_torchvision
 
     stand_in_for_torchvision()
     import peft  # noqa: F401

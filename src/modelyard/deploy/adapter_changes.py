@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from modelyard.deploy import loading
 from modelyard.deploy.draining import Requests
-from modelyard.deploy.loading import Adapter, AdapterRefused
 from modelyard.deploy.record import Record
-from modelyard.deploy.running_engine import RunningEngine
+from modelyard.engine import adapter_loading
+from modelyard.engine.adapter_loading import Adapter, AdapterRefused
+from modelyard.engine.running_engine import RunningEngine
 from modelyard.jobs.runner import JobContext
 
 
@@ -72,7 +72,7 @@ class AdapterChanges:
 
     async def _load(self, wanted: Sequence[Adapter], before: Sequence[dict[str, Any]]) -> list[dict[str, Any]] | None:
         engine, model_id = self._engine, self._record.row.model_id
-        return await engine.answer(loading.load(engine.client, model_id, wanted, before))
+        return await engine.answer(adapter_loading.load(engine.client, model_id, wanted, before))
 
     async def _take_back(self, refused: AdapterRefused, adapter_ids: list[str], asked: list[str]) -> None:
         await self._record.take_back(refused, adapter_ids, asked)

@@ -16,10 +16,12 @@ from pathlib import Path
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from modelyard.db import Sessions
-from modelyard.deploy import actions, attempts, succession, without_adapters
+from modelyard.deploy import actions, succession
 from modelyard.deploy.fitting import model_files, servable_files
-from modelyard.deploy.schemas import DeployIn, EngineOptions
+from modelyard.deploy.schemas import DeployIn
 from modelyard.deploy.tables import Deployment
+from modelyard.engine import adapter_support, attempts
+from modelyard.engine.options import EngineOptions
 from modelyard.errors import JobFailure, ModelyardError, Unprocessable
 from modelyard.models import adapter_rendering
 from modelyard.models.adapter_checks import check_facts, smallest_max_rank
@@ -134,10 +136,10 @@ def _ranks(
             param="adapter_ids",
             code="adapters_unsupported",
         )
-    if adapters and (fault := without_adapters.fault(files.config)) is not None:
+    if adapters and (fault := adapter_support.fault(files.config)) is not None:
         raise Unprocessable(
             f"'{model.model_id}' {fault}. Deploy it without adapters (and with options.max_loras 0). "
-            f"{without_adapters.remedy(adapters[0].adapter_id)}",
+            f"{adapter_support.remedy(adapters[0].adapter_id)}",
             param="adapter_ids",
             code="adapters_unsupported",
         )

@@ -12,10 +12,11 @@ from fastapi import Path, Query
 from pydantic import BaseModel, Field
 from starlette.responses import PlainTextResponse
 
-from modelyard.deploy import attempts, roster
-from modelyard.deploy.attempts import Attempt
+from modelyard.deploy import roster
 from modelyard.deploy.deployment_routes import DeploymentId
-from modelyard.deploy.failures import explain
+from modelyard.engine import attempts
+from modelyard.engine.attempts import Attempt
+from modelyard.engine.failures import explain
 from modelyard.errors import AttemptNotFound, JobFailure
 from modelyard.http import Sessions, documented, router
 from modelyard.jobs.routes import Runner

@@ -10,9 +10,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-from modelyard.deploy.engine_client import EngineClient
 from modelyard.deploy.last_known import FRESH_S
 from modelyard.deploy.routing import Routing
+from modelyard.engine.client import EngineClient
 
 
 class Requests:

@@ -17,11 +17,11 @@ from modelyard.capacity.ledger import Allocation, Ledger, on_gpus, on_main_memor
 from modelyard.capacity.tables import MAIN_MEMORY, ONE_SHOT, Kind
 from modelyard.db import Sessions
 from modelyard.deploy import actions, succession
-from modelyard.deploy.fit import Fit, fit, gib
-from modelyard.deploy.schemas import EngineOptions
 from modelyard.deploy.steps import Room
 from modelyard.deploy.tables import LIVE, Deployment, Strategy, Wanted
-from modelyard.deploy.vllm_args import AdapterFiles, ModelFiles, engine_command
+from modelyard.engine.command import AdapterFiles, ModelFiles, engine_command
+from modelyard.engine.memory import Fit, fit, gib
+from modelyard.engine.options import EngineOptions
 from modelyard.errors import JobFailure, Unprocessable
 from modelyard.hardware import CUDA_DEVICES, Machine, this_machine
 from modelyard.models import config_file, kinds, store

@@ -1,8 +1,8 @@
 """The plan of a deploy: what it would take and do, without doing it.
 
 The wish is written as a deploy writes it, looked at, and taken back: what `actions` would decide is decided by the same
-lines. Whether the engine would start is asked of `fit` and of `vllm_args`, as the supervisor asks them, on the machine
-as it is now and as it will be when those that leave have given their memory back.
+lines. Whether the engine would start is asked of `engine.memory` and `engine.command`, as the supervisor asks them, on
+the machine as it is now and as it will be when those that leave have given their memory back.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from modelyard.capacity import reservations
 from modelyard.capacity.ledger import Ledger
 from modelyard.db import Sessions
 from modelyard.deploy import actions, succession
-from modelyard.deploy.fit import Fit
 from modelyard.deploy.fitting import Fitting, in_words, is_blind, servable_files
-from modelyard.deploy.schemas import EngineOptions
 from modelyard.deploy.tables import Deployment, Strategy
-from modelyard.deploy.vllm_args import check_length
+from modelyard.engine.command import check_length
+from modelyard.engine.memory import Fit
+from modelyard.engine.options import EngineOptions
 from modelyard.errors import JobFailure
 from modelyard.hardware import Machine, this_machine
 from modelyard.models.stored_adapters import StoredAdapter, with_facts

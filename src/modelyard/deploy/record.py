@@ -21,8 +21,8 @@ from modelyard.capacity.ledger import Allocation
 from modelyard.capacity.tables import Kind
 from modelyard.db import Sessions, exclusively, utcnow
 from modelyard.deploy import actions, succession
-from modelyard.deploy.loading import AdapterRefused
 from modelyard.deploy.tables import HOLDING, MOVES, Deployment, DeploymentState, Wanted
+from modelyard.engine.adapter_loading import AdapterRefused
 from modelyard.errors import JobFailure
 from modelyard.jobs import actions as jobs
 from modelyard.jobs import survival

@@ -16,21 +16,23 @@ from pathlib import Path
 from typing import Any
 
 from modelyard.db import Sessions, utcnow
-from modelyard.deploy import attempts, cures, loading, scratch
 from modelyard.deploy.adapter_changes import AdapterChanges
 from modelyard.deploy.draining import Requests
-from modelyard.deploy.engine_client import Health
-from modelyard.deploy.failures import explain, not_started
 from modelyard.deploy.fitting import Fitting
 from modelyard.deploy.last_known import FRESH_S
-from modelyard.deploy.loading import Adapter
-from modelyard.deploy.readiness import Readiness
 from modelyard.deploy.record import Record
 from modelyard.deploy.routing import Routing
-from modelyard.deploy.running_engine import PROBE_EVERY_S, RunningEngine
-from modelyard.deploy.steps import ChildState, Facts, Room, Step, next_step
+from modelyard.deploy.steps import Facts, Room, Step, next_step
 from modelyard.deploy.tables import Deployment, DeploymentState, Wanted
-from modelyard.deploy.vllm_args import socket_path
+from modelyard.engine import adapter_loading, attempts, socket_dir
+from modelyard.engine.adapter_loading import Adapter
+from modelyard.engine.child_state import ChildState
+from modelyard.engine.client import Health
+from modelyard.engine.command import socket_path
+from modelyard.engine.failures import explain, not_started
+from modelyard.engine.plugins import cures
+from modelyard.engine.readiness import Readiness
+from modelyard.engine.running_engine import PROBE_EVERY_S, RunningEngine
 from modelyard.errors import JobFailure
 from modelyard.jobs.runner import JobContext, JobInterrupted
 from modelyard.models import store
@@ -233,7 +235,7 @@ class Service:
                 await self.record.hold(held)
             await self.context.event("Adopted the running engine after a restart of the server.")
             return
-        await asyncio.to_thread(scratch.remove, self.row.engine_url)
+        await asyncio.to_thread(socket_dir.remove, self.row.engine_url)
         if self.row.state in (DeploymentState.READY, DeploymentState.DRAINING):
             await self.record.move(DeploymentState.STARTING, ENGINE_GONE)
         await self.record.engine_is_gone()
@@ -252,7 +254,7 @@ class Service:
 
     async def _start(self) -> None:
         number, folder = attempts.following(self.context.folder)
-        private = scratch.new_path()
+        private = socket_dir.new_path()
         url = f"unix:{socket_path(private)}"
         await self.context.patiently(lambda: self.fitting.try_tokenizer(self.row, self._tokenizers))
         async with self._sharing_memory:
@@ -275,7 +277,7 @@ class Service:
             )
         except BaseException as error:
             if self.engine.child is None:
-                await asyncio.to_thread(scratch.remove, url)
+                await asyncio.to_thread(socket_dir.remove, url)
             if isinstance(error, RuntimeError):
                 await self._back_off(not_started(error))
                 return
@@ -353,7 +355,7 @@ class Service:
             if await self._sleep(due_s):
                 return
         for name in await self.requests.those_that_left():
-            await self.engine.client.unload_adapter(name, loading.UNLOAD_TIMEOUT_S)
+            await self.engine.client.unload_adapter(name, adapter_loading.UNLOAD_TIMEOUT_S)
         if self.row.idle_timeout_s is not None:
             await self.requests.look()
         if time.monotonic() - self.looked_at < HEALTH_EVERY_S:

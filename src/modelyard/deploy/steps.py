@@ -9,17 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from modelyard.deploy.tables import DeploymentState, Wanted
-
-
-class ChildState(StrEnum):
-    """The known state of this deployment's engine process."""
-
-    #: There is none.
-    NONE = "none"
-    #: It runs.
-    ALIVE = "alive"
-    #: It ended by itself, and its end has not been dealt with.
-    ENDED = "ended"
+from modelyard.engine.child_state import ChildState
 
 
 class Room(StrEnum):

@@ -10,10 +10,11 @@ import asyncio
 import importlib
 
 from modelyard.db import Sessions
-from modelyard.deploy import actions, attempts, succession
+from modelyard.deploy import actions, succession
 from modelyard.deploy.routing import Routing
 from modelyard.deploy.service import ENGINE_GONE, Service, Shared
 from modelyard.deploy.tables import MOVES, Deployment, DeploymentState
+from modelyard.engine import attempts
 from modelyard.jobs.runner import JobContext
 from modelyard.models.tokenizer_child import TokenizerChildren
 from modelyard.processes import Children

@@ -23,8 +23,8 @@ from modelyard.capacity.ledger import Allocation, Held, Ledger, on_gpus, on_main
 from modelyard.capacity.tables import ONE_SHOT, Kind
 from modelyard.db import Sessions
 from modelyard.deploy import succession
-from modelyard.deploy.fit import gib
 from modelyard.deploy.tables import Deployment, Wanted
+from modelyard.engine.memory import gib
 from modelyard.errors import JobFailure
 from modelyard.finetune import stand_aside
 from modelyard.finetune.needs import Need

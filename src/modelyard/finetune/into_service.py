@@ -19,8 +19,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from modelyard.db import Sessions, exclusively
 from modelyard.deploy import actions as deployments
 from modelyard.deploy import admission, aliases, roster, succession
-from modelyard.deploy.schemas import EngineOptions
 from modelyard.deploy.tables import AliasMove, Deployment, DeploymentState, Strategy, Wanted
+from modelyard.engine.options import EngineOptions
 from modelyard.errors import JobFailure, ModelyardError
 from modelyard.jobs import actions as jobs
 from modelyard.jobs.runner import JobContext, JobInterrupted

@@ -24,11 +24,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from modelyard.deploy import model_shape
-from modelyard.deploy.fit import gib
-from modelyard.deploy.model_shape import DTYPE_BYTES
+from modelyard.engine.memory import gib
 from modelyard.hardware import GIB
+from modelyard.models import shape
 from modelyard.models.config_file import ACTIVE_EXPERTS, EXPERTS, HEADS, HIDDEN, LAYERS, SHARED_EXPERTS, whole
+from modelyard.models.shape import DTYPE_BYTES
 from modelyard.trainer.spec import Hyperparameters
 
 # Measured: 0.47 GiB, with everything imported and a model of 0.7 million weights. With AMX it is 0.65 GiB: the limit of
@@ -103,7 +103,7 @@ def estimate(
     number_bytes = 2 if has_gpu or has_amx() else 4
     process = GPU_PROCESS_BYTES if has_gpu else CPU_PROCESS_BYTES
     weights = _weights(config, size_bytes, settings, number_bytes)
-    tokens = min(settings.max_seq_len or LONGEST_TOKENS, model_shape.longest(config) or LONGEST_TOKENS)
+    tokens = min(settings.max_seq_len or LONGEST_TOKENS, shape.longest(config) or LONGEST_TOKENS)
     tokens = min(tokens, max(1, longest_tokens)) if longest_tokens is not None else tokens
     per_token = _activations(config, number_bytes, settings)
     row = int(tokens * per_token * ROW_MARGIN) if per_token is not None else weights
@@ -134,12 +134,12 @@ def has_amx(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def _weights(config: Mapping[str, Any], size_bytes: int, settings: Hyperparameters, number_bytes: int) -> int:
-    stored = model_shape.stored_dtype(config)
+    stored = shape.stored_dtype(config)
     # Where the configuration does not tell, the files may be in 16 bits.
     numbers = size_bytes // (DTYPE_BYTES[stored] if stored else 2)
     if settings.quantization is None:
         return numbers * number_bytes
-    whole = min(numbers, model_shape.embedding_numbers(config))
+    whole = min(numbers, shape.embedding_numbers(config))
     return int(whole * number_bytes + (numbers - whole) * QUANTISED_BITS / 8)
 
 
@@ -160,7 +160,7 @@ class _Shape:
 
 
 def _shape(config: Mapping[str, Any]) -> _Shape | None:
-    text = model_shape.text_part(config)
+    text = shape.text_part(config)
 
     layers, heads, hidden = whole(text, *LAYERS), whole(text, *HEADS), whole(text, *HIDDEN)
     vocabulary = whole(text, "vocab_size")

@@ -20,8 +20,9 @@ from modelyard.capacity.ledger import Allocation, Ledger, on_main_memory
 from modelyard.capacity.tables import Kind
 from modelyard.datasets import reading
 from modelyard.db import Sessions
-from modelyard.deploy import succession, without_adapters
+from modelyard.deploy import succession
 from modelyard.deploy.fitting import model_files
+from modelyard.engine import adapter_support
 from modelyard.errors import JobFailure, StorageUnavailable
 from modelyard.finetune import accelerator, actions, checkpoints
 from modelyard.finetune.errands import Errands, Work, refusal
@@ -77,7 +78,7 @@ async def plan(
 
     try:
         need = await asyncio.to_thread(needed, longest)
-        fault = without_adapters.fault((await asyncio.to_thread(model_files, settings, model)).config)
+        fault = adapter_support.fault((await asyncio.to_thread(model_files, settings, model)).config)
         await tokenizers.tried(model.model_id, below(settings.models_dir, model.path))
     except JobFailure as failure:
         raise refusal(failure) from failure
@@ -131,7 +132,7 @@ async def plan(
         need = replace(need, needed_bytes=int(found["estimate"]["memory_bytes"]), is_measured=True)
     seconds = found["seconds"]
     if fault is not None:
-        note = f"{model.model_id} {fault}. When it is trained, {without_adapters.remedy('ADAPTER_ID')}"
+        note = f"{model.model_id} {fault}. When it is trained, {adapter_support.remedy('ADAPTER_ID')}"
         found["prepared"]["notes"] = [*found["prepared"].get("notes", ()), note]
     return {
         **found,

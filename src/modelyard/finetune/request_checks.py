@@ -13,7 +13,7 @@ from pathlib import Path
 from modelyard.datasets.row_forms import Form
 from modelyard.datasets.tables import Dataset
 from modelyard.db import Sessions
-from modelyard.deploy import without_adapters
+from modelyard.engine import adapter_support
 from modelyard.errors import JobFailure, Unprocessable
 from modelyard.finetune import actions, target_layers
 from modelyard.finetune.errands import refusal
@@ -62,10 +62,10 @@ def _check_files(wanted: FinetuneIn, settings: Settings, model: Model, dataset: 
         check_settings(model.model_id, folder, config, wanted.hyperparameters, is_own_python=is_own)
     except JobFailure as failure:
         raise refusal(failure) from failure
-    if wanted.deploy and (fault := without_adapters.fault(config)) is not None:
+    if wanted.deploy and (fault := adapter_support.fault(config)) is not None:
         raise Unprocessable(
             f"{model.model_id} {fault}: the adapter could not be put into service. Train without deploy; then "
-            f"{without_adapters.remedy('ADAPTER_ID')}",
+            f"{adapter_support.remedy('ADAPTER_ID')}",
             param="deploy",
             code="adapters_unsupported",
         )

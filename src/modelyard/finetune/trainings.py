@@ -29,8 +29,8 @@ from modelyard.datasets import actions as datasets
 from modelyard.datasets import reading
 from modelyard.datasets.tables import Dataset
 from modelyard.db import Sessions
-from modelyard.deploy import without_adapters
 from modelyard.deploy.fitting import model_files
+from modelyard.engine import adapter_support
 from modelyard.errors import JobFailure, ModelyardError, ObjectNotFound, StorageUnavailable
 from modelyard.finetune import actions, attempts, checkpoints, publishing
 from modelyard.finetune.accelerator import Accelerator
@@ -184,9 +184,9 @@ class _Training:
             await self._or_interrupt(self.tokenizers.tried(self.base.model_id, folder))
             await self._or_interrupt(self._wait_out_storage(self._prepare))
             need = await asyncio.to_thread(self._need, await self._longest_row())
-            fault = without_adapters.fault((await asyncio.to_thread(model_files, self.settings, self.base)).config)
+            fault = adapter_support.fault((await asyncio.to_thread(model_files, self.settings, self.base)).config)
             if fault is not None:
-                remedy = without_adapters.remedy(self.row.adapter_id)
+                remedy = adapter_support.remedy(self.row.adapter_id)
                 await self.job.event(f"{self.base.model_id} {fault}. When it is trained, {remedy}", level="warning")
             on_busy, holder = OnBusy(self.row.on_busy), f"the training {self.row.name}"
             async with self.accelerator.held(self.job, self.row.id, need, on_busy, holder=holder) as share:

@@ -13,10 +13,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from modelyard.deploy.lora_plugin import passed_over
+from modelyard.engine.plugins.lora import passed_over
 from tests.servers.programs import Programs
 
-PLUGIN = "from modelyard.deploy.lora_plugin import keep_adapters_off_the_base\n"
+PLUGIN = "from modelyard.engine.plugins.lora import keep_adapters_off_the_base\n"
 #: Two slots, both taken; a row for the first, one for the base and one for the second, of one number each.
 OPERATIONS = """
 import json, torch
@@ -40,7 +40,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 
 def test_vllm_finds_the_plugin_among_the_installed_entry_points() -> None:
     found = importlib.metadata.entry_points(group="vllm.general_plugins")["modelyard_lora"]
-    assert found.value == "modelyard.deploy.lora_plugin:keep_adapters_off_the_base"
+    assert found.value == "modelyard.engine.plugins.lora:keep_adapters_off_the_base"
     assert callable(found.load())
 
 

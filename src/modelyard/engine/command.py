@@ -1,8 +1,8 @@
 """The one place that knows vLLM's command line: from a model, options and a machine to a command.
 
 Everything is worked out from arguments that a test can make; nothing is started or read here. What an engine may take
-of the machine's memory is `fit`'s arithmetic, and a model that does not fit is refused with its numbers. Adapters are
-not named in the command: they are loaded over HTTP when the engine stands, so that a bad one cannot keep it from
+of the machine's memory is worked out by `memory`, and a model that does not fit is refused with its numbers. Adapters
+are not named in the command: they are loaded over HTTP when the engine stands, so that a bad one cannot keep it from
 starting.
 """
 
@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modelyard.child_environment import child_environment
-from modelyard.deploy import cures
-from modelyard.deploy.fit import CPU_SEQUENCES, GPU_UTILIZATION, MAX_LORAS, dtype_argument, fit, lora_rank
-from modelyard.deploy.model_shape import AdapterFiles, ModelFiles, longest
-from modelyard.deploy.schemas import EngineOptions
+from modelyard.engine.memory import CPU_SEQUENCES, GPU_UTILIZATION, MAX_LORAS, dtype_argument, fit, lora_rank
+from modelyard.engine.options import EngineOptions
+from modelyard.engine.plugins import cures
 from modelyard.errors import JobFailure
 from modelyard.hardware import Machine, cuda_environment
+from modelyard.models.shape import AdapterFiles, ModelFiles, longest
 from modelyard.processes import Command
 
 __all__ = ["AdapterFiles", "ModelFiles", "check_length", "engine_command", "plugins", "socket_path"]

@@ -6,13 +6,13 @@ clients. Linux's scheduler then leaves others without a turn for seconds (6.18 w
 faults with loops of yields), and the stream of every client stands still: see benchmarks/RESULTS.md. A sleep of no
 length, which the kernel makes about 50 microseconds, gives the core away for certain.
 
-For engines on a CPU only, whose steps take milliseconds: `vllm_args` names it in VLLM_PLUGINS. Does nothing with a
+For engines on a CPU only, whose steps take milliseconds: `command` names it in VLLM_PLUGINS. Does nothing with a
 vLLM that waits in another way, and says so.
 """
 
 from __future__ import annotations
 
-from modelyard.deploy.cures import cure
+from modelyard.engine.plugins.cures import cure
 
 
 @cure("modelyard_sleep")

@@ -11,7 +11,7 @@ import pytest
 
 from tests.servers.programs import Programs
 
-ENABLE = "from modelyard.deploy.amx_plugin import enable_amx; enable_amx()"
+ENABLE = "from modelyard.engine.plugins.amx import enable_amx; enable_amx()"
 GROUP = "vllm.general_plugins"
 #: Put before the code under test: a torch on which each call for the tiles is written down.
 RECORDING = """
@@ -36,18 +36,18 @@ def run_with_torch(
 
 def test_vllm_finds_the_plugin_among_the_installed_entry_points() -> None:
     found = importlib.metadata.entry_points(group=GROUP)["modelyard_amx"]
-    assert found.value == "modelyard.deploy.amx_plugin:enable_amx"
+    assert found.value == "modelyard.engine.plugins.amx:enable_amx"
     assert callable(found.load())
 
 
 def test_importing_the_plugin_does_not_import_torch() -> None:
-    done = run_python("import sys, modelyard.deploy.amx_plugin; sys.exit('torch' in sys.modules)")
+    done = run_python("import sys, modelyard.engine.plugins.amx; sys.exit('torch' in sys.modules)")
     assert done.returncode == 0, done.stderr
 
 
 def test_without_torch_it_warns_and_does_not_raise() -> None:
     hide = "import sys; sys.modules['torch'] = None\n"
-    done = run_python(hide + "from modelyard.deploy.amx_plugin import enable_amx; enable_amx(); print('alive')")
+    done = run_python(hide + "from modelyard.engine.plugins.amx import enable_amx; enable_amx(); print('alive')")
     assert done.stdout == "alive\n"
     assert "The cure modelyard_amx does not take effect" in done.stderr
 
@@ -74,6 +74,6 @@ def test_a_refusal_is_logged_and_is_not_an_error(vllm_programs: Programs) -> Non
 @pytest.mark.engine
 def test_this_machine_can_run_it_twice(vllm_programs: Programs) -> None:
     done = vllm_programs.run(
-        "from modelyard.deploy.amx_plugin import enable_amx; enable_amx(); enable_amx(); print('alive')"
+        "from modelyard.engine.plugins.amx import enable_amx; enable_amx(); enable_amx(); print('alive')"
     )
     assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr

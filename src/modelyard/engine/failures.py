@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 
 from modelyard import evidence
-from modelyard.deploy.failure_table import KILLED_HINT, TABLE
+from modelyard.engine.failure_table import KILLED_HINT, TABLE
 from modelyard.errors import JobFailure
 from modelyard.processes import Outcome
 

@@ -14,7 +14,7 @@ import sys
 from types import ModuleType
 from typing import Any, NoReturn
 
-from modelyard.deploy.cures import cure
+from modelyard.engine.plugins.cures import cure
 
 PACKAGE = "torchvision"
 MODULES = (

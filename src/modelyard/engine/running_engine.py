@@ -11,11 +11,11 @@ import time
 from collections.abc import Awaitable
 from typing import TypeVar
 
-from modelyard.deploy import attempts
-from modelyard.deploy.engine_client import EngineClient, Health
-from modelyard.deploy.failures import explain
-from modelyard.deploy.silence import Silence
-from modelyard.deploy.steps import ChildState
+from modelyard.engine import attempts
+from modelyard.engine.child_state import ChildState
+from modelyard.engine.client import EngineClient, Health
+from modelyard.engine.failures import explain
+from modelyard.engine.silence import Silence
 from modelyard.errors import JobFailure
 from modelyard.jobs.runner import JobContext
 from modelyard.processes import Child, Outcome

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelyard.deploy import adapter_probes
-from modelyard.deploy.engine_client import EngineClient
+from modelyard.engine import adapter_probes
+from modelyard.engine.client import EngineClient
 from modelyard.errors import JobFailure
 from modelyard.models.ids import is_trained
 

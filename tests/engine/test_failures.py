@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from modelyard.deploy.failure_table import TABLE
-from modelyard.deploy.failures import explain, telling_line
+from modelyard.engine.failure_table import TABLE
+from modelyard.engine.failures import explain, telling_line
 from modelyard.processes import Outcome
 
 LOGS = Path(__file__).with_name("logs")

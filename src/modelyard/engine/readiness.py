@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 
-from modelyard.deploy.engine_client import EngineClient, Wrong
+from modelyard.engine.client import EngineClient, Wrong
 from modelyard.errors import JobFailure
 
 #: An engine that says it is well and answers the probe with an error of its own (500) for so long will go on so.

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from modelyard.deploy.fit import CPU_PROCESSES_BYTES, GPU_PROCESS_BYTES, KV_LEAST_BYTES, Fit, fit, lora_rank
-from modelyard.deploy.model_shape import ModelFiles
-from modelyard.deploy.schemas import EngineOptions
+from modelyard.engine.memory import CPU_PROCESSES_BYTES, GPU_PROCESS_BYTES, KV_LEAST_BYTES, Fit, fit, lora_rank
+from modelyard.engine.options import EngineOptions
 from modelyard.hardware import GIB, Gpu, Machine
-from tests.deploy.test_model_shape import LLAMA_8B
+from modelyard.models.shape import ModelFiles
+from tests.models.test_shape import LLAMA_8B
 
 CPU = Machine(has_gpu=False, cpus=(0, 1), memory_available_bytes=64 * GIB)
 H100 = Gpu(0, "H100", 80 * GIB, 79 * GIB)

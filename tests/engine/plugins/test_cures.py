@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from modelyard.deploy import cures
-from modelyard.deploy.vllm_args import plugins
+from modelyard.engine.command import plugins
+from modelyard.engine.plugins import cures
 from modelyard.hardware import Machine
 
 WANTED = ["modelyard_amx", "modelyard_lora"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from modelyard.deploy import attempts
+from modelyard.engine import attempts
 
 
 def test_the_tenth_attempt_follows_the_ninth(tmp_path: Path) -> None:

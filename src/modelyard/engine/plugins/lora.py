@@ -12,7 +12,7 @@
    adapter acts by half or not at all. Here the engine knows both lists, after all renaming: it refuses the adapter,
    and says what it has instead.
 
-`vllm_args` names it in VLLM_PLUGINS. Does nothing with a vLLM that works in another way, and says so.
+`command` names it in VLLM_PLUGINS. Does nothing with a vLLM that works in another way, and says so.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from modelyard.deploy.cures import cure
+from modelyard.engine.plugins.cures import cure
 from modelyard.plurals import counted
 
 #: Each takes the inputs, the slots' weights, the output and the slot of each row, in this order.

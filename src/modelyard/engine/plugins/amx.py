@@ -10,7 +10,7 @@ Does nothing on other processors, in other builds of torch, and on GPUs.
 
 from __future__ import annotations
 
-from modelyard.deploy.cures import cure
+from modelyard.engine.plugins.cures import cure
 
 
 @cure("modelyard_amx")

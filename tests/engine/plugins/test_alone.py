@@ -22,7 +22,7 @@ print(loader._load_v2_logitsprocs_plugins())
 
 def test_vllm_finds_the_plugin_among_the_installed_entry_points() -> None:
     found = importlib.metadata.entry_points(group="vllm.general_plugins")["modelyard_alone"]
-    assert found.value == "modelyard.deploy.alone_plugin:keep_others_out"
+    assert found.value == "modelyard.engine.plugins.alone:keep_others_out"
     assert callable(found.load())
 
 

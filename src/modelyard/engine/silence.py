@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from modelyard.deploy.engine_client import Health
+from modelyard.engine.client import Health
 from modelyard.errors import JobFailure
 
 #: An engine that is silent and idle, or says that it is dead, this many times in a row is ended, and started again.

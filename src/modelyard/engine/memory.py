@@ -13,10 +13,10 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from modelyard.deploy import model_shape
-from modelyard.deploy.model_shape import DTYPE_BYTES, ModelFiles
-from modelyard.deploy.schemas import EngineOptions
+from modelyard.engine.options import EngineOptions
 from modelyard.hardware import GIB, Gpu, Machine
+from modelyard.models import shape
+from modelyard.models.shape import DTYPE_BYTES, ModelFiles
 from modelyard.plurals import counted
 
 # Measured for vLLM 0.32.0 on a CPU: its three processes take 1.5 GiB before any weight and cache, and 0.1 to 0.5 GiB
@@ -96,12 +96,12 @@ class _Need:
         self.adapters = self._adapters()
         self.block = GPU_BLOCK_TOKENS if machine.has_gpu else CPU_BLOCK_TOKENS
         self.per_token = self._per_token()
-        self.length = options.max_model_len or model_shape.longest(model.config)
+        self.length = options.max_model_len or shape.longest(model.config)
         # One whole block more: vLLM keeps one for itself.
         self.sequence = self._in_blocks(self.length) if self.length else None
         #: Of a generative model without a length vLLM itself lowers the length to what there is.
         self.is_bound = options.max_model_len is not None or (
-            model.task == "embed" and not model_shape.is_encoder(model.config)
+            model.task == "embed" and not shape.is_encoder(model.config)
         )
         self.least = max(KV_LEAST_BYTES, (self.sequence or 0) if self.is_bound else 0)
 
@@ -118,7 +118,7 @@ class _Need:
         available = self.machine.memory_available_bytes
         free = available - fixed
         useful = CPU_KV_DEFAULT_BYTES
-        if model_shape.is_encoder(self.model.config):
+        if shape.is_encoder(self.model.config):
             useful = KV_LEAST_BYTES
         elif self.sequence:
             # A quarter more, for blocks that are filled in part.
@@ -154,7 +154,7 @@ class _Need:
         utilization = self.options.gpu_memory_utilization or GPU_UTILIZATION
         taken = [math.ceil(gpu.total_bytes * utilization) for gpu in gpus]
         cache = max(0, min(taken) - fixed)
-        divided = min(parts, model_shape.kv_heads(self.model.config))
+        divided = min(parts, shape.kv_heads(self.model.config))
         tokens = self._tokens(cache, divided)
         lacking = [gpu for gpu, part in zip(gpus, taken, strict=True) if gpu.free_bytes < part]
         fits = False
@@ -208,11 +208,11 @@ class _Need:
         )
 
     def _weights(self) -> int:
-        stored = model_shape.stored_dtype(self.model.config)
+        stored = shape.stored_dtype(self.model.config)
         number_bytes = DTYPE_BYTES[self.dtype or "bfloat16"]
         # On a CPU vLLM keeps the embedding and the output a second time, in the order that its kernels like.
-        again = 0 if self.machine.has_gpu else model_shape.embedding_numbers(self.model.config) * number_bytes
-        if model_shape.is_quantised(self.model.config) or self.dtype is None:
+        again = 0 if self.machine.has_gpu else shape.embedding_numbers(self.model.config) * number_bytes
+        if shape.is_quantised(self.model.config) or self.dtype is None:
             return self.model.size_bytes + again
         # Where the configuration does not tell, the files may be in 16 bits.
         return self.model.size_bytes * number_bytes // (DTYPE_BYTES[stored] if stored else 2) + again
@@ -221,20 +221,20 @@ class _Need:
         slots = MAX_LORAS if self.options.max_loras is None else self.options.max_loras
         if self.model.task != "generate" or slots == 0:
             return 0
-        numbers = model_shape.adapter_numbers(self.model.config, lora_rank(self.options, self.adapters_rank))
+        numbers = shape.adapter_numbers(self.model.config, lora_rank(self.options, self.adapters_rank))
         if numbers is None:
             return None
-        held = model_shape.adapter_numbers(self.model.config, self.adapters_rank) or 0
+        held = shape.adapter_numbers(self.model.config, self.adapters_rank) or 0
         # Beside the places for those in use, the engine keeps what it has read of each in its host's memory.
         return slots * (numbers + (0 if self.machine.has_gpu else held)) * DTYPE_BYTES[self.dtype or "bfloat16"]
 
     def _per_token(self) -> int | None:
-        if model_shape.is_encoder(self.model.config):
+        if shape.is_encoder(self.model.config):
             return None
         kept = self.options.kv_cache_dtype or "auto"
         if kept.startswith("fp8"):
-            return model_shape.kv_bytes_per_token(self.model.config, 1)
-        return model_shape.kv_bytes_per_token(self.model.config, DTYPE_BYTES[self.dtype]) if self.dtype else None
+            return shape.kv_bytes_per_token(self.model.config, 1)
+        return shape.kv_bytes_per_token(self.model.config, DTYPE_BYTES[self.dtype]) if self.dtype else None
 
     def _in_blocks(self, tokens: int) -> int | None:
         if self.per_token is None:
@@ -252,7 +252,7 @@ def served_dtype(model: ModelFiles, options: EngineOptions, machine: Machine) ->
     dtype = dtype_argument(model, options, machine)
     if dtype != "auto":
         return dtype
-    stored = model_shape.stored_dtype(model.config)
+    stored = shape.stored_dtype(model.config)
     # vLLM's auto rounds a float32 model to 16 bits.
     return "bfloat16" if stored in ("float32", "float") else stored
 
@@ -287,7 +287,7 @@ def _hints(need: _Need, found: Fit) -> Iterator[str]:
         fitting = [rank for rank in lower if need.with_options(max_lora_rank=rank).judge().fits]
         if fitting:
             yield f"Set max_lora_rank to at most {fitting[-1]}."
-    if not model_shape.is_quantised(need.model.config):
+    if not shape.is_quantised(need.model.config):
         for bits in (8, 4):
             smaller = need.with_options()
             smaller.weights = need.weights * bits // (8 * DTYPE_BYTES[need.dtype or "bfloat16"])
@@ -322,7 +322,7 @@ def _gpu_hints(need: _Need) -> Iterator[str]:
                 break
     for size in range(1, len(gpus) + 1):
         # vLLM divides the heads, so their number must allow it.
-        divisible = (model_shape.heads(need.model.config) or size) % size == 0
+        divisible = (shape.heads(need.model.config) or size) % size == 0
         if size != parts and divisible and need.with_options(tensor_parallel_size=size).judge().fits:
             yield f"Set tensor_parallel_size to {size}."
             break

@@ -11,7 +11,7 @@ import pytest
 from tests.fixtures import missing
 
 PROGRAM = """
-from modelyard.deploy.vision_plugin import stand_in_for_torchvision as stand_in
+from modelyard.engine.plugins.vision import stand_in_for_torchvision as stand_in
 stand_in()
 stand_in()
 from torchvision.io import read_image

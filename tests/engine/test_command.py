@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from modelyard.deploy.fit import fit
-from modelyard.deploy.schemas import EngineOptions
-from modelyard.deploy.vllm_args import AdapterFiles, ModelFiles, engine_command
+from modelyard.engine.command import AdapterFiles, ModelFiles, engine_command
+from modelyard.engine.memory import fit
+from modelyard.engine.options import EngineOptions
 from modelyard.errors import JobFailure
 from modelyard.hardware import GIB, Gpu, Machine
 from tests.deploy.yard import CONFIG, make_settings

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from modelyard.deploy.model_shape import adapter_numbers, is_quantised, kv_bytes_per_token, longest, stored_dtype
+from modelyard.models.shape import adapter_numbers, is_quantised, kv_bytes_per_token, longest, stored_dtype
 
 LLAMA_8B: dict[str, Any] = {
     "model_type": "llama",

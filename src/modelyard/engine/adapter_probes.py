@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelyard.deploy.engine_client import Answer, EngineClient, Prompt
+from modelyard.engine.client import Answer, EngineClient, Prompt
 from modelyard.errors import JobFailure
 from modelyard.plurals import counted
 

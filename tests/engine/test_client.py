@@ -20,8 +20,8 @@ from sqlalchemy import make_url
 
 from modelyard.db import Sessions
 from modelyard.deploy.draining import Requests
-from modelyard.deploy.engine_client import EngineClient, Health, newest_adapters, total
 from modelyard.deploy.routing import Routing
+from modelyard.engine.client import EngineClient, Health, newest_adapters, total
 from tests.eventually import eventually
 from tests.no_files import no_files_left
 from tests.server import ENGINE_PYTHON

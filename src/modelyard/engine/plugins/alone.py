@@ -7,7 +7,7 @@ somebody installs beside vLLM for another purpose must not read or change answer
 
 from __future__ import annotations
 
-from modelyard.deploy.cures import cure
+from modelyard.engine.plugins.cures import cure
 
 
 @cure("modelyard_alone")

@@ -10,7 +10,7 @@ import pytest
 
 from tests.servers.programs import Programs
 
-PLUGIN = "from modelyard.deploy.sleep_plugin import sleep_while_waiting\n"
+PLUGIN = "from modelyard.engine.plugins.sleep import sleep_while_waiting\n"
 #: Waits as vLLM's readers do, and prints the part of a core that the waiting took.
 WAIT = """
 import time
@@ -28,7 +28,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 
 def test_vllm_finds_the_plugin_among_the_installed_entry_points() -> None:
     found = importlib.metadata.entry_points(group="vllm.general_plugins")["modelyard_sleep"]
-    assert found.value == "modelyard.deploy.sleep_plugin:sleep_while_waiting"
+    assert found.value == "modelyard.engine.plugins.sleep:sleep_while_waiting"
     assert callable(found.load())
 
 
