@@ -7,7 +7,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # -S: nothing but the standard library, and no time spent on anything else.
 INSTALL := @$(PYTHON) -S requirements/install.py
-PYTEST := $(BIN)/python -m pytest
+# Where the environment forbids bytecode, every run would compile all tests and rewrite their assertions again.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 SLOWEST := --durations=25 --durations-min=1
 # ONCE=1, but not ONCE=0.
 ONCE_FLAG := $(if $(filter-out 0 no false,$(ONCE)),--once)

@@ -200,17 +200,17 @@ def frameworks_cpu_s() -> float:
 
 
 @pytest.mark.slow
-def test_it_answers_within_a_second_of_its_start(tmp_path: Path) -> None:
-    from benchmarks.startup import GOAL_MB, GOAL_S, Start, measure
+def test_a_start_adds_little_to_the_loading_of_its_packages(tmp_path: Path) -> None:
+    """In seconds of the processor; `make bench` says how soon it answers."""
+    from benchmarks.startup import GOAL_MB, Start, measure
 
     starts: list[Start] = []
     yardsticks: list[float] = []
-    for _ in range(8):
+    for _ in range(4):
         starts.append(measure(tmp_path / "data", idle_s=0.0))
-        if starts[-1].answered_s < GOAL_S:
-            break
         yardsticks.append(frameworks_cpu_s())
+        if min(start.cpu_s for start in starts) < 1.5 * min(yardsticks):
+            break
     else:
-        # A machine that is slow, or that others keep busy: what the server adds to loading its packages must be little.
-        assert min(start.cpu_s for start in starts) < 1.5 * min(yardsticks), (starts, yardsticks)
+        pytest.fail(f"{starts} beside {yardsticks}")
     assert starts[-1].memory_mb < GOAL_MB

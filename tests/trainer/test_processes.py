@@ -186,24 +186,18 @@ def test_a_training_that_is_asked_to_end_goes_on_with_more_processes_or_fewer(
     assert run.done()["figures"]["processes"] == 1
 
 
-def test_nothing_of_a_shared_training_can_be_reached_from_other_machines(tmp_path: Path, tiny_llama: Path) -> None:
-    run = make_run(tmp_path / "run", tiny_llama, max_steps=500, **SETTINGS)
-    with launched(run) as there:
-        there.when(reaches(run, 2))
-        found = [address for pid in there.processes().values() for address in listening(pid)]
-        there.kill()
-        there.wait()
-    # The store by which they meet, and what each has for the others' gradients.
-    assert len(found) >= 3
-    assert {address for address in found if not address.startswith(LOOPBACK)} == set()
-
-
-def test_where_one_process_is_killed_all_end_and_it_counts_as_killed(tmp_path: Path, tiny_llama: Path) -> None:
+def test_no_process_can_be_reached_from_other_machines_and_where_one_is_killed_all_end_and_it_counts_as_killed(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
     run = make_run(tmp_path / "run", tiny_llama, max_steps=500, **SETTINGS)
     with launched(run) as there:
         there.when(reaches(run, 3))
+        found = [address for pid in there.processes().values() for address in listening(pid)]
         os.kill(there.processes()["1"], signal.SIGKILL)
         code = there.wait()
+    # The store by which they meet, and what each has for the others' gradients.
+    assert len(found) >= 3
+    assert {address for address in found if not address.startswith(LOOPBACK)} == set()
     assert code > 0
     result = run.result()
     assert result is None or result["stopped"], result
