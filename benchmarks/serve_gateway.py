@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry
 
 from modelyard.connection_register import Connections, Limits
 from modelyard.connections import Connection
-from modelyard.deploy.routing import OpenRequest
+from modelyard.deploy.open_requests import OpenRequest
 from modelyard.errors import ModelNotFound
 from modelyard.gateway.metrics import Metrics
 from modelyard.gateway.relay import Gateway, Target

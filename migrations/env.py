@@ -13,6 +13,7 @@ import modelyard.finetune.tables
 import modelyard.gateway.tables
 import modelyard.jobs.tables
 import modelyard.models.tables
+import modelyard.routing.tables
 import modelyard.states  # noqa: F401  # all tables, on one metadata
 from modelyard.db import Base, UtcDateTime, sync_engine
 from modelyard.foundation import configured_database

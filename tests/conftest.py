@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-pytest_plugins = ["tests.fixtures"]
+pytest_plugins = ["tests.fixtures", "tests.deploy.fixtures"]
 
 # Tests run beside one another: the threads of several tests would wait, busily, for one another's core. What a test
 # starts inherits it, servers and their engines aside, which have an environment of their own (tests/server.py).

@@ -23,6 +23,7 @@ import modelyard.finetune.tables
 import modelyard.gateway.tables
 import modelyard.jobs.tables
 import modelyard.models.tables
+import modelyard.routing.tables
 import modelyard.states  # noqa: F401  # all tables, on one metadata
 from modelyard import db
 from modelyard.db import Base, sync_engine

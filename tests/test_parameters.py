@@ -10,13 +10,14 @@ import pytest
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from modelyard.app import describe_invalid
-from modelyard.deploy.schemas import AliasIn, DeployIn
+from modelyard.deploy.schemas import DeployIn
 from modelyard.errors import Unprocessable
 from modelyard.finetune.schemas import FinetuneIn
 from modelyard.gateway.routes import api as gateway_api
 from modelyard.health.routes import api as health_api
 from modelyard.http import ManagementRoute
 from modelyard.parameters import check_query
+from modelyard.routing.schemas import AliasIn
 from tests.server import Server, serving
 from tests.walk import NOBODY, SAMPLES, application
 

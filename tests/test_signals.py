@@ -17,10 +17,11 @@ from modelyard.capacity import reservations
 from modelyard.capacity.ledger import Allocation
 from modelyard.capacity.tables import MAIN_MEMORY, Kind, Reservation
 from modelyard.db import Base, Sessions, database_url
-from modelyard.deploy.tables import MOVES, Alias, Deployment, DeploymentState
+from modelyard.deploy.tables import MOVES, Deployment, DeploymentState
 from modelyard.jobs import actions, survival
 from modelyard.jobs import tables as jobs
 from modelyard.jobs.tables import Job, JobEvent, JobStatus
+from modelyard.routing.tables import Alias
 from modelyard.signals import Topic
 from modelyard.states import StateChange, move
 

@@ -11,7 +11,8 @@ services            what routes share, made by the application when it starts
 health              /health, /ready, /metrics
 finetune            trainings: from a dataset and a model to an adapter in service that is known to be better
 gateway             the OpenAI-compatible API: requests to engines, bytes back; raw prompts, continued by request id
-deploy              models in service: wishes, one supervisor per deployment, routing
+routing             names and aliases, and the engine that each leads to
+deploy              models in service: wishes, one supervisor per deployment
 engine              vLLM: its options, memory, command line, client, failures and our plugins in it
 capacity            the ledger of memory: who holds how much of which device, and who must leave for whom
 models              the store: downloads, checks, imports, removal

@@ -31,12 +31,10 @@ from modelyard.datasets import intake
 from modelyard.datasets.routes import api as datasets_api
 from modelyard.db import Sessions
 from modelyard.deploy import actions as deployments
-from modelyard.deploy.alias_routes import api as aliases_api
 from modelyard.deploy.attempt_routes import api as attempts_api
 from modelyard.deploy.deployment_routes import api as deployments_api
 from modelyard.deploy.plan_routes import api as plan_api
 from modelyard.deploy.routes import api as deploy_api
-from modelyard.deploy.routing import Routing
 from modelyard.deploy.supervisor import Supervisor
 from modelyard.docs.routes import add_docs
 from modelyard.errors import (
@@ -80,6 +78,8 @@ from modelyard.models.tokenizer_child import TokenizerChildren
 from modelyard.outages import explain, first_line, is_passing
 from modelyard.parameters import not_an_id
 from modelyard.processes import Children
+from modelyard.routing.router import Routing
+from modelyard.routing.routes import api as aliases_api
 from modelyard.services import Services
 from modelyard.storage import Storage
 
@@ -126,7 +126,7 @@ def create_app(foundation: Foundation) -> FastAPI:
         children = Children(foundation.owner_lock, settings.grace_s)
         routing = Routing(sessions, settings.engine_wake_timeout_s)
         tokenizers = TokenizerChildren()
-        supervisor = Supervisor(settings, sessions, children, routing, tokenizers)
+        supervisor = Supervisor(settings, sessions, children, routing.requests, tokenizers)
         storage = foundation.storage
         accelerator = Accelerator(settings, sessions, supervisor.sharing_memory)
         runner = JobRunner(

@@ -12,7 +12,6 @@ from prometheus_client import CollectorRegistry
 
 from modelyard.datasets.intake import Uploads
 from modelyard.db import Sessions
-from modelyard.deploy.routing import Routing
 from modelyard.finetune.errands import Errands
 from modelyard.gateway.raw import RawLane
 from modelyard.gateway.relay import Gateway
@@ -20,6 +19,7 @@ from modelyard.health.checks import Checks
 from modelyard.jobs.runner import JobRunner
 from modelyard.models.lost import Backups
 from modelyard.models.tokenizer_child import TokenizerChildren
+from modelyard.routing.router import Routing
 from modelyard.settings import Settings
 from modelyard.storage import Storage
 

@@ -16,7 +16,6 @@ from modelyard.capacity.tables import MAIN_MEMORY, Kind
 from modelyard.finetune.tables import OnBusy
 from modelyard.hardware import GIB, Machine
 from modelyard.jobs.tables import Job, JobStatus
-from tests.deploy.conftest import on_each_database as on_each_database
 from tests.deploy.yard import DeployYard, deploy_yard, until_interrupted
 from tests.eventually import eventually
 from tests.finetune.test_accelerator import BUDGET, add_training

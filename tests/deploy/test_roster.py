@@ -13,7 +13,7 @@ from modelyard.deploy import roster
 from modelyard.deploy.tables import Wanted
 from modelyard.errors import DeploymentEnded, DeploymentNotFound
 from modelyard.jobs import actions as jobs
-from tests.deploy.rows import NOON, Rows, State, rows
+from tests.routing.rows import NOON, Rows, State, rows
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("on_each_database")]
 

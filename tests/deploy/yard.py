@@ -16,7 +16,6 @@ import pydantic_settings
 from modelyard import tasks
 from modelyard.db import Sessions
 from modelyard.deploy import actions, succession
-from modelyard.deploy.routing import Routing
 from modelyard.deploy.supervisor import Supervisor
 from modelyard.deploy.tables import Deployment, Wanted
 from modelyard.foundation import Foundation
@@ -27,6 +26,7 @@ from modelyard.jobs.tables import ACTIVE
 from modelyard.models.tables import Model
 from modelyard.models.tokenizer_child import TokenizerChildren
 from modelyard.processes import Children
+from modelyard.routing.router import Routing
 from modelyard.settings import Settings
 from tests.eventually import eventually
 from tests.servers.engine import read_record
@@ -222,7 +222,7 @@ async def deploy_yard(
     sessions = Sessions(foundation.url)
     routing = Routing(sessions, settings.engine_wake_timeout_s)
     children = Children(foundation.owner_lock, settings.grace_s)
-    supervisor = Supervisor(settings, sessions, children, routing, TokenizerChildren())
+    supervisor = Supervisor(settings, sessions, children, routing.requests, TokenizerChildren())
     runner = JobRunner(
         sessions, {actions.KIND: supervisor.serve, **(functions or {})}, {}, settings.jobs_dir,
         {actions.KIND: actions.ended},

@@ -25,11 +25,12 @@ from uuid import UUID
 
 from sqlalchemy import select
 
-from modelyard.deploy import aliases, succession
-from modelyard.deploy.snapshot import Target
+from modelyard.deploy import succession
 from modelyard.deploy.tables import LIVE, Deployment, DeploymentModel, DeploymentState, Wanted
 from modelyard.errors import ModelyardError
 from modelyard.jobs.tables import Job
+from modelyard.routing import aliases
+from modelyard.routing.snapshot import Target
 from tests.deploy import yard as yards
 from tests.deploy.yard import DeployYard, deploy_yard
 

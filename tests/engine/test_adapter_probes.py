@@ -15,7 +15,6 @@ from modelyard.engine import adapter_probes
 from modelyard.engine.adapter_probes import are_same, change
 from modelyard.engine.client import Answer
 from modelyard.errors import ModelNotFound
-from tests.deploy.conftest import on_each_database as on_each_database
 from tests.deploy.test_changes import ask, served
 from tests.deploy.yard import DeployYard, deploy_yard
 from tests.eventually import eventually

@@ -16,11 +16,9 @@ from typing import Any
 
 import aiohttp
 import pytest
-from sqlalchemy import make_url
 
-from modelyard.db import Sessions
 from modelyard.deploy.draining import Requests
-from modelyard.deploy.routing import Routing
+from modelyard.deploy.open_requests import OpenRequests
 from modelyard.engine.client import EngineClient, Health, newest_adapters, total
 from tests.eventually import eventually
 from tests.no_files import no_files_left
@@ -272,18 +270,16 @@ async def test_an_engine_that_is_gone_is_told_apart_from_one_that_has_nothing() 
 
 
 async def test_an_engine_that_does_not_say_how_many_requests_it_has_is_not_drained_before_time_is_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("modelyard.deploy.draining.FRESH_S", 0.0)
-    sessions = Sessions(make_url(f"sqlite+aiosqlite:///{tmp_path}/x.db"))
     client = EngineClient("unix:/nobody/listens/here.sock")
     for timeout_s, is_drained in ((60.0, False), (0.0, True)):
-        requests = Requests(Routing(sessions), timeout_s)
+        requests = Requests(OpenRequests(), timeout_s)
         requests.of_engine("unix:/nobody/listens/here.sock", client)
         assert await requests.look_whether_drained() == 0
         assert requests.drained == is_drained
     await client.close()
-    await sessions.close()
 
 
 async def test_something_else_on_the_socket_is_an_answer_that_cannot_be_used() -> None:

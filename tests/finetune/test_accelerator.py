@@ -29,7 +29,6 @@ from modelyard.hardware import GIB, Gpu, Machine
 from modelyard.jobs import actions as jobs
 from modelyard.jobs.runner import JobContext, JobInterrupted
 from modelyard.jobs.tables import Job, JobStatus
-from tests.deploy.conftest import on_each_database as on_each_database
 from tests.deploy.test_changes import ask
 from tests.deploy.yard import DeployYard, deploy_yard, make_settings, until_interrupted
 from tests.eventually import eventually

@@ -13,14 +13,15 @@ from uuid import UUID
 import pytest
 from sqlalchemy import select
 
-from modelyard.deploy import actions, aliases, succession
-from modelyard.deploy.tables import Alias, Deployment, Strategy
+from modelyard.deploy import actions, succession
+from modelyard.deploy.tables import Deployment, Strategy
 from modelyard.errors import JobFailure
 from modelyard.finetune.into_service import promote, put_into_service
 from modelyard.jobs import actions as jobs
 from modelyard.jobs.runner import JobContext, JobInterrupted
 from modelyard.jobs.tables import Job, JobStatus
-from tests.deploy.conftest import on_each_database as on_each_database
+from modelyard.routing import aliases
+from modelyard.routing.tables import Alias
 from tests.deploy.yard import DeployYard, deploy_yard, until_interrupted
 from tests.engine.test_adapter_probes import TRAINED, write_probes
 from tests.eventually import eventually

@@ -6,6 +6,5 @@ job, which runs for as long as the model is in service. One `Service` per deploy
 
 - to start an engine: `fitting` (may it start now, and with which memory)
 - while it runs: `adapter_changes` (adapters come), `draining` (requests and adapters go)
-- for requests: `routing` (which engine serves a name, by a `snapshot`; in an outage of the database the one
-  `last_known`), `aliases`, `admission` (what is refused before it is wanted)
+- for requests: `open_requests` (which an engine still has), `admission` (what is refused before it is wanted)
 """

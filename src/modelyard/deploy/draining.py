@@ -10,16 +10,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-from modelyard.deploy.last_known import FRESH_S
-from modelyard.deploy.routing import Routing
+from modelyard.deploy.open_requests import FRESH_S, OpenRequests
 from modelyard.engine.client import EngineClient
 
 
 class Requests:
     """The requests to one deployment's engine, across its restarts."""
 
-    def __init__(self, routing: Routing, timeout_s: float) -> None:
-        self._routing = routing
+    def __init__(self, open_requests: OpenRequests, timeout_s: float) -> None:
+        self._open = open_requests
         self._timeout_s = timeout_s
         self._url = ""
         self._client: EngineClient | None = None
@@ -49,7 +48,7 @@ class Requests:
         """Find out whether anybody has asked since the last look."""
         assert self._client is not None
         answered = await self._client.answered_requests()
-        if answered != self._answered or self._routing.open_requests(self._url) or await self._client.open_requests():
+        if answered != self._answered or self._open.count(self._url) or await self._client.open_requests():
             self._answered = answered
             self.asked()
 
@@ -67,7 +66,7 @@ class Requests:
         if self._draining_since is None:
             self.begin_draining()
         counted = await self._client.open_requests()
-        open_requests = max(counted or 0, self._routing.open_requests(self._url))
+        open_requests = max(counted or 0, self._open.count(self._url))
         assert self._draining_since is not None
         seconds = time.monotonic() - self._draining_since
         # Another gateway process may have read for so long that the engine serves. An engine that does not answer may
@@ -76,7 +75,7 @@ class Requests:
         self.drained = seconds >= max(self._timeout_s, FRESH_S) or (is_idle and seconds >= FRESH_S)
         if self.drained:
             # Nothing was awaited since the count: no request can slip in between.
-            self._routing.close_to(self._url)
+            self._open.close_to(self._url)
         return open_requests
 
     def leave(self, names: Iterable[str]) -> None:
@@ -85,7 +84,7 @@ class Requests:
 
     def come(self, names: Iterable[str]) -> None:
         """Have adapters take requests, also those that had left."""
-        self._routing.open_to(self._url, names)
+        self._open.open_to(self._url, names)
 
     @property
     def are_leaving(self) -> bool:
@@ -102,16 +101,16 @@ class Requests:
         left = [
             name
             for name, since in self._leaving.items()
-            if now - since >= FRESH_S and not self._routing.open_requests(self._url, name)
+            if now - since >= FRESH_S and not self._open.count(self._url, name)
         ]
         if left:
             in_use = await self._client.adapters_in_use()
             left = [
                 name
                 for name in left
-                if in_use is not None and name not in in_use and not self._routing.open_requests(self._url, name)
+                if in_use is not None and name not in in_use and not self._open.count(self._url, name)
             ]
         for name in left:
-            self._routing.close_to(self._url, name)
+            self._open.close_to(self._url, name)
             del self._leaving[name]
         return left

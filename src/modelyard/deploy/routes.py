@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from fastapi import Depends, Query, Request
+from fastapi import Query, Request
 
 from modelyard.deploy import actions, admission, succession
-from modelyard.deploy.routing import Routing
 from modelyard.deploy.schemas import DeployIn, DeployJobOut, DeployOut, DeployStatusOut
 from modelyard.http import Sessions, Settings, documented, router, services_of
 from modelyard.jobs import actions as jobs
@@ -17,11 +16,6 @@ from modelyard.models.routes import Kept
 api = router("/api/v1/deploy", "Deploy")
 
 
-async def _routing(request: Request) -> Routing:
-    return services_of(request.scope).routing
-
-
-CurrentRouting = Annotated[Routing, Depends(_routing)]
 Task = Annotated[
     Literal["generate", "embed"] | None,
     Query(description="Which current deployment; left out, the generative one comes before the embedding one."),

@@ -19,9 +19,8 @@ from modelyard.db import Sessions, utcnow
 from modelyard.deploy.adapter_changes import AdapterChanges
 from modelyard.deploy.draining import Requests
 from modelyard.deploy.fitting import Fitting
-from modelyard.deploy.last_known import FRESH_S
+from modelyard.deploy.open_requests import FRESH_S, OpenRequests
 from modelyard.deploy.record import Record
-from modelyard.deploy.routing import Routing
 from modelyard.deploy.steps import Facts, Room, Step, next_step
 from modelyard.deploy.tables import Deployment, DeploymentState, Wanted
 from modelyard.engine import adapter_loading, attempts, socket_dir
@@ -64,7 +63,7 @@ class Shared:
     settings: Settings
     sessions: Sessions
     children: Children
-    routing: Routing
+    open_requests: OpenRequests
     tokenizers: TokenizerChildren
     #: Held from the look at free memory until an engine's share is written down.
     sharing_memory: asyncio.Lock
@@ -78,7 +77,7 @@ class Service:
         self.context = context
         self.record = Record(context, shared.sessions, row)
         self.engine = RunningEngine(context, shared.settings.engine_busy_timeout_s)
-        self.requests = Requests(shared.routing, shared.settings.engine_drain_timeout_s)
+        self.requests = Requests(shared.open_requests, shared.settings.engine_drain_timeout_s)
         self.changes = AdapterChanges(context, self.record, self.engine, self.requests)
         self.fitting = Fitting(shared.settings, shared.sessions)
         #: Where each adapter that is wanted lies, as the store says.

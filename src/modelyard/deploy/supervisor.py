@@ -11,7 +11,7 @@ import importlib
 
 from modelyard.db import Sessions
 from modelyard.deploy import actions, succession
-from modelyard.deploy.routing import Routing
+from modelyard.deploy.open_requests import OpenRequests
 from modelyard.deploy.service import ENGINE_GONE, Service, Shared
 from modelyard.deploy.tables import MOVES, Deployment, DeploymentState
 from modelyard.engine import attempts
@@ -30,12 +30,12 @@ class Supervisor:
         settings: Settings,
         sessions: Sessions,
         children: Children,
-        routing: Routing,
+        open_requests: OpenRequests,
         tokenizers: TokenizerChildren,
     ) -> None:
         self.sharing_memory = asyncio.Lock()
         self._settings, self._sessions, self._children = settings, sessions, children
-        self._shared = Shared(settings, sessions, children, routing, tokenizers, self.sharing_memory)
+        self._shared = Shared(settings, sessions, children, open_requests, tokenizers, self.sharing_memory)
 
     async def serve(self, context: JobContext) -> None:
         """Keep the job's deployment in service until it is interrupted.

@@ -157,33 +157,6 @@ class Deployment(Base):
         return self.ready_at is not None or self.restores is not None
 
 
-class Alias(Base):
-    """A name that clients may use for a model or adapter in service, whichever deployment serves it."""
-
-    TOPICS = ((Topic.ALIASES, None),)
-    __tablename__ = "aliases"
-
-    name: Mapped[str] = mapped_column(String(128), primary_key=True)
-    target: Mapped[str] = mapped_column(String(200))
-    created_at: Mapped[datetime] = mapped_column(UtcDateTime(), default=utcnow)
-    updated_at: Mapped[datetime] = mapped_column(UtcDateTime(), default=utcnow)
-
-
-class AliasMove(Base):
-    """One move of an alias, so that it can be taken back. None: no row, so that a built-in one follows."""
-
-    __tablename__ = "alias_moves"
-
-    number: Mapped[int] = mapped_column(Number, primary_key=True, autoincrement=True)
-    name: Mapped[str] = mapped_column(String(128), index=True)
-    before: Mapped[str | None] = mapped_column(String(200))
-    after: Mapped[str | None] = mapped_column(String(200))
-    reason: Mapped[str] = mapped_column(String(200), default="")
-    at: Mapped[datetime] = mapped_column(UtcDateTime(), default=utcnow)
-    #: When it was taken back.
-    undone_at: Mapped[datetime | None] = mapped_column(UtcDateTime())
-
-
 class DeploymentModel(Base):
     """Holds a model or adapter while a deployment needs it: the store refuses to delete what is held."""
 

@@ -21,7 +21,6 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from modelyard.datasets import actions as datasets
 from modelyard.datasets.tables import Dataset
 from modelyard.db import exclusively, utcnow
-from modelyard.deploy import aliases
 from modelyard.errors import AliasTaken, FinetuneActive, FinetuneDone, FinetuneNotFound, NoFinetune, Unprocessable
 from modelyard.finetune.schemas import FinetuneIn
 from modelyard.finetune.tables import Finetune, FinetuneHold, FinetunePoint, Phase
@@ -33,6 +32,7 @@ from modelyard.models.kinds import Task
 from modelyard.models.tables import Model
 from modelyard.models.trainable import check_kind
 from modelyard.plurals import counted
+from modelyard.routing import aliases
 
 KIND = "FT"
 #: An adapter's id is this long at most, without what tells it from another of the name.

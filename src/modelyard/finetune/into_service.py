@@ -18,13 +18,15 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from modelyard.db import Sessions, exclusively
 from modelyard.deploy import actions as deployments
-from modelyard.deploy import admission, aliases, roster, succession
-from modelyard.deploy.tables import AliasMove, Deployment, DeploymentState, Strategy, Wanted
+from modelyard.deploy import admission, roster, succession
+from modelyard.deploy.tables import Deployment, DeploymentState, Strategy, Wanted
 from modelyard.engine.options import EngineOptions
 from modelyard.errors import JobFailure, ModelyardError
 from modelyard.jobs import actions as jobs
 from modelyard.jobs.runner import JobContext, JobInterrupted
 from modelyard.jobs.tables import JobEvent
+from modelyard.routing import aliases
+from modelyard.routing.tables import AliasMove
 from modelyard.settings import Settings
 
 LOOK_EVERY_S = 0.25

@@ -10,10 +10,10 @@ from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 import modelyard
-from modelyard.deploy.routes import CurrentRouting
 from modelyard.engine.client import metrics_of
 from modelyard.health.exposition import merge
 from modelyard.http import documented, router, services_of
+from modelyard.routing.routes import CurrentRouting
 
 api = router(tag="Health")
 

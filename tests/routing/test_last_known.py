@@ -9,7 +9,7 @@ import time
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from modelyard.deploy.last_known import LastKnown
+from modelyard.routing.last_known import LastKnown
 from tests.eventually import eventually
 
 

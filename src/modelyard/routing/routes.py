@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import Path, Query
+from fastapi import Depends, Path, Query, Request
 
-from modelyard.deploy import aliases
-from modelyard.deploy.routes import CurrentRouting
-from modelyard.deploy.routing import Routing
-from modelyard.deploy.schemas import AliasIn, AliasMoveOut, AliasOut, ResolvedOut
-from modelyard.deploy.tables import Alias, DeploymentState
-from modelyard.http import Sessions, documented, router
+from modelyard.deploy.tables import DeploymentState
+from modelyard.http import Sessions, documented, router, services_of
+from modelyard.routing import aliases
+from modelyard.routing.router import Routing
+from modelyard.routing.schemas import AliasIn, AliasMoveOut, AliasOut, ResolvedOut
+from modelyard.routing.tables import Alias
 
 api = router("/api/v1/aliases", "Aliases")
 
+
+async def _routing(request: Request) -> Routing:
+    return services_of(request.scope).routing
+
+
+CurrentRouting = Annotated[Routing, Depends(_routing)]
 AliasName = Annotated[str, Path(description="The alias, which may hold slashes.", examples=["support/production"])]
 
 

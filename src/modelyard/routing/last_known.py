@@ -15,13 +15,12 @@ from typing import Generic, TypeVar
 from sqlalchemy.exc import SQLAlchemyError
 
 from modelyard import tasks
+from modelyard.deploy.open_requests import FRESH_S
 from modelyard.outages import first_line, is_passing
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-#: A value is as good as new for so long, if nothing is said to have changed.
-FRESH_S = 1.0
 #: A read that takes longer counts as an outage: whoever waits for it gets the last known value.
 PATIENCE_S = 1.0
 #: Between reads while the database is away.

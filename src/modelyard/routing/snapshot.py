@@ -1,6 +1,6 @@
 """Where each name leads, worked out once from the deployments and aliases of one moment.
 
-Pure: a `Snapshot` is made from rows, and never changes. `routing` takes one anew after each change, and answers every
+Pure: a `Snapshot` is made from rows, and never changes. `router` takes one anew after each change, and answers every
 request from the newest.
 
 A name is looked for among the models' ids, then the adapters' ids, the adapters with their versions (as answers name
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
-from modelyard.deploy import aliases
 from modelyard.deploy.roster import ASLEEP
 from modelyard.deploy.tables import Deployment, DeploymentState
+from modelyard.routing import aliases
 
 TASKS = ("generate", "embed")
 

@@ -1,6 +1,7 @@
-"""Tests of deployments may run on each database: `pytestmark = pytest.mark.usefixtures("on_each_database")`.
+"""Fixtures of deployments, for the tests of all rooms.
 
-Those of REST share one whole server of their worker (`live`).
+Tests may run on each database: `pytestmark = pytest.mark.usefixtures("on_each_database")`. Those of REST share one
+whole server of their worker (`live`).
 """
 
 from __future__ import annotations

@@ -11,11 +11,11 @@ import pytest
 from sqlalchemy import event
 
 from modelyard.db import Sessions
-from modelyard.deploy.routing import Routing
 from modelyard.deploy.tables import Wanted
 from modelyard.errors import EngineStarting, ModelNotFound
-from tests.deploy.rows import NOON, State, rows
+from modelyard.routing.router import Routing
 from tests.eventually import PATIENCE_S, eventually
+from tests.routing.rows import NOON, State, rows
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("on_each_database")]
 
@@ -310,33 +310,33 @@ async def test_open_requests_are_counted_by_engine_and_by_name(tmp_path: Path) -
         poems = await table.routing.resolve("org/poems", "generate")
         with table.routing.request(base), table.routing.request(poems):
             with table.routing.request(poems):
-                assert table.routing.open_requests(base.url) == 3
-                assert table.routing.open_requests(base.url, "org/poems@1") == 2
-            assert table.routing.open_requests(base.url, "org/poems@1") == 1
-            assert table.routing.open_requests("unix:/another") == 0
+                assert table.routing.requests.count(base.url) == 3
+                assert table.routing.requests.count(base.url, "org/poems@1") == 2
+            assert table.routing.requests.count(base.url, "org/poems@1") == 1
+            assert table.routing.requests.count("unix:/another") == 0
         with pytest.raises(RuntimeError), table.routing.request(base):
             raise RuntimeError
-        assert table.routing.open_requests(base.url) == 0
-        assert not table.routing._open, "an engine that is gone leaves nothing behind"
+        assert table.routing.requests.count(base.url) == 0
+        assert not table.routing.requests._open, "an engine that is gone leaves nothing behind"
 
 
 async def test_what_is_closed_gets_no_request_even_if_the_rows_still_name_it(tmp_path: Path) -> None:
     async with rows(tmp_path) as table:
         one = await table.add("org/a", adapter_ids=["org/poems"], loaded={"org/poems": "org/poems@1"})
         url = await table.url("org/a")
-        table.routing.close_to(url, "org/poems@1")
+        table.routing.requests.close_to(url, "org/poems@1")
         assert await table.url("org/a") == url
         with pytest.raises(EngineStarting):
             await table.url("org/poems")
-        table.routing.open_to(url, ["org/poems@1"])
+        table.routing.requests.open_to(url, ["org/poems@1"])
         assert await table.url("org/poems") == url
-        table.routing.close_to(url)
+        table.routing.requests.close_to(url)
         for name in ("org/a", "org/poems", "default", None):
             with pytest.raises(EngineStarting):
                 await table.url(name)
         await table.change(one, engine_url="unix:/new")
         assert await table.url("org/a") == "unix:/new"
-        assert not table.routing._closed, "an engine that is gone leaves nothing behind"
+        assert not table.routing.requests._closed, "an engine that is gone leaves nothing behind"
 
 
 @pytest.mark.parametrize("state", [State.IDLE, State.DRAINING])

@@ -16,9 +16,9 @@ from sqlalchemy import delete, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from modelyard.db import exclusively, utcnow
-from modelyard.deploy.tables import Alias, AliasMove
 from modelyard.errors import SHOWN_NAMES, AliasNotFound, AliasTaken, ModelNotFound, NothingToRollBack, Unprocessable
 from modelyard.models import actions as models
+from modelyard.routing.tables import Alias, AliasMove
 
 #: The built-in aliases, and the task whose current deployment each follows. `DEFAULT` does so where nothing else is
 #: asked for: a request for embeddings means the embedding one by it.

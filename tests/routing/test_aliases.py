@@ -12,11 +12,11 @@ import pytest
 from sqlalchemy import delete
 
 from modelyard.db import Sessions
-from modelyard.deploy import aliases
-from modelyard.deploy.tables import Alias
 from modelyard.errors import AliasNotFound, AliasTaken, ModelNotFound, NothingToRollBack, Unprocessable
 from modelyard.foundation import Foundation
 from modelyard.models.tables import Model
+from modelyard.routing import aliases
+from modelyard.routing.tables import Alias
 from tests.deploy.live import POEMS, A, B, LiveYard
 from tests.deploy.yard import make_settings
 

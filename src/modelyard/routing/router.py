@@ -2,7 +2,7 @@
 
 What it knows comes from the database: a snapshot that is taken anew after each commit that writes a deployment or an
 alias, and at least every second, so that a second process would see the same. It says what is in service and writes
-nothing but the wish that an idle deployment wakes. Of its own it only counts the requests that this process has open.
+nothing but the wish that an idle deployment wakes.
 
 While the database is away the last snapshot answers (`last_known`): the engines that it names go on serving. A name
 that is not in it may exist all the same, so that is told as an outage.
@@ -15,22 +15,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
-from collections.abc import Iterable
 from contextlib import suppress
-from typing import NoReturn, Protocol
+from typing import NoReturn
 from uuid import UUID
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from modelyard import outages
 from modelyard.db import Sessions
-from modelyard.deploy import aliases, roster, succession
-from modelyard.deploy.last_known import FRESH_S, PATIENCE_S, RETRY_S, LastKnown
+from modelyard.deploy import roster, succession
+from modelyard.deploy.open_requests import FRESH_S, OpenRequests
 from modelyard.deploy.roster import ASLEEP
-from modelyard.deploy.snapshot import TASKS, Served, Snapshot, Target, Way
 from modelyard.deploy.tables import Deployment, DeploymentState, Wanted
 from modelyard.errors import DatabaseUnavailable, EngineStarting, ModelNotFound
+from modelyard.routing import aliases
+from modelyard.routing.last_known import PATIENCE_S, RETRY_S, LastKnown
+from modelyard.routing.snapshot import TASKS, Served, Snapshot, Target, Way
 from modelyard.signals import Topic
 
 log = logging.getLogger(__name__)
@@ -41,19 +41,14 @@ LOADING_RETRY_S = 1
 _COMING = frozenset({DeploymentState.STARTING, DeploymentState.BACKOFF})
 
 
-class Address(Protocol):
-    """The part of a target by which its requests are counted."""
-
-    @property
-    def url(self) -> str: ...
-    @property
-    def served_name(self) -> str: ...
-
-
 class Routing:
     """Answers which engine serves a name; a database that takes longer than `patience_s` to answer counts as away."""
 
     def __init__(self, sessions: Sessions, wake_timeout_s: float = 300.0, *, patience_s: float = PATIENCE_S) -> None:
+        #: The requests that this process has open, which deployments ask for when they drain.
+        self.requests = OpenRequests()
+        #: Counts a request as open within a `with` block; an attribute, since every request asks for it.
+        self.request = self.requests.request
         self._sessions = sessions
         self._wake_timeout_s = wake_timeout_s
         self._patience_s = patience_s
@@ -63,9 +58,6 @@ class Routing:
         self._woken: set[UUID] = set()
         #: Set and replaced by `changed`.
         self._news = asyncio.Event()
-        self._open: Counter[tuple[str, str]] = Counter()
-        #: Engines, and adapters' names at engines, that get no new request even if the snapshot still names them.
-        self._closed: set[tuple[str, str | None]] = set()
         for topic in (Topic.DEPLOYMENTS, Topic.ALIASES):
             sessions.signals.subscribe(topic, self.changed)
 
@@ -122,30 +114,9 @@ class Routing:
         """
         snapshot = self._snapshots.value if self._snapshots.is_fresh else await self._look()
         target = snapshot.targets.get((name, task))
-        if target is None or self._is_closed(target):
+        if target is None or self.requests.is_closed(target):
             return await self._wait_for(name, task)
         return target
-
-    def request(self, target: Address) -> OpenRequest:
-        """Count a request to an engine as open within a `with` block, which keeps the engine from being ended."""
-        return OpenRequest(self._open, (target.url, target.served_name))
-
-    def open_requests(self, url: str, served_name: str | None = None) -> int:
-        """Return how many requests this process has open at an engine, or at one of its names."""
-        if served_name is not None:
-            return self._open[url, served_name]
-        return sum(count for (one, _), count in self._open.items() if one == url)
-
-    def close_to(self, url: str, served_name: str | None = None) -> None:
-        """Send no new request to an engine, or to one of its names, from now on.
-
-        A snapshot may be older than the word that it leaves, where the database is slow or away.
-        """
-        self._closed.add((url, served_name))
-
-    def open_to(self, url: str, served_names: Iterable[str]) -> None:
-        """Send requests again to names that the engine has loaded anew."""
-        self._closed.difference_update((url, name) for name in served_names)
 
     async def listing(self) -> list[Served]:
         """Return every name that works now: models, adapters, users' aliases, built-in ones."""
@@ -177,7 +148,7 @@ class Routing:
             news = self._news
             snapshot = await self._look()
             target = snapshot.targets.get((name, task))
-            if target is not None and not self._is_closed(target):
+            if target is not None and not self.requests.is_closed(target):
                 return target
             way = snapshot.way(name, task)
             if way is None:
@@ -211,10 +182,6 @@ class Routing:
             return awaited is not None  # its adapter is being loaded
         return one.state in ASLEEP or (one.state in _COMING and (one.wake_requested or one.id in self._woken))
 
-    def _is_closed(self, target: Target) -> bool:
-        closed = self._closed
-        return bool(closed) and ((target.url, None) in closed or (target.url, target.served_name) in closed)
-
     async def _wake(self, deployment: Deployment) -> None:
         """Write once that a request waits, however many do."""
         if deployment.state not in ASLEEP or deployment.wake_requested:
@@ -244,29 +211,9 @@ class Routing:
             live = await succession.live(session)
             names = {row.name: row.target for row in await aliases.all_aliases(session)}
         snapshot = Snapshot([one for one in live if one.wanted == Wanted.UP], names)
-        urls = {one.engine_url for one in snapshot.up}
-        self._closed = {(url, name) for url, name in self._closed if url in urls}
+        self.requests.forget_others({one.engine_url for one in snapshot.up})
         self._woken &= {one.id for one in snapshot.up if one.state != DeploymentState.READY}
         return snapshot
-
-
-class OpenRequest:
-    """A request that counts as open within its `with` block."""
-
-    __slots__ = ("_counts", "_key")
-
-    def __init__(self, counts: Counter[tuple[str, str]], key: tuple[str, str]) -> None:
-        self._counts = counts
-        self._key = key
-
-    def __enter__(self) -> None:
-        self._counts[self._key] += 1
-
-    def __exit__(self, *_: object) -> None:
-        if self._counts[self._key] > 1:
-            self._counts[self._key] -= 1
-        else:
-            del self._counts[self._key]  # every start of an engine has an address of its own
 
 
 def _refuse(name: str | None, way: Way | None, snapshot: Snapshot) -> NoReturn:

@@ -10,11 +10,13 @@ from typing import Any
 from uuid import UUID
 
 from modelyard.db import Sessions
-from modelyard.deploy import aliases, roster
-from modelyard.deploy.routing import Routing
-from modelyard.deploy.tables import Alias, Deployment, DeploymentState
+from modelyard.deploy import roster
+from modelyard.deploy.tables import Deployment, DeploymentState
 from modelyard.foundation import Foundation
 from modelyard.jobs.tables import Job, JobStatus
+from modelyard.routing import aliases
+from modelyard.routing.router import Routing
+from modelyard.routing.tables import Alias
 from modelyard.signals import Topic
 from tests.deploy.yard import make_settings
 from tests.eventually import PATIENCE_S
