@@ -360,7 +360,7 @@ async def test_requests_that_do_not_end_in_time_are_cut_off_and_it_is_said(tmp_p
         await eventually(lambda: len(yard.record("org/a", "request")) >= 2, "the request has begun")
         await yard.take_down(job_id, Wanted.DRAINED)
         assert (await yard.ended(job_id)).status == JobStatus.KILLED
-        assert "1 requests did not end within 2 s" in await messages(yard, job_id)
+        assert "1 request did not end within 2 s" in await messages(yard, job_id)
         answer.cancel()
 
 
