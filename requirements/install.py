@@ -63,8 +63,7 @@ def main(arguments: list[str]) -> int:
         parts = [part for part in PARTS if part in {*arguments, "server"} and (part, engine) != ("engine", "none")]
         # On the folder itself, so that no file is left: two `make` at once install one after the other.
         fcntl.flock(os.open(HERE, os.O_RDONLY), fcntl.LOCK_EX)
-        stamp = read_stamp()
-        if any(stamp.get(part) != fingerprint(part, engine) for part in parts):
+        if not is_installed(parts, engine):
             install(parts, engine)
     except InstallFailed as failure:
         say(f"\ninstall: {failure}")
@@ -121,6 +120,11 @@ def read_stamp() -> dict[str, str]:
         return dict(json.loads(STAMP.read_text("utf-8")))
     except (OSError, ValueError):
         return {}
+
+
+def is_installed(parts: Iterable[str], engine: str) -> bool:
+    stamp = read_stamp()
+    return "unfinished" not in stamp and all(stamp.get(part) == fingerprint(part, engine) for part in parts)
 
 
 def write_stamp(stamp: dict[str, str]) -> None:
@@ -242,7 +246,4 @@ if __name__ == "__main__":
     # Syntax above is read by Python 3.8 and later, so that this can be said.
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         sys.exit("Modelyard needs Python 3.11, 3.12 or 3.13. Name one: make PYTHON=python3.12")
-    if Path(sys.prefix).resolve() == VENV.resolve():
-        # The Python of `.venv` cannot make it anew.
-        os.execv(sys._base_executable, [sys._base_executable, "-S", __file__, *sys.argv[1:]])  # type: ignore[attr-defined]
     sys.exit(main(sys.argv[1:]))

@@ -259,10 +259,13 @@ def test_a_finished_install_is_recognised_and_a_spoilt_stamp_is_none(
     assert install.read_stamp() == {}
     stamp = {"server": install.fingerprint("server", "cpu")}
     install.write_stamp(stamp)
-    assert install.read_stamp() == stamp
+    assert install.is_installed(["server"], "cpu")
+    assert not install.is_installed(["server", "dev"], "cpu")
+    install.write_stamp(stamp | {"unfinished": "yes"})
+    assert not install.is_installed(["server"], "cpu")
     assert install.fingerprint("engine", "cpu") != install.fingerprint("engine", "gpu")
     (tmp_path / "stamp.json").write_text('{"server":')
-    assert install.read_stamp() == {}
+    assert not install.is_installed(["server"], "cpu")
 
 
 def test_a_folder_of_an_unfinished_install_is_made_anew_and_a_whole_one_is_kept(
