@@ -9,6 +9,7 @@ server              the process: a listening socket, an event loop, an end in go
 app                 wires everything: routes, middleware, lifespan, answers to errors
 services            what routes share, made by the application when it starts
 health              /health, /ready, /metrics
+export              models and adapters as zips, an adapter inside its base too
 finetune            trainings: from a dataset and a model to an adapter in service that is known to be better
 gateway             the OpenAI-compatible API: requests to engines, bytes back; raw prompts, continued by request id
 routing             names and aliases, and the engine that each leads to

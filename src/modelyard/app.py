@@ -47,11 +47,11 @@ from modelyard.errors import (
     Unprocessable,
     is_out_of_files,
 )
+from modelyard.export.routes import api as export_api
 from modelyard.finetune import actions as finetunes
 from modelyard.finetune.accelerator import Accelerator
 from modelyard.finetune.backups import AdapterBackups
 from modelyard.finetune.errands import Errands
-from modelyard.finetune.export_routes import api as export_api
 from modelyard.finetune.plan_routes import api as finetune_plan_api
 from modelyard.finetune.routes import api as finetune_api
 from modelyard.finetune.stand_aside import bring_back_forgotten

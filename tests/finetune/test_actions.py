@@ -24,7 +24,8 @@ from modelyard.errors import (
     NoFinetune,
     Unprocessable,
 )
-from modelyard.finetune import actions, export
+from modelyard.export import exports
+from modelyard.finetune import actions
 from modelyard.finetune.schemas import HyperparametersIn
 from modelyard.finetune.tables import FinetuneHold, Phase
 from modelyard.jobs import actions as jobs
@@ -264,10 +265,10 @@ async def test_an_adapter_is_merged_into_the_commit_that_it_was_trained_on_alone
         moved = {"adapter": False, "base_model_id": None, "task": "generate", "commit": "f00d", "size_bytes": 1,
                  "path": "acme--tiny/f00d"}  # fmt: skip
         async with sessions.begin() as session:
-            assert (await export.base_of(session, adapter)).commit == "c0ffee"
+            assert (await exports.base_of(session, adapter)).commit == "c0ffee"
             await models.add(session, MODEL, "main", moved)
             with pytest.raises(Conflict, match="revision=c0ffee") as refused:
-                await export.base_of(session, adapter)
+                await exports.base_of(session, adapter)
             assert refused.value.code == "base_moved"
             foreign = model("acme/lora", adapter=True, base_model_id=MODEL)
-            assert (await export.base_of(session, foreign)).commit == "f00d"
+            assert (await exports.base_of(session, foreign)).commit == "f00d"

@@ -6,6 +6,5 @@ the trainer child, keeps its checkpoints in the storage (`checkpoints`), puts th
 and into the storage (`backups`), and, where that is asked for, into service (`into_service`). Only that function writes
 what is: phase, figures, points.
 
-Before a training `planning` says what it would take, and after it `export` gives the adapter away (`archive`), alone or
-inside its base. Both have the trainer run an errand that a request waits for (`errands`).
+Before a training `planning` says what it would take: the trainer runs an errand that a request waits for (`errands`).
 """

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from fastapi import Request
+from typing import Annotated
+
+from fastapi import Depends, Request
 
 from modelyard.datasets.routes import Storage
-from modelyard.finetune.export_routes import Errands
+from modelyard.finetune.errands import Errands as ErrandRunner
 from modelyard.finetune.plan_schemas import FinetunePlanOut
 from modelyard.finetune.planning import plan
 from modelyard.finetune.request_checks import check
@@ -14,6 +16,13 @@ from modelyard.gateway.client_watch import unless_gone
 from modelyard.http import Sessions, Settings, documented, router, services_of
 
 api = router("/api/v1/finetune", "Fine-tuning")
+
+
+async def _errands(request: Request) -> ErrandRunner:
+    return services_of(request.scope).errands
+
+
+Errands = Annotated[ErrandRunner, Depends(_errands)]
 
 
 @api.post("/plan/", summary="Plan a training", responses=documented(400, 404, 409, 413, 422, 502, 503))

@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from modelyard.capacity.ledger import Allocation, Ledger, on_main_memory
 from modelyard.capacity.tables import Kind
 from modelyard.errors import Conflict, JobFailure, ModelNotFound, Unprocessable
-from modelyard.finetune.archive import Entry, files_below, length
+from modelyard.export.archive import Entry, files_below, length
 from modelyard.finetune.errands import Errands, Work, refusal
 from modelyard.hardware import GIB, Machine
 from modelyard.models import actions as models

@@ -6,15 +6,15 @@ from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
 from typing import Annotated, Any
 
-from fastapi import Depends, Header, Query, Request
+from fastapi import Header, Query, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from modelyard.datasets.download import content_disposition
-from modelyard.finetune import archive, export
-from modelyard.finetune.errands import Errands as ErrandRunner
+from modelyard.export import archive, exports
+from modelyard.finetune.plan_routes import Errands
 from modelyard.gateway.client_watch import unless_gone
-from modelyard.http import Sessions, Settings, documented, router, services_of
+from modelyard.http import Sessions, Settings, documented, router
 from modelyard.models import actions as models
 from modelyard.models import store
 from modelyard.models.lost import bring_back
@@ -24,13 +24,6 @@ api = router("/api/v1/models", "Models")
 
 MEDIA_TYPE = "application/zip"
 ZIP: dict[str, Any] = {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}, "example": "PK..."}}
-
-
-async def _errands(request: Request) -> ErrandRunner:
-    return services_of(request.scope).errands
-
-
-Errands = Annotated[ErrandRunner, Depends(_errands)]
 
 
 @api.get(
@@ -57,21 +50,21 @@ async def export_model(
     """
     async with sessions.read() as session:
         model = await models.get(session, model_id.rstrip("/"))
-        base = await export.base_of(session, model) if merged else None
+        base = await exports.base_of(session, model) if merged else None
     await bring_back(settings.models_dir, [model, *([base] if base is not None else [])], backups)
-    tag = export.etag(model, base)
+    tag = exports.etag(model, base)
     headers = {"ETag": tag, "Cache-Control": "private, no-cache", "X-Content-Type-Options": "nosniff"}
     known = (if_none_match or "").strip()
     if known == "*" or tag.removeprefix("W/") in known:
         return Response(status_code=304, headers=headers)
     async with AsyncExitStack() as stack:
         if base is None:
-            found = await export.archive(model, store.folder_of(settings.models_dir, model.path))
+            found = await exports.archive(model, store.folder_of(settings.models_dir, model.path))
         else:
-            merging = stack.enter_async_context(export.merged(errands, settings, model, base))
+            merging = stack.enter_async_context(exports.merged(errands, settings, model, base))
             found = await unless_gone(request.receive, merging)
         headers["Content-Length"] = str(found.length)
-        headers["Content-Disposition"] = content_disposition(export.file_name(model.model_id, is_merged=merged))
+        headers["Content-Disposition"] = content_disposition(exports.file_name(model.model_id, is_merged=merged))
         return _Zip(archive.stream(found.entries), headers, stack.pop_all())
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from modelyard.finetune import archive
-from modelyard.finetune.archive import Entry, FileChanged, blocks, files_below, length
+from modelyard.export import archive
+from modelyard.export.archive import Entry, FileChanged, blocks, files_below, length
 
 
 def folder(path: Path) -> Path:
