@@ -17,10 +17,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from modelyard.db import Sessions
 from modelyard.deploy import actions, succession
-from modelyard.deploy.fitting import model_files, servable_files
 from modelyard.deploy.schemas import DeployIn
 from modelyard.deploy.tables import Deployment
 from modelyard.engine import adapter_support, attempts
+from modelyard.engine.model_files import model_files, servable_files
 from modelyard.engine.options import EngineOptions
 from modelyard.errors import JobFailure, ModelyardError, Unprocessable
 from modelyard.models import adapter_rendering

@@ -7,7 +7,6 @@ is reserved, so that two engines never count on the same memory.
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from uuid import UUID
@@ -19,16 +18,15 @@ from modelyard.db import Sessions
 from modelyard.deploy import actions, succession
 from modelyard.deploy.steps import Room
 from modelyard.deploy.tables import LIVE, Deployment, Strategy, Wanted
-from modelyard.engine.command import AdapterFiles, ModelFiles, engine_command
+from modelyard.engine.command import AdapterFiles, engine_command
 from modelyard.engine.memory import Fit, fit, gib
+from modelyard.engine.model_files import model_files, servable_files
 from modelyard.engine.options import EngineOptions
 from modelyard.errors import JobFailure, Unprocessable
 from modelyard.hardware import CUDA_DEVICES, Machine, this_machine
-from modelyard.models import config_file, kinds, store
+from modelyard.models import store
 from modelyard.models.adapter_checks import check_facts
-from modelyard.models.architectures import MULTIMODAL
 from modelyard.models.chat_template import TemplateSource, source_of
-from modelyard.models.mistral_format import is_mistral_format
 from modelyard.models.stored_adapters import StoredAdapter, with_facts
 from modelyard.models.tables import Model
 from modelyard.models.tokenizer_child import TokenizerChildren
@@ -162,46 +160,6 @@ class Fitting:
             except Unprocessable as error:
                 raise JobFailure(error.code, error.message, "Deploy without it.") from error
         return [AdapterFiles(one.adapter_id, one.path, one.facts.rank, one.facts.size_bytes) for one in adapters]
-
-
-def model_files(settings: Settings, model: Model) -> ModelFiles:
-    """Return a model's files as the store has them. Blocks.
-
-    Raises:
-        JobFailure: `broken_model`: its configuration cannot be read.
-    """
-    path = store.folder_of(settings.models_dir, model.path)
-    try:
-        config = config_file.read(path)
-    except JobFailure as failure:
-        raise JobFailure(
-            "broken_model",
-            f"{model.model_id} cannot be used: its {failure.message}",
-            "Delete the model and add it again, or another revision of it.",
-        ) from failure
-    return ModelFiles(
-        model.model_id, path, model.size_bytes, config, model.task,
-        has_mistral_tokenizer=model.chat_template == TemplateSource.MISTRAL,
-        is_mistral_format=is_mistral_format(path),
-        is_for_text_alone=bool(MULTIMODAL.intersection(config_file.names_of(config)[1])) and _lacks_vision(settings),
-    )  # fmt: skip
-
-
-def _lacks_vision(settings: Settings) -> bool:
-    """Return True if this Python runs the engines and has no torchvision; of another nothing is known."""
-    return settings.engine_python is None and importlib.util.find_spec("torchvision") is None
-
-
-def servable_files(settings: Settings, model: Model) -> ModelFiles:
-    """Return the files of a model that an engine is to serve. Blocks.
-
-    Raises:
-        JobFailure: `broken_model`, or `unsupported_kind`: it is of a kind that is not served. Downloads refuse such
-            models; this one was added before they did.
-    """
-    files = model_files(settings, model)
-    kinds.task_of(files.config, kinds.reader(files.path))
-    return files
 
 
 def allocation(found: Fit, machine: Machine) -> Allocation:

@@ -18,10 +18,11 @@ from modelyard.capacity import reservations
 from modelyard.capacity.ledger import Ledger
 from modelyard.db import Sessions
 from modelyard.deploy import actions, succession
-from modelyard.deploy.fitting import Fitting, in_words, is_blind, servable_files
+from modelyard.deploy.fitting import Fitting, in_words, is_blind
 from modelyard.deploy.tables import Deployment, Strategy
 from modelyard.engine.command import check_length
 from modelyard.engine.memory import Fit
+from modelyard.engine.model_files import servable_files
 from modelyard.engine.options import EngineOptions
 from modelyard.errors import JobFailure
 from modelyard.hardware import Machine, this_machine

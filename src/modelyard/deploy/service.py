@@ -11,23 +11,23 @@ import asyncio
 import logging
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelyard.db import Sessions, utcnow
+from modelyard.db import utcnow
 from modelyard.deploy.adapter_changes import AdapterChanges
 from modelyard.deploy.draining import Requests
 from modelyard.deploy.fitting import Fitting
-from modelyard.deploy.open_requests import FRESH_S, OpenRequests
+from modelyard.deploy.open_requests import FRESH_S
 from modelyard.deploy.record import Record
+from modelyard.deploy.shared import Shared
 from modelyard.deploy.steps import Facts, Room, Step, next_step
 from modelyard.deploy.tables import Deployment, DeploymentState, Wanted
 from modelyard.engine import adapter_loading, attempts, socket_dir
 from modelyard.engine.adapter_loading import Adapter
 from modelyard.engine.child_state import ChildState
 from modelyard.engine.client import Health
-from modelyard.engine.command import socket_path
+from modelyard.engine.command import socket_path, start_warnings
 from modelyard.engine.failures import explain, not_started
 from modelyard.engine.plugins import cures
 from modelyard.engine.readiness import Readiness
@@ -35,12 +35,8 @@ from modelyard.engine.running_engine import PROBE_EVERY_S, RunningEngine
 from modelyard.errors import JobFailure
 from modelyard.jobs.runner import JobContext, JobInterrupted
 from modelyard.models import store
-from modelyard.models.chat_template import GUESSED_HINT, GUESSED_WARNING, TemplateSource
-from modelyard.models.tokenizer_child import TokenizerChildren
 from modelyard.plurals import counted
-from modelyard.processes import Children
 from modelyard.retry import Backoff
-from modelyard.settings import Settings
 from modelyard.signals import Topic
 
 log = logging.getLogger(__name__)
@@ -54,19 +50,6 @@ STILL_STARTING_EVERY_S = 5.0
 #: Others that come, leave or end change what may be done for this one.
 _WAKING = (Topic.DEPLOYMENTS, Topic.MEMORY)
 ENGINE_GONE = "the server was restarted, and the engine is gone"
-
-
-@dataclass(frozen=True)
-class Shared:
-    """The parts of the server that all deployments use."""
-
-    settings: Settings
-    sessions: Sessions
-    children: Children
-    open_requests: OpenRequests
-    tokenizers: TokenizerChildren
-    #: Held from the look at free memory until an engine's share is written down.
-    sharing_memory: asyncio.Lock
 
 
 class Service:
@@ -269,10 +252,7 @@ class Service:
             private.mkdir(mode=0o700)
             await asyncio.to_thread(attempts.begin_log, self.context.log, number, command.argv)
             self.engine.child = await self._children.start(
-                folder,
-                command,
-                log=self.context.log,
-                stop_timeout_s=self.settings.engine_stop_timeout_s,
+                folder, command, log=self.context.log, stop_timeout_s=self.settings.engine_stop_timeout_s
             )
         except BaseException as error:
             if self.engine.child is None:
@@ -286,14 +266,9 @@ class Service:
         self.readiness = Readiness(self.row.model_id, self.row.task)
         self.said_waiting = False
         data = {"attempt": number, "memory_bytes": allocation.total_bytes, "gpus": list(allocation.gpus)}
-        if number == 1 and "--language-model-only" in command.argv:
-            message = (
-                f"{self.row.model_id} also sees or hears, and is served for text alone: torchvision is not installed."
-            )
-            await self.context.event(message, level="warning", data={"code": "text_alone"})
-        if number == 1 and self.fitting.template_source == TemplateSource.GUESSED:
-            message = f"{GUESSED_WARNING.format(model_id=self.row.model_id)} {GUESSED_HINT}"
-            await self.context.event(message, level="warning", data={"code": "chat_template_guessed"})
+        if number == 1:
+            for code, message in start_warnings(self.row.model_id, command.argv, self.fitting.template_source):
+                await self.context.event(message, level="warning", data={"code": code})
         await self.context.event(f"Starting the engine (attempt {number}). {self.fitting.message}", data=data)
 
     async def _probe(self) -> None:

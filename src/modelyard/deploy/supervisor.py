@@ -12,7 +12,8 @@ import importlib
 from modelyard.db import Sessions
 from modelyard.deploy import actions, succession
 from modelyard.deploy.open_requests import OpenRequests
-from modelyard.deploy.service import ENGINE_GONE, Service, Shared
+from modelyard.deploy.service import ENGINE_GONE, Service
+from modelyard.deploy.shared import Shared
 from modelyard.deploy.tables import MOVES, Deployment, DeploymentState
 from modelyard.engine import attempts
 from modelyard.jobs.runner import JobContext

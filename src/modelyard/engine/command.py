@@ -17,6 +17,7 @@ from modelyard.engine.options import EngineOptions
 from modelyard.engine.plugins import cures
 from modelyard.errors import JobFailure
 from modelyard.hardware import Machine, cuda_environment
+from modelyard.models.chat_template import GUESSED_HINT, GUESSED_WARNING, TemplateSource
 from modelyard.models.shape import AdapterFiles, ModelFiles, longest
 from modelyard.processes import Command
 
@@ -164,3 +165,14 @@ def check_length(model: ModelFiles, options: EngineOptions) -> None:
             f"max_model_len is {options.max_model_len} tokens, but {model.model_id} reaches {limit}.",
             f"Set max_model_len to {limit} or less, or leave it out.",
         )
+
+
+def start_warnings(model_id: str, argv: Sequence[str], source: TemplateSource | None) -> list[tuple[str, str]]:
+    """Return codes and messages of what an engine with this command serves otherwise than might be expected."""
+    found = []
+    if "--language-model-only" in argv:
+        message = f"{model_id} also sees or hears, and is served for text alone: torchvision is not installed."
+        found.append(("text_alone", message))
+    if source == TemplateSource.GUESSED:
+        found.append(("chat_template_guessed", f"{GUESSED_WARNING.format(model_id=model_id)} {GUESSED_HINT}"))
+    return found

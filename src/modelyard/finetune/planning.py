@@ -21,8 +21,8 @@ from modelyard.capacity.tables import Kind
 from modelyard.datasets import reading
 from modelyard.db import Sessions
 from modelyard.deploy import succession
-from modelyard.deploy.fitting import model_files
 from modelyard.engine import adapter_support
+from modelyard.engine.model_files import model_files
 from modelyard.errors import JobFailure, StorageUnavailable
 from modelyard.finetune import accelerator, actions, checkpoints
 from modelyard.finetune.errands import Errands, Work, refusal

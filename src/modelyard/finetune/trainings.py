@@ -29,8 +29,8 @@ from modelyard.datasets import actions as datasets
 from modelyard.datasets import reading
 from modelyard.datasets.tables import Dataset
 from modelyard.db import Sessions
-from modelyard.deploy.fitting import model_files
 from modelyard.engine import adapter_support
+from modelyard.engine.model_files import model_files
 from modelyard.errors import JobFailure, ModelyardError, ObjectNotFound, StorageUnavailable
 from modelyard.finetune import actions, attempts, checkpoints, publishing
 from modelyard.finetune.accelerator import Accelerator
