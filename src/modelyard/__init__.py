@@ -32,6 +32,8 @@ states              state machines on rows, with their history
 db                  sessions on SQLite and PostgreSQL
 settings, tasks     configuration; background tasks that cannot fail in silence
 bodies              request bodies as they come: gzip, byte order marks, UTF-16, half surrogates
+client_watch        requests whose client went away are given up
+file_headers        ranges and names of files that are handed out
 outages             database outages: which errors pass, and how work waits for the database
 retry               pauses between tries, and the loop around work that may fail for a while
 paths               the only join of a folder and a name from elsewhere

@@ -26,6 +26,7 @@ from modelyard import tasks
 from modelyard.auth.access import OPEN_PATHS, Access
 from modelyard.capacity import reservations
 from modelyard.capacity.one_shot import OneShotMemory
+from modelyard.client_watch import ClientGone
 from modelyard.datasets import actions as datasets
 from modelyard.datasets import intake
 from modelyard.datasets.routes import api as datasets_api
@@ -57,7 +58,6 @@ from modelyard.finetune.routes import api as finetune_api
 from modelyard.finetune.stand_aside import bring_back_forgotten
 from modelyard.finetune.trainings import Trainings
 from modelyard.foundation import Foundation
-from modelyard.gateway.envelope import ClientGone
 from modelyard.gateway.limits import Limits
 from modelyard.gateway.metrics import Metrics
 from modelyard.gateway.raw import RawLane

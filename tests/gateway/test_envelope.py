@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from modelyard.client_watch import ClientGone
 from modelyard.errors import BadRequest, ContentTypeNotAllowed, InvalidJson, ModelyardError, TooLarge
-from modelyard.gateway.envelope import REFUSED, ClientGone, Envelope, check_headers, parse, read_body, with_model
+from modelyard.gateway.envelope import REFUSED, Envelope, check_headers, parse, read_body, with_model
 
 PNG = "data:image/png;base64,iVBORw0KGgo="
 

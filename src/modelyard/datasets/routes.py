@@ -12,13 +12,13 @@ from fastapi import Depends, Header, Path, Query, Request
 from starlette.responses import Response, StreamingResponse
 
 from modelyard.datasets import actions, intake, reading, tokens, trainable_rows
-from modelyard.datasets.download import content_disposition, part_of
 from modelyard.datasets.mapping import parse
 from modelyard.datasets.model_figures import StoredModel
 from modelyard.datasets.multipart import OTHER_BYTES, FormFile
 from modelyard.datasets.recognition import HEAD_BYTES
 from modelyard.datasets.schemas import DatasetOut, PageOut, ReportOut, Tokens, Trains
 from modelyard.errors import BadRequest, EncodingNotAllowed, ModelyardError, TooLarge
+from modelyard.file_headers import content_disposition, part_of
 from modelyard.http import Sessions, Settings, documented, router, services_of
 from modelyard.models import actions as models
 from modelyard.models import store

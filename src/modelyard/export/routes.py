@@ -10,10 +10,10 @@ from fastapi import Header, Query, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from modelyard.datasets.download import content_disposition
+from modelyard.client_watch import unless_gone
 from modelyard.export import archive, exports
+from modelyard.file_headers import content_disposition
 from modelyard.finetune.plan_routes import Errands
-from modelyard.gateway.client_watch import unless_gone
 from modelyard.http import Sessions, Settings, documented, router
 from modelyard.models import actions as models
 from modelyard.models import store

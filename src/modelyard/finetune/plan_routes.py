@@ -6,13 +6,13 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from modelyard.client_watch import unless_gone
 from modelyard.datasets.routes import Storage
 from modelyard.finetune.errands import Errands as ErrandRunner
 from modelyard.finetune.plan_schemas import FinetunePlanOut
 from modelyard.finetune.planning import plan
 from modelyard.finetune.request_checks import check
 from modelyard.finetune.schemas import FinetuneIn
-from modelyard.gateway.client_watch import unless_gone
 from modelyard.http import Sessions, Settings, documented, router, services_of
 
 api = router("/api/v1/finetune", "Fine-tuning")

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from modelyard.bodies import as_utf8, decompressor, refuse_half_characters
+from modelyard.client_watch import ClientGone
 from modelyard.errors import BadRequest, ContentTypeNotAllowed, InvalidJson, TooLarge
 from modelyard.gateway.media import check_media
 
@@ -41,10 +42,6 @@ REFUSED_ENDS = ("_transfer_params", "_embeds", "_url", "_path")
 CONVERSATIONS = ("messages", "input", "system", "previous_input_messages")
 TOO_DEEP = "The body is nested too deeply."
 NO_BODY = "The request has no body: send a JSON object, with the header Content-Type: application/json."
-
-
-class ClientGone(Exception):
-    """The client went away before its request was complete."""
 
 
 ABSENT = msgspec.Raw(b"null")

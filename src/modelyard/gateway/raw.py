@@ -18,11 +18,11 @@ from starlette.types import Receive, Scope, Send
 
 from modelyard.auth.access import CALLER
 from modelyard.bodies import refuse_half_characters
+from modelyard.client_watch import ClientGone, ClientWatch
 from modelyard.db import Sessions
 from modelyard.errors import BadGateway, BadRequest, ModelNotFound, ModelyardError
-from modelyard.gateway.client_watch import ClientWatch
 from modelyard.gateway.continuations import Kept, Text
-from modelyard.gateway.envelope import ClientGone, check_length, check_type, read_body
+from modelyard.gateway.envelope import check_length, check_type, read_body
 from modelyard.gateway.kept_texts import KeptTexts
 from modelyard.gateway.metrics import Passage
 from modelyard.gateway.raw_engine import Asking, Choice, EngineRefused, Vocabulary

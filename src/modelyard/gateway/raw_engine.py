@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from modelyard.client_watch import ClientGone
 from modelyard.errors import BadGateway
 from modelyard.gateway.beam_search import ALL, Row
-from modelyard.gateway.envelope import ClientGone
 from modelyard.gateway.raw_schemas import Config
 from modelyard.gateway.relay import Target, engine_ended
 from modelyard.gateway.upstream import Call, EngineBrokeOff, Engines, EngineUnreachable

@@ -17,10 +17,10 @@ from typing import Any, Protocol
 
 from starlette.types import Receive, Scope, Send
 
+from modelyard.client_watch import ClientGone, ClientWatch
 from modelyard.errors import BadGateway, BadRequest, EngineStarting, ModelyardError
-from modelyard.gateway.client_watch import ClientWatch
 from modelyard.gateway.engine_words import in_our_words
-from modelyard.gateway.envelope import ClientGone, Envelope, check_headers, parse, read_body, with_model
+from modelyard.gateway.envelope import Envelope, check_headers, parse, read_body, with_model
 from modelyard.gateway.lengths import Lengths
 from modelyard.gateway.limits import ALWAYS_TOKENISED, DEFAULT_LIMITS, Limits
 from modelyard.gateway.listing import Served

@@ -13,9 +13,11 @@ from typing import TypeVar
 
 from starlette.types import Receive
 
-from modelyard.gateway.envelope import ClientGone
-
 T = TypeVar("T")
+
+
+class ClientGone(Exception):
+    """The client went away before its request was complete."""
 
 
 class ClientWatch:

@@ -7,8 +7,7 @@ import asyncio
 import pytest
 from starlette.types import Message
 
-from modelyard.gateway.client_watch import ClientWatch
-from modelyard.gateway.envelope import ClientGone
+from modelyard.client_watch import ClientGone, ClientWatch
 
 pytestmark = pytest.mark.timeout(30)
 
