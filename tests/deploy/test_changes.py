@@ -227,11 +227,11 @@ async def test_an_adapter_whose_files_went_bad_fails_a_start_by_its_name(tmp_pat
 async def test_a_model_is_started_beside_the_old_one_which_then_drains(tmp_path: Path) -> None:
     async with deploy_yard(tmp_path) as yard:
         await yard.add_model("org/a", misbehave={"chunk_ms": 100})
-        await yard.add_model("org/b", misbehave={"start_delay_s": 1})
+        await yard.add_model("org/b", misbehave={"start_delay_s": 0.3})
         first = await yard.deploy("org/a")
         await yard.becomes(first, "READY")
         target = await yard.routing.resolve("default", "generate")
-        answer = asyncio.create_task(ask(target.url, "org/a", max_tokens=40))  # four seconds
+        answer = asyncio.create_task(ask(target.url, "org/a", max_tokens=100))  # ten seconds
         await eventually(lambda: len(yard.record("org/a", "request")) >= 2, "the request has begun")
         second = await yard.deploy("org/b")
         while (await yard.deployment(second)).state != "READY":
@@ -242,7 +242,7 @@ async def test_a_model_is_started_beside_the_old_one_which_then_drains(tmp_path:
         assert not answer.done()
         assert (await answer)[0] == 200, "the request that had begun ends whole"
         assert (await yard.ended(first)).status == JobStatus.KILLED
-        [ended] = [one for one in yard.record("org/a", "finished") if one["tokens"] == 40]
+        [ended] = [one for one in yard.record("org/a", "finished") if one["tokens"] == 100]
         assert ended["status"] == 200
 
 

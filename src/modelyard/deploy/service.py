@@ -352,7 +352,7 @@ class Service:
         if self.requests.drained and open_requests:
             await self.context.event(
                 f"{counted(open_requests, 'request')} did not end within {self.settings.engine_drain_timeout_s:.0f} s "
-                "(MODELYARD_ENGINE_DRAIN_TIMEOUT_S) and are cut off.",
+                "(MODELYARD_ENGINE_DRAIN_TIMEOUT_S): cut off.",
                 level="warning", data={"open_requests": open_requests},
             )  # fmt: skip
         if not self.requests.drained:
