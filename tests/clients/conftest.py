@@ -12,7 +12,7 @@ from tests.clients.service import Service, openai_client, running
 
 @pytest.fixture(scope="package")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A real server with a tiny Llama and all-MiniLM-L6-v2 on real vLLM; shared, so no test may change what it does."""
+    """A real server with a tiny Llama and all-MiniLM-L6-v2 on real vLLM; shared, and only its last tests change it."""
     with running(tmp_path_factory.mktemp("clients")) as found:
         yield found
 

@@ -4,7 +4,8 @@
     service.sockets["generate"]   the socket of the engine that serves the tiny Llama, without Modelyard
     service.sockets["embed"]      the same of all-MiniLM-L6-v2
 
-An engine start takes most of a minute, so that one service is shared by all tests here (see conftest.py).
+An engine start takes most of a minute, so that one service is shared by all tests here (see conftest.py): first by
+those that only ask, and at last by test_service_changes.py, which has its engines leave, die and come back.
 """
 
 from __future__ import annotations
@@ -31,22 +32,32 @@ from tests.server import Answer, Server, serving
 
 LLAMA = "local:tiny-llama"
 MINILM = "local:all-minilm-l6-v2"
+API = "http://localhost:8080/api/v1"
 START_S = 600.0
-#: Tools need a parser, whichever; compiling the small embedding model takes longer than it saves here.
+#: The origin of a page that may call.
+PAGE = "https://chat.example.org"
+#: Tools need a parser, whichever; in float32 vLLM and transformers agree; compiling the small embedding model takes
+#: longer than it saves here.
+LLAMA_OPTIONS = {"tool_call_parser": "hermes", "dtype": "float32"}
 DEPLOYS = (
-    {"model_id": LLAMA, "options": {"tool_call_parser": "hermes"}},
+    {"model_id": LLAMA, "options": LLAMA_OPTIONS},
     {"model_id": MINILM, "options": {"enforce_eager": True}},
 )
 
 
 @dataclass(frozen=True)
 class Service:
-    """A server with both models in service; `sockets` are the engines' own, by task, the others the models' folders."""
+    """A server with both models in service.
+
+    `sockets` are the engines' own, by task, `llama` and `minilm` the models' folders, and `first_logprobs_s` is how
+    long the first request for log probabilities took.
+    """
 
     server: Server
     sockets: Mapping[str, Path]
     llama: Path
     minilm: Path
+    first_logprobs_s: float
 
     @property
     def no_white_space(self) -> dict[str, int]:
@@ -56,6 +67,19 @@ class Service:
         """
         vocabulary = json.loads((self.llama / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
         return {str(number): -100 for token, number in vocabulary.items() if set(token) <= set("ĠĊĉč")}
+
+    def add(self, name: str) -> str:
+        """Bring a folder that a test has put beside the Llama's into the store, and return the model's id."""
+        model_id = f"local:{name}"
+        self.server.post(f"/api/v1/models/add/?model_id={model_id}")
+        until(lambda: self.server.get(f"/api/v1/models/{model_id}").status == 200, f"{model_id} is there", self.server)
+        return model_id
+
+    def job_of(self, model_id: str) -> str:
+        """Return the id of the job that serves a model."""
+        deployments = self.server.get("/api/v1/deployments/").json()
+        [job_id] = [one["job_id"] for one in deployments if one["model_id"] == model_id]
+        return str(job_id)
 
     def running_requests(self) -> float:
         """Return how many requests the engine of the Llama works on, by its own figures."""
@@ -94,6 +118,13 @@ def _encoded(body: object) -> bytes:
     return body if isinstance(body, bytes) else json.dumps(body).encode()
 
 
+def curl(server: Server, *arguments: str) -> Any:
+    """Run curl as a user would type it, and return the JSON that it prints."""
+    filled = [argument.replace("http://localhost:8080", server.address) for argument in arguments]
+    done = subprocess.run(["curl", "-s", "-S", *filled], capture_output=True, text=True, timeout=120, check=True)
+    return json.loads(done.stdout)
+
+
 def openai_client(service: Service, base: str = "/v1") -> openai.OpenAI:
     """Return the official client, which asks once: a retry would hide what went wrong."""
     return openai.OpenAI(base_url=service.server.address + base, api_key="none", max_retries=0, timeout=120.0)
@@ -109,14 +140,15 @@ def running(folder: Path) -> Iterator[Service]:
     llama, minilm = imports / "tiny-llama", imports / "all-minilm-l6-v2"
     subprocess.run([sys.executable, "-m", "modelyard.demo.tiny_llama", str(llama)], check=True)
     shutil.copytree(_packaged_minilm(), minilm)
-    with serving(folder / "data", MODELYARD_IMPORT_DIR=str(imports)) as server:
+    settings = {"MODELYARD_CORS_ORIGINS": PAGE, "MODELYARD_ENGINE_MAX_RESTARTS": "2"}
+    with serving(folder / "data", MODELYARD_IMPORT_DIR=str(imports), **settings) as server:
         for model_id in (LLAMA, MINILM):
             server.post(f"/api/v1/models/add/?model_id={model_id}")
         until(lambda: len(server.get("/api/v1/models/").json()) == 2, "both models are in the store", server)
         # Both start at the same time: on two cores that takes less than one after the other.
         jobs = [server.post("/api/v1/deploy/", deploy).json()["id"] for deploy in DEPLOYS]
         until(lambda: _are_ready(server, jobs), "both models are in service", server, START_S)
-        yield Service(server, _sockets(server.data_dir), llama, minilm)
+        yield Service(server, _sockets(server.data_dir), llama, minilm, _first_logprobs_s(server))
 
 
 def _packaged_minilm() -> Path:
@@ -133,6 +165,15 @@ def _are_ready(server: Server, jobs: list[str]) -> bool:
         assert failure is None, failure
     tasks = ("generate", "embed")
     return all(server.get(f"/api/v1/deploy/?task={task}").json()["state"] == "READY" for task in tasks)
+
+
+def _first_logprobs_s(server: Server) -> float:
+    body = {"model": LLAMA, "prompt": "The longest river", "max_tokens": 4, "temperature": 0}
+    assert server.post("/v1/completions", body).status == 200
+    began = time.monotonic()
+    found = server.request("POST", "/v1/completions", json_body=body | {"logprobs": 1}, timeout_s=120.0).json()
+    assert len(found["choices"][0]["logprobs"]["token_logprobs"]) == 4
+    return time.monotonic() - began
 
 
 def _sockets(data_dir: Path) -> dict[str, Path]:
