@@ -1,9 +1,10 @@
 """What transformers' `generate` writes: `python -m tests.generated_texts MODEL < ASKED`.
 
-ASKED is JSON, `{"prompts": [...], "tokens": N, "configs": [...]}`. The prompts are cut to N tokens each, so that one
-batch of them needs no padding (which `repetition_penalty` would take for a token that occurs). The answer has the
-prompts as they were cut and, for each config, the text that follows each of them, special tokens included. In float32,
-in a process of its own, since torch is slow to load.
+ASKED is JSON, `{"prompts": [...], "tokens": N, "configs": [[config, [number, ...]], ...]}`: each config is asked with
+the prompts of these numbers. The prompts are cut to N tokens each, so that one batch of them needs no padding (which
+`repetition_penalty` would take for a token that occurs). The answer has the prompts as they were cut and, for each
+config, the text that follows each of its own, special tokens included. In float32, in a process of its own, since torch
+is slow to load.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ def main(folder: str) -> None:
     ids = [tokenizer(prompt)["input_ids"][: asked["tokens"]] for prompt in asked["prompts"]]
     prompts = [tokenizer.decode(one, skip_special_tokens=False) for one in ids]
     assert [tokenizer(prompt)["input_ids"] for prompt in prompts] == ids, "a prompt cannot be cut there"
-    batch = torch.tensor(ids)
     texts = []
-    for config in asked["configs"]:
+    for config, numbers in asked["configs"]:
+        batch = torch.tensor([ids[number] for number in numbers])
         with torch.no_grad():
             found = model.generate(batch, attention_mask=torch.ones_like(batch), **config)
         whole = [tokenizer.decode(one, skip_special_tokens=False) for one in found]
-        after = [text.removeprefix(prompt) for text, prompt in zip(whole, prompts, strict=True)]
+        after = [text.removeprefix(prompts[number]) for text, number in zip(whole, numbers, strict=True)]
         texts.append([_until_end(text, tokenizer.eos_token) for text in after])
     json.dump({"prompts": prompts, "texts": texts}, sys.stdout)
 
