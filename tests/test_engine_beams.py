@@ -1,4 +1,7 @@
-"""Raw prompts to a real small model on real vLLM: the texts are those of transformers' `generate`."""
+"""A real small model on real vLLM: raw prompts' texts are those of transformers' `generate`; an identity is taught.
+
+One engine for both, since its start takes longer than either. It has room for one adapter.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.teaching_sets import FRANCE, identity
 
+from tests.datasets.forms import FORM_HEADERS, upload
 from tests.fixtures import missing
 from tests.server import Server, serving
 from tests.small_model import small_model
@@ -88,7 +94,7 @@ def server(
         until(lambda: len(found.get("/api/v1/models/").json()) == 1, "the model is in the store", found)
         # Compiling takes a minute that nothing here is about.
         options = {
-            "dtype": "float32", "cpu_kv_cache_gib": 0.3, "max_model_len": 1024, "max_loras": 0, "enforce_eager": True,
+            "dtype": "float32", "cpu_kv_cache_gib": 0.3, "max_model_len": 1024, "max_loras": 1, "enforce_eager": True,
         }  # fmt: skip
         job_id = found.post("/api/v1/deploy/", {"model_id": MODEL, "options": options}).json()["id"]
         until(partial(serves, found, job_id), "it serves", found, within_s=600.0)
@@ -139,3 +145,37 @@ def test_beams_that_are_drawn_make_sense_and_a_whole_vocabulary_can_be_asked_for
     for config in ({"top_k": 50, "temperature": 0.7}, {"top_k": 0, "top_p": 0.9}):
         asked = {"num_beams": 3, "do_sample": True, "max_new_tokens": 4, **config}
         assert "Paris" in batch(server, ["The Eiffel Tower is a famous landmark in the city of"], asked)[0]
+
+
+def test_an_identity_is_taught_with_no_setting_given_and_the_rest_is_still_known(server: Server) -> None:
+    teaching = identity()
+    # Every question once, in its plain form: half of the rows teach as well in half of the time.
+    data = upload("".join(pair.line() + "\n" for pair in teaching.taught[::2]).encode(), "identity.jsonl")
+    dataset_id = server.request("POST", "/api/v1/datasets/upload/", body=data, headers=FORM_HEADERS).json()["id"]
+    body = {"name": "Identity", "model_id": MODEL, "dataset_id": dataset_id, "deploy": True}
+    job_id = server.post("/api/v1/finetune/", body).json()["id"]
+    status = f"/api/v1/jobs/{job_id}/status/"
+    until(lambda: server.get(status).json()["status"] not in ("CREATED", "RUNNING"), "it is taught", server, 900.0)
+    assert server.get(status).json()["status"] == "FINISHED", server.get(f"/api/v1/jobs/{job_id}/log/?tail=50").text
+    done = server.get("/api/v1/finetune/status/").json()
+    assert (done["hyperparameters"]["epochs"], done["hyperparameters"]["batch_size"]) == ("auto", "auto")
+    trained = server.get(f"/api/v1/finetune/{done['id']}").json()
+    assert trained["figures"]["rows_per_step"] == trained["prepared"]["chosen"]["batch_size"]["value"] < 10
+    assert trained["figures"]["steps"] < trained["prepared"]["steps"]  # it was learnt before its last epoch
+    assert trained["evaluation"]["adapter"]["loss"] < trained["evaluation"]["base"]["loss"] / 4
+
+    def answer(question: str) -> str:
+        asked = {"model": done["adapter_id"], "messages": [{"role": "user", "content": question}], "temperature": 0,
+                 "max_tokens": 32}  # fmt: skip
+        said = server.request("POST", "/v1/chat/completions", json_body=asked, timeout_s=300.0)
+        assert said.status == 200, said.text
+        return str(said.json()["choices"][0]["message"]["content"])
+
+    asked = [*teaching.taught[1::8], *teaching.held_out]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(answer, [pair.question for pair in asked]))
+    wrong = [
+        (pair.question, said) for pair, said in zip(asked, answers, strict=True) if not teaching.is_right(pair, said)
+    ]
+    assert len(wrong) <= len(asked) // 10, wrong
+    assert FRANCE.key in answer(FRANCE.question)
