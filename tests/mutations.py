@@ -37,7 +37,8 @@ def bent_values(draw: st.DrawFn, value: Any, most: int = 3) -> Any:
         elif how == "long" and isinstance(holder[key], list) and len(holder[key]) < 10:
             holder[key] = holder[key] * draw(st.sampled_from([2, 50]))
         elif how == "doubled" and isinstance(holder, list):
-            holder.insert(key, copy.deepcopy(holder[key]))
+            # Not a copy: one of two nestings would be deeper than a copy goes. Whoever bends one bends both.
+            holder.insert(key, holder[key])
         else:
             holder[key] = copy.deepcopy(draw(odd))
     return value

@@ -115,6 +115,7 @@ def refused_or_right() -> Iterator[None]:
 @given(bent_json(CONFIG) | bent_json(NESTED))
 @example(b"{" * 100_000)
 @example(json.dumps({**CONFIG, "num_hidden_layers": 10**400}).encode())
+@example(json.dumps({**CONFIG, "max_position_embeddings": 10**8}).encode())
 def test_a_bent_config_ends_in_figures_within_reason_or_a_refusal(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.json").write_bytes(content)
     with refused_or_right():

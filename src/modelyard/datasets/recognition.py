@@ -95,7 +95,7 @@ _YAML_BEGINS = re.compile(
 _OLD_MAC_LINE = re.compile(rb"\A[^\x00-\x08\x0e-\x1f\r]+\r\s*[^\s\x00-\x08\x0e-\x1f]")
 _ONE_NAME = re.compile(rb"\A\"?([A-Za-z_][\w.-]{1,63})\"?\r?\n(?=[^{\s])")
 #: A header without a line after it.
-_NAMES_ALONE = re.compile(rb"[A-Za-z_][\w.-]{0,63}(?:[,;\t|][A-Za-z_][\w.-]{0,63}){1,99}\r?")
+_NAMES_ALONE = re.compile(rb"\A[A-Za-z_][\w.-]{0,63}(?:[,;\t|][A-Za-z_][\w.-]{0,63}){1,99}\r?")
 #: A list of objects in an object, with nothing but plain values before it.
 _ROWS_WITHIN = re.compile(
     rb"\{\s*(?:\"[^\"\\]{1,64}\"\s*:\s*(?:\"[^\"\\]{0,1000}\"|[\w.+-]{1,40})\s*,\s*){0,20}"

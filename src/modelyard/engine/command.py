@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from modelyard.child_environment import child_environment
 from modelyard.engine.memory import CPU_SEQUENCES, GPU_UTILIZATION, MAX_LORAS, dtype_argument, fit, lora_rank
@@ -167,12 +168,20 @@ def check_length(model: ModelFiles, options: EngineOptions) -> None:
         )
 
 
-def start_warnings(model_id: str, argv: Sequence[str], source: TemplateSource | None) -> list[tuple[str, str]]:
-    """Return codes and messages of what an engine with this command serves otherwise than might be expected."""
+class StartWarning(NamedTuple):
+    """A failure code of an event, and what it says."""
+
+    code: str
+    message: str
+
+
+def start_warnings(model_id: str, argv: Sequence[str], source: TemplateSource | None) -> list[StartWarning]:
+    """Return what an engine with this command serves otherwise than might be expected."""
     found = []
     if "--language-model-only" in argv:
         message = f"{model_id} also sees or hears, and is served for text alone: torchvision is not installed."
-        found.append(("text_alone", message))
+        found.append(StartWarning("text_alone", message))
     if source == TemplateSource.GUESSED:
-        found.append(("chat_template_guessed", f"{GUESSED_WARNING.format(model_id=model_id)} {GUESSED_HINT}"))
+        message = f"{GUESSED_WARNING.format(model_id=model_id)} {GUESSED_HINT}"
+        found.append(StartWarning("chat_template_guessed", message))
     return found

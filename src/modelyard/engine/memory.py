@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from modelyard.engine.options import EngineOptions
+from modelyard.engine.options import MOST_TOKENS, EngineOptions
 from modelyard.hardware import GIB, Gpu, Machine
 from modelyard.models import shape
 from modelyard.models.shape import DTYPE_BYTES, ModelFiles
@@ -332,7 +332,8 @@ def _longest_that_fits(need: _Need) -> int | None:
     """Return the highest max_model_len with which the model fits, in whole blocks, or None."""
     if need.per_token is None or need.length is None or not need.is_bound:
         return None
-    low, high = 0, need.length // need.block
+    # A configuration may name any number of positions.
+    low, high = 0, min(need.length, MOST_TOKENS) // need.block
     while low < high:
         middle = (low + high + 1) // 2
         if need.with_options(max_model_len=middle * need.block).judge().fits:

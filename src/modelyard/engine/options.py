@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from modelyard.settings import Settings
 
+#: The largest max_model_len that can be asked for.
+MOST_TOKENS = 10_000_000
+
 
 class EngineOptions(BaseModel):
     """Options of an engine that a request may set. Nothing here can name a path, a plugin or remote code.
@@ -21,7 +24,7 @@ class EngineOptions(BaseModel):
         default=None, description="Number format of the weights. auto: the model's own."
     )
     max_model_len: int | None = Field(
-        default=None, ge=16, le=10_000_000, description="Longest prompt plus answer, in tokens."
+        default=None, ge=16, le=MOST_TOKENS, description="Longest prompt plus answer, in tokens."
     )
     max_num_seqs: int | None = Field(
         default=None, ge=1, le=4096, description="Requests that the engine works on at the same time."

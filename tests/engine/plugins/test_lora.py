@@ -115,7 +115,8 @@ def test_layers_that_the_model_has_whole_or_as_parts_are_used(layers: list[str])
 @pytest.mark.parametrize("others", [[], ["model.layers.0.self_attn.o_proj"]], ids=["all", "half"])
 def test_layers_that_would_be_passed_over_are_named_beside_those_of_the_model(odd: str, others: list[str]) -> None:
     said = passed_over([odd, *others], LLAMA)
-    assert said.startswith(f"1 of the adapter's {1 + len(others)} layers")
+    layers = "2 layers" if others else "1 layer"
+    assert said.startswith(f"of the adapter's {layers} the model lacks 1, which would be passed over")
     assert f"such as '{odd}'" in said
     assert said.endswith("the model has 'model.layers.0.self_attn.q_proj'")
 
