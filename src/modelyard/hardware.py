@@ -21,6 +21,11 @@ CUDA_ORDER, CUDA_DEVICES = "CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES"
 log = logging.getLogger(__name__)
 
 
+def gib(size_bytes: int) -> str:
+    """Write bytes as people read them."""
+    return f"{size_bytes / GIB:.1f} GiB" if size_bytes >= GIB // 10 else f"{size_bytes / 1024**2:.0f} MiB"
+
+
 @dataclass(frozen=True)
 class Gpu:
     """A GPU that this server may use. `index` is its place in the order of the PCI bus; memory is in bytes."""

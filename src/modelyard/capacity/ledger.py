@@ -12,7 +12,7 @@ from itertools import combinations
 from uuid import UUID
 
 from modelyard.capacity.tables import LOCAL, MAIN_MEMORY, UNKNOWN_GPU, Kind
-from modelyard.hardware import Machine
+from modelyard.hardware import Machine, gib
 
 #: More runs than that are not tried in every combination.
 MOST_TRIED = 10
@@ -38,7 +38,7 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Held:
-    """What one run holds of one device. Memory in bytes; `taken_bytes` is what the device does not show as free."""
+    """Memory of one device that one run holds, in bytes; `taken_bytes` is what the device does not show as free."""
 
     run_id: UUID
     kind: Kind
@@ -92,7 +92,7 @@ class Ledger:
             if one.run_id not in but and (one.device != MAIN_MEMORY if machine.has_gpu else one.device == MAIN_MEMORY)
         ]
 
-    def in_words(self, gib: Callable[[int], str], kinds: Collection[Kind]) -> str:
+    def in_words(self, kinds: Collection[Kind]) -> str:
         """Return to whom of some kinds how much is promised, as a sentence; empty if nothing is."""
         found = [one for one in self.held if one.kind in kinds]
         if not found:

@@ -180,7 +180,7 @@ class Trains(BaseModel):
     unknown: str | None = None
     """Why that cannot be said; then there is nothing else."""
     refusal: Refusal | None = None
-    """What POST /api/v1/finetune/ or its plan would be refused with. With figures only where the rows are the cause."""
+    """The refusal of POST /api/v1/finetune/ and of its plan. With figures only where the rows are the cause."""
     rows: int | None = None
     """Rows that are learnt from, those that would be held back to measure by among them."""
     tried_rows: int | None = None

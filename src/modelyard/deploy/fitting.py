@@ -19,7 +19,7 @@ from modelyard.deploy import actions, succession
 from modelyard.deploy.steps import Room
 from modelyard.deploy.tables import LIVE, Deployment, Strategy, Wanted
 from modelyard.engine.command import AdapterFiles, engine_command
-from modelyard.engine.memory import Fit, fit, gib
+from modelyard.engine.memory import Fit, fit
 from modelyard.engine.model_files import model_files, servable_files
 from modelyard.engine.options import EngineOptions
 from modelyard.errors import JobFailure, Unprocessable
@@ -176,4 +176,4 @@ def is_blind(ledger: Ledger, machine: Machine, *but: UUID, gone: Collection[UUID
 
 def in_words(ledger: Ledger) -> str:
     """Return to which trainings, plans and merges how much is promised, as a sentence; empty if nothing is."""
-    return ledger.in_words(gib, OTHER_KINDS)
+    return ledger.in_words(OTHER_KINDS)

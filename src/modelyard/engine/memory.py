@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from modelyard.engine.options import MOST_TOKENS, EngineOptions
-from modelyard.hardware import GIB, Gpu, Machine
+from modelyard.hardware import GIB, Gpu, Machine, gib
 from modelyard.models import shape
 from modelyard.models.shape import DTYPE_BYTES, ModelFiles
 from modelyard.plurals import counted
@@ -76,11 +76,6 @@ def lora_rank(options: EngineOptions, adapters_rank: int) -> int:
     """Return the highest rank that the engine is to take: the option, raised to what the adapters need."""
     wanted = max(options.max_lora_rank or MAX_LORA_RANK, adapters_rank)
     return next((rank for rank in RANKS if rank >= wanted), RANKS[-1])
-
-
-def gib(size_bytes: int) -> str:
-    """Write bytes as people read them."""
-    return f"{size_bytes / GIB:.1f} GiB" if size_bytes >= GIB // 10 else f"{size_bytes / 1024**2:.0f} MiB"
 
 
 class _Need:

@@ -24,12 +24,11 @@ from modelyard.capacity.tables import ONE_SHOT, Kind
 from modelyard.db import Sessions
 from modelyard.deploy import succession
 from modelyard.deploy.tables import Deployment, Wanted
-from modelyard.engine.memory import gib
 from modelyard.errors import JobFailure
 from modelyard.finetune import stand_aside
 from modelyard.finetune.needs import Need
 from modelyard.finetune.tables import Finetune, OnBusy, Phase
-from modelyard.hardware import Gpu, Machine, cuda_environment, this_machine
+from modelyard.hardware import Gpu, Machine, cuda_environment, gib, this_machine
 from modelyard.jobs.runner import JobContext, JobInterrupted
 from modelyard.settings import Settings
 

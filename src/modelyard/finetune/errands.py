@@ -101,6 +101,7 @@ class Errands:
         """End it all, and wait until nothing of it is left. Safe to repeat."""
         self.end()
         await asyncio.gather(*self._running, return_exceptions=True)
+        await self.memory.close()
 
     @asynccontextmanager
     async def folder(self) -> AsyncIterator[Path]:

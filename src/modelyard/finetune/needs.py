@@ -24,8 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from modelyard.engine.memory import gib
-from modelyard.hardware import GIB
+from modelyard.hardware import GIB, gib
 from modelyard.models import shape
 from modelyard.models.config_file import ACTIVE_EXPERTS, EXPERTS, HEADS, HIDDEN, LAYERS, SHARED_EXPERTS, whole
 from modelyard.models.shape import DTYPE_BYTES

@@ -102,7 +102,7 @@ class ModelOut(BaseModel):
     """The training of an adapter that was trained here; null for all else."""
 
     differs_from_base: list[str] | None = None
-    """What an adapter carries otherwise than its base: chat_template, tokenizer. It is served with its base's all the
+    """Parts that differ from its base's in an adapter: chat_template, tokenizer. It is served with its base's all the
     same. null for a model, and until adapter and base were compared: at its arrival, or when it is deployed."""
 
     @classmethod

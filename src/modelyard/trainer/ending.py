@@ -34,7 +34,7 @@ class Ending:
 
     @property
     def total_steps(self) -> int:
-        """How many steps the training has, as far as is known now."""
+        """Return the number of the training's steps, as far as it is known now."""
         if self._last_from is None:
             return self._course.total_steps
         return min(self._course.total_steps, self._last_from + self._course.steps_per_epoch)

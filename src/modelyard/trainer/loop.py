@@ -119,7 +119,7 @@ class Training:
 
     @property
     def total_steps(self) -> int:
-        """How many steps it has, as far as is known now."""
+        """Return the number of its steps, as far as it is known now."""
         return self.ending.total_steps
 
     def run(self) -> Outcome:

@@ -1,4 +1,4 @@
-"""What the base says of ordinary texts, which a training holds on to while an adapter learns something else.
+"""Retention: a training holds on to what the base says of ordinary texts while an adapter learns something else.
 
 Beside its rows each step reads one of a few ordinary texts and answers (`ordinary.jsonl`), and what the adapter
 predicts there is drawn to what the base does: the loss has the Kullback-Leibler divergence per token, times a weight,
