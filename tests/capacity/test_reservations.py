@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -12,10 +13,13 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from modelyard.capacity import reservations
 from modelyard.capacity.ledger import Allocation, Ledger, on_gpus, on_main_memory
 from modelyard.capacity.one_shot import OneShotMemory
-from modelyard.capacity.tables import MAIN_MEMORY, Kind
+from modelyard.capacity.tables import MAIN_MEMORY, UNKNOWN_GPU, Kind, Reservation
+from modelyard.deploy.fitting import Fitting
+from modelyard.deploy.tables import Deployment
 from modelyard.finetune.tables import OnBusy
-from modelyard.hardware import GIB, Machine
+from modelyard.hardware import CUDA_DEVICES, GIB, Machine
 from modelyard.jobs.tables import Job, JobStatus
+from modelyard.processes import Children, Command
 from tests.deploy.yard import DeployYard, deploy_yard, until_interrupted
 from tests.eventually import eventually
 from tests.finetune.test_accelerator import BUDGET, add_training
@@ -120,3 +124,52 @@ async def test_a_training_that_waits_for_nobody_waits_for_a_plan_all_the_same(tm
             await eventually(waits, "it waits, and says for what")
             assert not coming.done()
         assert (await coming).memory_bytes is not None
+
+
+async def test_a_run_that_is_cancelled_while_it_reserves_holds_nothing_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        reserve, reserved = reservations.reserve, asyncio.Event()
+
+        async def reserve_and_commit(session: AsyncSession, *what: Any) -> None:
+            await reserve(session, *what)
+            await session.commit()
+            reserved.set()
+            await asyncio.sleep(60)
+
+        async def run() -> None:
+            async with memory_of(yard).held(Kind.PLAN, "the plan of support", two_gib):
+                pass
+
+        monkeypatch.setattr(reservations, "reserve", reserve_and_commit)
+        running = asyncio.create_task(run())
+        await reserved.wait()
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        assert await held(yard) == {}
+
+
+@pytest.mark.parametrize(("visible", "devices"), [("2,0", {0: 3, 2: 3}), ("", {UNKNOWN_GPU: 6})])
+async def test_the_gpus_of_an_engine_of_the_version_before_are_those_that_it_sees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str, devices: dict[int, int]
+) -> None:
+    machine = Machine(has_gpu=True, cpus=(0,), memory_available_bytes=0)
+    monkeypatch.setattr("modelyard.deploy.fitting.this_machine", lambda: machine)
+    async with deploy_yard(tmp_path) as yard:
+        fitting = Fitting(yard.settings, yard.sessions)
+        row = Deployment(id=uuid4(), model_id="org/a")
+        command = Command(("/bin/sleep", "60"), {CUDA_DEVICES: visible}, cwd=tmp_path)
+        child = await Children(yard.settings.data_dir / "server.lock", yard.settings.grace_s).start(
+            yard.settings.jobs_dir / "x", command, log=tmp_path / "log.txt", stop_timeout_s=1.0
+        )
+        try:
+            row.reservations = [Reservation(device=MAIN_MEMORY, memory_bytes=6 * GIB)]
+            found = fitting.held_by_engine(child, row)
+            assert found is not None
+            assert {device: size // GIB for device, size in found.devices.items()} == devices
+            row.reservations = [Reservation(device=0, memory_bytes=6 * GIB)]
+            assert fitting.held_by_engine(child, row) is None
+        finally:
+            await child.kill()
