@@ -33,7 +33,8 @@ def check_query(given: Iterable[tuple[str, str]], known: Mapping[str, bool]) -> 
     for name, _ in given:
         shown = _shown(name)
         if name not in known:
-            there = f"there are {', '.join(known)}" if len(known) > 1 else f"there is {', '.join(known) or 'none'}"
+            there = f"there are {', '.join(known)}" if len(known) > 1 else f"there is {', '.join(known)}"
+            there = there if known else "this path takes none"
             raise errors.Unprocessable(
                 f"There is no query parameter '{shown}' here; {there}.", param=shown, code="unknown_parameter"
             )

@@ -97,6 +97,22 @@ async def test_a_one_shot_run_holds_memory_until_its_end_also_when_it_is_cancell
         assert await held(yard) == {}
 
 
+async def test_an_engine_has_taken_its_memory_when_it_is_ready_and_gives_it_back_when_it_has_ended(
+    tmp_path: Path,
+) -> None:
+    async with deploy_yard(tmp_path) as yard:
+        await yard.add_model("org/a")
+        job_id = await yard.deploy("org/a")
+        await yard.becomes(job_id, "READY")
+        async with yard.sessions.read() as session:
+            [one] = (await reservations.ledger(session, None)).held
+        assert (one.job_id, one.device) == (job_id, MAIN_MEMORY)
+        assert one.taken_bytes == one.memory_bytes > GIB
+        await yard.take_down(job_id)
+        await yard.ended(job_id)
+        assert await held(yard) == {}
+
+
 async def test_an_engine_waits_for_what_a_plan_holds_instead_of_failing(tmp_path: Path) -> None:
     async with deploy_yard(tmp_path, {}, **BUDGET) as yard:
         await yard.add_model("org/a")
